@@ -1,0 +1,76 @@
+"""The machine as a value: packages, NUMA nodes, L3 domains and cores. No I/O happens here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["Allowance", "Core", "NumaNode", "Topology"]
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """One physical core, named by its lowest CPU, because the kernel's core ids repeat across packages.
+
+    ``cpus`` are all its online SMT siblings in ascending order, for example ``(3, 59)``.
+    ``l3`` numbers the L3 domain (the highest unified cache; an L2 cluster where there is no L3), ``kind`` the core type
+    of a hybrid from the fastest (0) to the slowest; a machine of one type has only kind 0.
+    """
+
+    cpus: tuple[int, ...]
+    package: int
+    node: int
+    l3: int
+    kind: int = 0
+
+    @property
+    def number(self) -> int:
+        return self.cpus[0]
+
+
+@dataclass(frozen=True, slots=True)
+class NumaNode:
+    """One NUMA node; ``cpus`` is empty for a memory-only node, ``memory_kib`` is None where the kernel does not say.
+
+    ``distances`` maps node ids to the firmware's relative distance, 10 being the node itself.
+    """
+
+    number: int
+    cpus: frozenset[int]
+    memory_kib: int | None
+    distances: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A whole machine: online cores in ascending order of their lowest CPU, and every NUMA node.
+
+    ``isolated`` are the CPUs of ``isolcpus=``; ``notes`` tell a person what was missing or odd while reading it.
+    """
+
+    cores: tuple[Core, ...]
+    nodes: tuple[NumaNode, ...]
+    isolated: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def online(self) -> frozenset[int]:
+        return frozenset(cpu for core in self.cores for cpu in core.cpus)
+
+    def cores_of(self, cpus: Iterable[int]) -> tuple[Core, ...]:
+        """Return the cores that own at least one of ``cpus``."""
+        wanted = frozenset(cpus)
+        return tuple(core for core in self.cores if not wanted.isdisjoint(core.cpus))
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What the kernel lets a process use.
+
+    ``cpus``: affinity mask, online CPUs and cpuset together. ``quota``: CPUs' worth of time per period under the
+    tightest CFS limit of all cgroup ancestors, 2.5 for example; None without a limit.
+    """
+
+    cpus: frozenset[int]
+    quota: float | None = None
+    notes: tuple[str, ...] = ()
