@@ -1,0 +1,325 @@
+"""The machine-wide registry: which worker holds which slice. One small file, one lock, no daemon.
+
+All TorchServe servers of a user on this machine share it, so it lies at a place that follows from the user id alone.
+A lease ends with its process; who reads the ledger sees living workers only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ts_plugin import process
+from ts_plugin.cpulist import CpuListError, format_cpulist, parse_cpulist
+from ts_plugin.planner import Demand, Slice
+from ts_plugin.policy import Allocator, Memory, OmpRuntime, Pin, Policy
+from ts_plugin.process import Identity
+
+__all__ = ["LEASE_VARIABLE", "Lease", "Ledger", "LedgerError", "Server", "State", "pack_lease", "state_directory"]
+
+VERSION = 1
+LOCK_TIMEOUT = 20.0  # seconds; TorchServe gives a worker 120 to start
+LEASE_VARIABLE = "TS_CORES_LEASE"  # in the environment of every worker that the launcher bound: the ledger's back-up
+
+
+class LedgerError(OSError):
+    """The ledger cannot be used; the message starts with the path and ends with the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker owns a slice. ``moves`` counts how often it had to leave all its NUMA nodes."""
+
+    pid: int
+    start_time: int
+    model: str
+    version: str
+    worker_id: str
+    server_pid: int | None
+    demand: Demand
+    slice: Slice
+    moves: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.pid, self.start_time)
+
+    def __str__(self) -> str:
+        return f"worker {self.worker_id} of {self.model} {self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A TorchServe frontend and what its config.properties asks for.
+
+    ``allowed`` are the CPUs that it could use when it started: the frontend itself may be moved aside later.
+    ``error`` says why its workers must serve unbound, a typo in ``cpu_launcher_args`` for example.
+    """
+
+    pid: int
+    start_time: int
+    policy: Policy
+    allowed: frozenset[int]
+    error: str | None = None
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.pid, self.start_time)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The content of the ledger; ``generation`` grows with every change, ``notes`` are the planner's."""
+
+    generation: int = 0
+    servers: tuple[Server, ...] = ()
+    leases: tuple[Lease, ...] = ()
+    reserved: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def living(self) -> State:
+        """Return this state without the leases and servers whose process has ended."""
+        return replace(
+            self,
+            servers=tuple(server for server in self.servers if server.identity.alive()),
+            leases=tuple(lease for lease in self.leases if lease.identity.alive()),
+        )
+
+    def lease_of(self, pid: int) -> Lease | None:
+        return next((lease for lease in self.leases if lease.pid == pid), None)
+
+
+def state_directory() -> str:
+    """Return the directory of the ledger: TS_CORES_STATE_DIR, or a place that follows from the user id alone.
+
+    It follows neither TMPDIR nor XDG_RUNTIME_DIR: two servers started from different sessions must meet there.
+    """
+    chosen = os.environ.get("TS_CORES_STATE_DIR")
+    if chosen:
+        return os.path.abspath(chosen)
+    base = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"  # noqa: S108 - owner and mode are checked before use
+    return f"{base}/ts-cores-{os.getuid()}"
+
+
+class Ledger:
+    """The ledger file in ``directory``; nothing is touched before the first read or lock."""
+
+    def __init__(self, directory: str | None = None) -> None:
+        self.directory = state_directory() if directory is None else directory
+        # Containers may share the directory, but a PID means nothing outside its namespace.
+        self._name = f"ledger-{os.stat('/proc/self/ns/pid').st_ino}"
+
+    @property
+    def path(self) -> str:
+        return f"{self.directory}/{self._name}.json"
+
+    def version(self) -> tuple[int, int]:
+        """Return a value that changes with every write; costs one system call."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return (0, 0)
+        return (status.st_ino, status.st_mtime_ns)
+
+    def read(self) -> State:
+        """Return the living part of the ledger, without a lock; a missing or damaged ledger is empty.
+
+        Raises:
+            LedgerError: the directory is not this user's alone.
+        """
+        if not os.path.lexists(self.directory):
+            return State()
+        return (self._load() or State()).living()
+
+    @contextmanager
+    def locked(self) -> Iterator[State]:
+        """Yield the living part of the ledger while no other process can change it.
+
+        A missing or damaged ledger is rebuilt from the environments of the workers that run.
+
+        Raises:
+            LedgerError: the directory cannot be used, or another process held the lock for LOCK_TIMEOUT seconds.
+        """
+        lock = self._open(f"{self._name}.lock", os.O_RDWR | os.O_CREAT)
+        try:
+            self._wait_for(lock)
+            state = self._load()
+            yield (_recover() if state is None else state).living()
+        finally:
+            # A child forked meanwhile shares the lock: closing alone would leave it locked.
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
+
+    def write(self, state: State) -> None:
+        """Replace the content; the caller holds the lock. A reader sees the old content or the new, never a part.
+
+        Raises:
+            LedgerError: no space, or no permission; the old content stands.
+        """
+        draft = f"{self._name}.new"
+        text = json.dumps({"version": VERSION, **_pack_state(state)}, separators=(",", ":")).encode()
+        try:
+            file = self._open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            try:
+                view = memoryview(text)
+                while view:
+                    view = view[os.write(file, view) :]
+            finally:
+                os.close(file)
+            os.replace(f"{self.directory}/{draft}", self.path)
+        except LedgerError:
+            raise
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _wait_for(self, lock: int) -> None:
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LedgerError(
+                        f"{self.directory}/{self._name}.lock: held by another process for {LOCK_TIMEOUT:.0f} s; "
+                        f"find it with: fuser {self.directory}/{self._name}.lock"
+                    ) from None
+                time.sleep(0.002)
+
+    def _load(self) -> State | None:
+        """Return the content; None where there is none, or none that this version can read."""
+        try:
+            file = self._open(f"{self._name}.json", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        with open(file, "rb") as stream:
+            text = stream.read()
+        try:
+            data = json.loads(text)
+            return _unpack_state(data) if data["version"] == VERSION else None
+        except (ValueError, KeyError, TypeError, AttributeError, CpuListError):
+            return None
+
+    def _open(self, name: str, flags: int) -> int:
+        """Open a file in the directory, which is made if need be, without following a planted link."""
+        try:
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+            directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                status = os.fstat(directory)
+                if status.st_uid != os.getuid():
+                    raise PermissionError(f"belongs to user {status.st_uid}, not {os.getuid()}")
+                if stat.S_IMODE(status.st_mode) & 0o077:
+                    os.fchmod(directory, 0o700)
+                return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+            finally:
+                os.close(directory)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> LedgerError:
+        reason = error.strerror or str(error)
+        return LedgerError(f"{self.directory}: {reason}; set TS_CORES_STATE_DIR to a directory that is yours alone")
+
+
+def _recover() -> State:
+    """Rebuild the leases of the workers that the launcher bound: each carries its own in its environment.
+
+    Workers that claimed their slice themselves enter it again by themselves when they see it gone.
+    """
+    leases = []
+    for pid in process.pids():
+        text = process.environment(pid).get(LEASE_VARIABLE)
+        if text is None:
+            continue
+        try:
+            lease = _unpack_lease(json.loads(text))
+            if lease.pid == pid:  # else a child of the worker, which inherited the variable
+                cpus = tuple(sorted(os.sched_getaffinity(pid)))
+                leases.append(replace(lease, slice=replace(lease.slice, cpus=cpus) if lease.slice.pinned else lease.slice))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            continue
+    return State(leases=tuple(leases))
+
+
+# ---- values to JSON and back: sets of CPUs as CPU lists, defaults left out -----------------------
+
+
+def pack_lease(lease: Lease) -> str:
+    """Return ``lease`` as the text that LEASE_VARIABLE carries."""
+    return json.dumps(_pack(lease), separators=(",", ":"))
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, frozenset):
+        return format_cpulist(value)
+    if isinstance(value, tuple):
+        return [_pack(item) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {
+            field.name: _pack(item)
+            for field in fields(value)
+            if (item := getattr(value, field.name)) is not field.default and item != field.default
+        }
+    return value
+
+
+def _pack_state(state: State) -> dict[str, Any]:
+    packed: dict[str, Any] = _pack(state)
+    return packed
+
+
+def _unpack_policy(data: dict[str, Any]) -> Policy:
+    convert: dict[str, Any] = {
+        "node_ids": parse_cpulist,
+        "core_list": parse_cpulist,
+        "cores_per_worker": tuple,
+        "pin": Pin,
+        "memory": Memory,
+        "allocator": Allocator,
+        "omp_runtime": OmpRuntime,
+        "notes": tuple,
+    }
+    return Policy(**{name: convert.get(name, _same)(value) for name, value in data.items()})
+
+
+def _unpack_demand(data: dict[str, Any]) -> Demand:
+    convert: dict[str, Any] = {"allowed": parse_cpulist, "held": parse_cpulist, "policy": _unpack_policy}
+    return Demand(**{name: convert.get(name, _same)(value) for name, value in data.items()})
+
+
+def _unpack_slice(data: dict[str, Any]) -> Slice:
+    return Slice(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+
+
+def _unpack_lease(data: dict[str, Any]) -> Lease:
+    convert: dict[str, Any] = {"demand": _unpack_demand, "slice": _unpack_slice, "notes": tuple}
+    return Lease(**{name: convert.get(name, _same)(value) for name, value in data.items()})
+
+
+def _unpack_server(data: dict[str, Any]) -> Server:
+    convert: dict[str, Any] = {"policy": _unpack_policy, "allowed": parse_cpulist}
+    return Server(**{name: convert.get(name, _same)(value) for name, value in data.items()})
+
+
+def _unpack_state(data: dict[str, Any]) -> State:
+    return State(
+        generation=int(data.get("generation", 0)),
+        servers=tuple(_unpack_server(item) for item in data.get("servers", ())),
+        leases=tuple(_unpack_lease(item) for item in data.get("leases", ())),
+        reserved=parse_cpulist(data.get("reserved", "")),
+        notes=tuple(data.get("notes", ())),
+    )
+
+
+def _same(value: Any) -> Any:
+    return value

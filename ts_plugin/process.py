@@ -1,0 +1,90 @@
+"""Facts about live processes, read from /proc."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["Identity", "command_line", "environment", "identify", "parent", "pids", "threads", "tree"]
+
+PROC = "/proc"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A process that cannot be mistaken for a later one with the same PID.
+
+    ``start_time`` is in clock ticks since boot: no change of the wall clock touches it.
+    Source: man 5 proc, /proc/pid/stat, field 22.
+    """
+
+    pid: int
+    start_time: int
+
+    def alive(self) -> bool:
+        """Tell whether this very process runs; a zombie uses no CPU any more and counts as dead."""
+        return identify(self.pid) == self
+
+
+def identify(pid: int) -> Identity | None:
+    """Return the identity of ``pid``, or None where it does not run."""
+    fields = _stat(pid)
+    if fields is None or fields[0] in (b"Z", b"X"):
+        return None
+    return Identity(pid, int(fields[19]))
+
+
+def parent(pid: int) -> int | None:
+    """Return the PID of the parent, or None where ``pid`` does not run."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[1])
+
+
+def pids() -> list[int]:
+    """Return the PIDs of all processes that this one can see."""
+    return [int(name) for name in os.listdir(PROC) if name.isdigit()]
+
+
+def threads(pid: int) -> list[int]:
+    """Return the thread ids of ``pid``; none where it does not run."""
+    try:
+        return [int(name) for name in os.listdir(f"{PROC}/{pid}/task")]
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return []
+
+
+def tree(pid: int) -> Iterator[int]:
+    """Yield ``pid`` and all its descendants, parents first.
+
+    Source: man 5 proc, /proc/pid/task/tid/children; a kernel built without it shows no descendants.
+    """
+    yield pid
+    for tid in threads(pid):
+        for child in (_read(f"{pid}/task/{tid}/children") or b"").split():
+            yield from tree(int(child))
+
+
+def command_line(pid: int) -> list[str]:
+    """Return the arguments of ``pid``; none for a kernel thread or where it does not run."""
+    return [os.fsdecode(part) for part in (_read(f"{pid}/cmdline") or b"").split(b"\0")[:-1]]
+
+
+def environment(pid: int) -> dict[str, str]:
+    """Return the environment that ``pid`` was started with; empty where it may not be read."""
+    pairs = (part.partition(b"=") for part in (_read(f"{pid}/environ") or b"").split(b"\0") if part)
+    return {os.fsdecode(key): os.fsdecode(value) for key, _, value in pairs}
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """Return the fields of /proc/pid/stat from the third (state) on; the second may hold blanks and brackets."""
+    text = _read(f"{pid}/stat")
+    return None if not text else text[text.rindex(b")") + 2 :].split()
+
+
+def _read(name: str) -> bytes | None:
+    try:
+        with open(f"{PROC}/{name}", "rb", buffering=0) as file:
+            return file.readall()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
