@@ -1,0 +1,229 @@
+"""Real model archives, built with torch-model-archiver into a cache; only ``fetch_weights`` downloads."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ArchiveError",
+    "Handler",
+    "cache_directory",
+    "facts",
+    "fetch_weights",
+    "load",
+    "photograph",
+    "resnet",
+    "transformer",
+]
+
+SEED = 20240229
+SOURCES = Path(__file__).parent / "models"
+
+
+class ArchiveError(RuntimeError):
+    """An archive could not be built; the message has the archiver's output."""
+
+
+class Handler(StrEnum):
+    """Which handler an archive carries."""
+
+    STOCK = "stock"  # TorchServe's own, nothing of ours
+    OURS = "ours"  # the same under CoreSliceMixin
+    THREADS = "threads"  # the same under torch.set_num_threads($TS_BENCHMARK_THREADS)
+
+
+def cache_directory() -> Path:
+    """Return where archives are kept: ``$XDG_CACHE_HOME/ts-cores``, by default ``~/.cache/ts-cores``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ts-cores"
+
+
+def resnet(
+    name: str = "resnet18", *, handler: Handler = Handler.STOCK, weights: Path | None = None, cache: Path | None = None
+) -> Path:
+    """Return the archive ``NAME.mar`` of a torchvision ResNet as TorchScript, with ImageNet's class names.
+
+    ``name`` is "resnet18", "resnet50", ...; ``weights`` a state dict from ``fetch_weights``, None for random ones from
+    a fixed seed.
+    A STOCK archive names TorchServe's ``image_classifier`` itself as its handler, no file.
+    """
+
+    def model() -> torch.nn.Module:
+        import torch
+        import torchvision
+
+        made: torch.nn.Module = torchvision.models.get_model(name, weights=None)
+        if weights:
+            made.load_state_dict(torch.load(weights, weights_only=True))
+        return made
+
+    def classes() -> dict[str, str]:
+        import torchvision
+
+        categories = torchvision.models.get_model_weights(name).DEFAULT.meta["categories"]
+        return {str(number): label for number, label in enumerate(categories)}
+
+    variant = f"{handler}-hub" if weights else str(handler)
+    source = None if handler is Handler.STOCK else "image.py"
+    return _archive(name, variant, handler, source or "image_classifier", model=model, classes=classes, cache=cache)
+
+
+def transformer(*, handler: Handler = Handler.STOCK, cache: Path | None = None) -> Path:
+    """Return the archive of a small TransformerEncoder: 4 layers of width 256, 128 byte tokens, 10 classes."""
+
+    def model() -> torch.nn.Module:
+        import torch
+
+        class Classifier(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embedding = torch.nn.Embedding(256, 256)
+                layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
+                self.encoder = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+                self.head = torch.nn.Linear(256, 10)
+
+            def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+                scores: torch.Tensor = self.head(self.encoder(self.embedding(tokens)).mean(dim=1))
+                return scores
+
+        return Classifier()
+
+    return _archive("transformer", str(handler), handler, "transformer.py", model=model, cache=cache)
+
+
+def facts(name: str = "facts", *, handler: Handler = Handler.STOCK, cache: Path | None = None) -> Path:
+    """Return an archive with a trivial model that answers with facts about its worker process: see models/facts.py."""
+
+    def model() -> torch.nn.Module:
+        import torch
+
+        return torch.nn.Linear(1, 1)
+
+    return _archive(name, str(handler), handler, "facts.py", model=model, cache=cache)
+
+
+def fetch_weights(name: str = "resnet18", *, timeout: float = 10.0, cache: Path | None = None) -> Path | None:
+    """Return a file with torchvision's pretrained weights, downloading it once; None where the hub cannot be reached.
+
+    ``timeout`` bounds connecting and every read, in seconds.
+    """
+    import urllib.request
+
+    import torchvision
+
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    file = (cache or cache_directory()) / "weights" / url.rsplit("/", 1)[1]
+    if file.exists():
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as partial:
+        try:
+            with urllib.request.urlopen(url, timeout=timeout) as answer:
+                while block := answer.read(1 << 20):
+                    partial.write(block)
+        except OSError:
+            os.unlink(partial.name)
+            return None
+    os.replace(partial.name, file)
+    return file
+
+
+def load(archive: Path) -> torch.jit.ScriptModule:
+    """Return the TorchScript model of an archive, in evaluation mode.
+
+    Raises:
+        ArchiveError: the archive has no TorchScript model.
+    """
+    import torch
+
+    with zipfile.ZipFile(archive) as parts:
+        manifest: dict[str, Any] = json.loads(parts.read("MAR-INF/MANIFEST.json"))
+        name = manifest["model"].get("serializedFile", "")
+        if not name.endswith(".pt"):
+            raise ArchiveError(f"{archive}: no TorchScript model (serializedFile is {name!r})")
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            model: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(parts.read(name)), map_location="cpu")
+    model.eval()
+    return model
+
+
+def photograph() -> bytes:
+    """Return the JPEG photograph of Grace Hopper that matplotlib's wheel carries (512 x 600 pixels)."""
+    from matplotlib import cbook
+
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        content: bytes = file.read()
+    return content
+
+
+def _archive(
+    name: str,
+    variant: str,
+    handler: Handler,
+    source: str,
+    *,
+    model: Callable[[], torch.nn.Module],
+    classes: Callable[[], dict[str, str]] | None = None,
+    cache: Path | None,
+) -> Path:
+    """Build ``CACHE/torch-VERSION/VARIANT/NAME.mar`` unless it is there; it appears complete or not at all."""
+    import torch
+
+    text = _source(SOURCES / source, handler) if source.endswith(".py") else ""
+    folder = (cache or cache_directory()) / f"torch-{torch.__version__}" / variant
+    mar, made_from = folder / f"{name}.mar", folder / f"{name}.py"
+    if mar.exists() and made_from.exists() and made_from.read_text() == text:
+        return mar
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        work = Path(scratch)
+        torch.manual_seed(SEED)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # TorchServe serves TorchScript
+            torch.jit.script(model().eval()).save(str(work / "model.pt"))
+        extra = []
+        if classes:
+            extra = ["--extra-files", str(work / "index_to_name.json")]
+            (work / "index_to_name.json").write_text(json.dumps(classes()))
+        (work / "handler.py").write_text(text)
+        _run_archiver(
+            *("--model-name", name, "--version", "1.0", "--export-path", scratch),
+            *("--serialized-file", str(work / "model.pt")),
+            *("--handler", str(work / "handler.py") if text else source),
+            *extra,
+        )
+        made_from.write_text(text)
+        os.replace(work / f"{name}.mar", mar)
+    return mar
+
+
+def _source(file: Path, handler: Handler) -> str:
+    """Return the handler file's text with the variant's mix-in put in front of its base class."""
+    text = file.read_text()
+    match handler:
+        case Handler.STOCK:
+            return text
+        case Handler.OURS:
+            front, mixin = "from handlers import CoreSliceMixin", "CoreSliceMixin"
+        case Handler.THREADS:
+            front, mixin = (SOURCES / "threads.py").read_text(), "ThreadsMixin"
+    return f"{front}\n\n{text}".replace("(Base):", f"({mixin}, Base):")
+
+
+def _run_archiver(*words: str) -> None:
+    command = [sys.executable, "-m", "model_archiver.model_packaging", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ArchiveError(f"torch-model-archiver {' '.join(words)}: exit status {done.returncode}\n{done.stderr}")

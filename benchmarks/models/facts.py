@@ -1,0 +1,69 @@
+"""Handler that answers with facts about its own process, for tests that must look inside a worker.
+
+The body of a request is JSON, all of it optional: ``{"work": 256, "sleep": 0.5, "spin": 0.5}`` multiplies two matrices
+of that order (so that the OpenMP threads exist), then sleeps and computes for that many seconds.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from ts.torch_handler.base_handler import BaseHandler as Base
+
+
+class FactsHandler(Base):
+    def initialize(self, context):
+        super().initialize(context)
+        self.threads_at_start = torch.get_num_threads()
+
+    def _load_torchscript_model(self, model_pt_path):
+        self.threads_at_load = torch.get_num_threads()
+        return super()._load_torchscript_model(model_pt_path)
+
+    def handle(self, data, context):
+        return [self.facts(row, context) for row in data]
+
+    def facts(self, row, context):
+        body = row.get("body") or row.get("data") or b"{}"
+        wish = body if isinstance(body, dict) else json.loads(bytes(body) or b"{}")
+        order = int(wish.get("work", 256))
+        torch.mm(torch.ones(order, order), torch.ones(order, order)).relu_()
+        time.sleep(float(wish.get("sleep", 0)))
+        end = time.monotonic() + float(wish.get("spin", 0))
+        while time.monotonic() < end:
+            torch.mm(torch.ones(order, order), torch.ones(order, order))
+        return {
+            "pid": os.getpid(),
+            "ppid": os.getppid(),
+            "threads": torch.get_num_threads(),
+            "interop_threads": torch.get_num_interop_threads(),
+            "threads_at_load": self.threads_at_load,
+            "threads_at_start": self.threads_at_start,
+            "affinity": sorted(os.sched_getaffinity(0)),
+            "masks": masks(),
+            "executable": sys.executable,
+            "argv": sys.argv,
+            "cwd": os.getcwd(),
+            "model_dir": context.system_properties.get("model_dir"),
+            "environment": {
+                name: value
+                for name, value in os.environ.items()
+                if name.startswith(("OMP_", "KMP_", "GOMP_", "MKL_", "TORCH", "TS_", "LD_PRELOAD", "PYTHON"))
+            },
+        }
+
+
+def masks():
+    """Return thread id -> the kernel's list of CPUs that the thread may use; a thread that just ended is left out."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            for line in (task / "status").read_text().splitlines():
+                if line.startswith("Cpus_allowed_list:"):
+                    found[task.name] = line.split(":", 1)[1].strip()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found

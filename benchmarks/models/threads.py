@@ -1,0 +1,11 @@
+"""Class in front of any handler: the tutorial's first remedy, ``torch.set_num_threads`` and nothing else."""
+
+import os
+
+import torch
+
+
+class ThreadsMixin:
+    def initialize(self, context):
+        torch.set_num_threads(int(os.environ["TS_BENCHMARK_THREADS"]))
+        super().initialize(context)

@@ -1,0 +1,447 @@
+"""One real TorchServe server that a test or a benchmark owns: own ports, own directories, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+__all__ = ["RequestError", "TorchServe", "TorchServeError", "read_properties", "write_properties"]
+
+LOOPBACK = "127.0.0.1"
+WORKER_SCRIPT = "model_service_worker.py"
+DEATH = "Backend worker process died"  # org.pytorch.serve.wlm.WorkerThread, once per dead worker process
+PORTS = ("inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port")
+
+Property = str | int | float | bool | Path
+
+
+class TorchServeError(RuntimeError):
+    """The server did not do what it was asked; the message ends with the tail of its log."""
+
+
+class RequestError(TorchServeError):
+    """An HTTP answer other than 2xx; ``status`` is its code (0: no answer at all), ``body`` its text."""
+
+    def __init__(self, request: str, status: int, body: str) -> None:
+        super().__init__(f"{request}: HTTP {status}: {body.strip()[:2000]}")
+        self.status = status
+        self.body = body
+
+
+class TorchServe:
+    """A server from ``__enter__`` to ``__exit__``, with the given archives loaded and every worker READY.
+
+        with TorchServe(mar, workers=2, properties={"cpu_launcher_enable": True, "plugins_path": plugins}) as server:
+            server.predict("resnet18", photograph)
+
+    ``workers`` is the number per archive. ``properties`` are lines of config.properties and win over the defaults
+    below; a value of None removes a default. ``environment`` is added to this process's. ``state_directory`` is the
+    TS_CORES_STATE_DIR, by default the server's own, so that it meets no other server; share one to make them meet.
+    ``model_store`` is by default an own directory with links to the archives. ``snapshot`` starts from that file as it
+    is (a file of ``snapshots()``, say) instead of writing config.properties. ``keep`` leaves the directory in place.
+    ``timeout`` bounds every wait for workers, in seconds.
+    """
+
+    def __init__(
+        self,
+        *archives: Path,
+        workers: int = 1,
+        properties: Mapping[str, Property | None] | None = None,
+        environment: Mapping[str, str] | None = None,
+        state_directory: Path | None = None,
+        model_store: Path | None = None,
+        snapshot: Path | None = None,
+        python: Path | str = sys.executable,
+        keep: bool = False,
+        timeout: float = 180.0,
+    ) -> None:
+        self.archives = tuple(Path(archive) for archive in archives)
+        self.initial_workers = workers
+        self.timeout = timeout
+        self.keep = keep
+        self.python = Path(python)
+        self.snapshot = snapshot
+        self.ready_seconds: float | None = None  # from starting the command until every worker was READY
+        self._wanted = dict(properties or {})
+        self._environment = dict(environment or {})
+        # Short on purpose: the workers' UNIX sockets lie in it, and a socket's path has room for 107 characters.
+        self.directory = Path(tempfile.mkdtemp(prefix="ts-cores-"))
+        self.model_store = model_store or self.directory / "model_store"
+        self.state_directory = state_directory or self.directory / "state"
+        self.log_directory = self.directory / "logs"
+        self.config = snapshot or self.directory / "config.properties"
+        self.properties: dict[str, str] = {}
+        self._command: subprocess.Popen[bytes] | None = None
+        self._seen: dict[int, psutil.Process] = {}
+
+    # ---- life
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> Self:
+        """Start the server and return once every worker is READY.
+
+        Raises:
+            TorchServeError: the server ended, or a worker was not READY within ``timeout``; nothing is left running.
+        """
+        try:
+            for attempt in range(3):
+                self._launch()
+                try:
+                    self._wait_for_management()
+                    break
+                except TorchServeError:  # a port taken between our choice and the server's bind
+                    if self.snapshot or attempt == 2 or "Address already in use" not in self.log():
+                        raise
+                    self._end_processes()
+            for archive in self.archives:
+                self.wait_ready(archive.stem, self.initial_workers)
+            self.ready_seconds = time.monotonic() - self._started
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _launch(self) -> None:
+        for directory in (self.model_store, self.log_directory, self.directory / "tmp"):
+            directory.mkdir(parents=True, exist_ok=True)
+        if not self.snapshot:
+            for archive in self.archives:
+                self._store(archive)
+            self._write_config()
+        self.properties = read_properties(self.config)
+        environment = os.environ | {
+            "PATH": f"{self.python.parent}{os.pathsep}{os.environ.get('PATH', '')}",  # the stock launcher runs "python"
+            "TEMP": str(self.directory / "tmp"),
+            "TMPDIR": str(self.directory / "tmp"),
+            "LOG_LOCATION": str(self.log_directory),
+            "METRICS_LOCATION": str(self.log_directory),
+            "TS_CORES_STATE_DIR": str(self.state_directory),
+        }
+        command = [str(self.python), "-m", "ts.model_server", "--start", "--foreground", "--ts-config"]
+        self._started = time.monotonic()
+        with self.console.open("wb") as console:
+            self._command = subprocess.Popen(
+                [*command, str(self.config)],
+                cwd=self.directory,
+                env=environment | self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is ours; stop() tells the server
+            )
+
+    def _store(self, archive: Path) -> None:
+        link = self.model_store / archive.name
+        if not link.exists():
+            link.symlink_to(archive.resolve(strict=True))
+
+    def _write_config(self) -> None:
+        ports = _free_ports(len(PORTS))
+        defaults: dict[str, Property | None] = {
+            name: f"http://{LOOPBACK}:{port}" if name.endswith("_address") else port
+            for name, port in zip(PORTS, ports, strict=True)
+        }
+        defaults |= {
+            "model_store": self.model_store,
+            "load_models": ",".join(archive.name for archive in self.archives) or None,
+            "default_workers_per_model": self.initial_workers if self.archives else None,
+            "disable_token_authorization": True,
+            "enable_model_api": True,  # 0.12 refuses to register models otherwise
+        }
+        write_properties(self.config, defaults | self._wanted)
+
+    def _wait_for_management(self) -> None:
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                self.management("GET", "/models")
+                return
+            except RequestError as error:
+                if error.status:
+                    raise
+            self._require_alive(deadline, "the management API did not answer")
+            time.sleep(0.05)
+
+    def wait_ready(self, name: str, workers: int | None = None, *, version: str | None = None) -> None:
+        """Return once exactly ``workers`` workers of the model exist and all are READY; None takes its minWorkers.
+
+        Raises:
+            TorchServeError: not within ``timeout``, or workers keep dying (three deaths per worker).
+        """
+        deadline = time.monotonic() + self.timeout
+        deaths = self.log().count(DEATH)
+        seen: object = "nothing"
+        while True:
+            with contextlib.suppress(RequestError):
+                model = self.describe(name, version=version)
+                seen = [worker["status"] for worker in model["workers"]]
+                wanted = int(model["minWorkers"]) if workers is None else workers
+                if len(model["workers"]) == wanted and all(state == "READY" for state in seen):
+                    return
+                if self.log().count(DEATH) - deaths >= 3 * max(wanted, 1):
+                    raise TorchServeError(f"the workers of {name} keep dying{self._tail()}")
+            self._require_alive(deadline, f"the workers of {name} are not all READY (wanted {workers}, see {seen})")
+            time.sleep(0.1)
+
+    def _require_alive(self, deadline: float, complaint: str) -> None:
+        if self._command is None or self._command.poll() is not None:
+            raise TorchServeError(f"{complaint}: the server ended{self._tail()}")
+        if time.monotonic() > deadline:
+            raise TorchServeError(f"{complaint} within {self.timeout:g} s{self._tail()}")
+
+    def stop(self) -> None:
+        """End the server and every process of its, within about 20 seconds; do nothing if it does not run."""
+        try:
+            self._end_processes()
+        finally:
+            if not self.keep:
+                shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _end_processes(self) -> None:
+        if self._command is None:
+            return
+        tree = self.tree()
+        java = [process for process in tree if _name(process) == "java"]
+        for process in java:
+            _signal(process, signal.SIGTERM)
+        psutil.wait_procs(java, timeout=15)
+        # A worker behind TorchServe's own launcher outlives its frontend, in another session: _marked finds it.
+        for _ in range(5):
+            rest = [process for process in {*tree, *self._marked(), *self._seen.values()} if process.is_running()]
+            for process in rest:
+                _signal(process, signal.SIGKILL)
+            psutil.wait_procs(rest, timeout=5)
+            if not self._marked():
+                break
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._command.wait(timeout=5)
+        self._command = None
+        self._seen.clear()
+
+    # ---- the server's APIs
+
+    def register(self, archive: Path, *, workers: int = 1, name: str | None = None, **parameters: Property) -> str:
+        """Load another archive, wait until its workers are READY and return the model's name.
+
+        ``parameters`` go into the query as they are (``batch_size=4``).
+        """
+        self._store(archive)
+        query = {"url": archive.name, "initial_workers": workers, "synchronous": "true"} | parameters
+        if name:
+            query["model_name"] = name
+        self.management("POST", "/models", query)
+        self.wait_ready(name or archive.stem, workers)
+        return name or archive.stem
+
+    def unregister(self, name: str, *, version: str | None = None) -> None:
+        self.management("DELETE", _model(name, version))
+
+    def scale(
+        self,
+        name: str,
+        minimum: int,
+        maximum: int | None = None,
+        *,
+        synchronous: bool = True,
+        wait: bool = True,
+        version: str | None = None,
+    ) -> None:
+        """Set the number of workers; ``wait`` returns only when exactly ``minimum`` are READY."""
+        query: dict[str, Property] = {
+            "min_worker": minimum,
+            "max_worker": max(minimum, maximum or minimum),
+            "synchronous": str(synchronous).lower(),
+        }
+        self.management("PUT", _model(name, version), query)
+        if wait:
+            self.wait_ready(name, minimum, version=version)
+
+    def describe(self, name: str, *, version: str | None = None) -> dict[str, Any]:
+        """Return ``GET /models/NAME``: the default version, or the given one."""
+        answer: list[dict[str, Any]] = json.loads(self.management("GET", _model(name, version)))
+        return answer[0]
+
+    def cores(self) -> dict[str, Any]:
+        """Return ``GET /cores``, the ts-cores hook's core map."""
+        answer: dict[str, Any] = json.loads(self.management("GET", "/cores"))
+        return answer
+
+    def predict(self, name: str, body: bytes, *, timeout: float = 120.0) -> bytes:
+        """Return the model's answer to ``body``.
+
+        Raises:
+            RequestError: an answer other than 2xx, or none.
+        """
+        return _request("POST", self.prediction_url(name), body=body, timeout=timeout)
+
+    def prediction_url(self, name: str) -> str:
+        return f"{self.inference_url}/predictions/{urllib.parse.quote(name)}"
+
+    def management(self, method: str, path: str, query: Mapping[str, Property] | None = None) -> str:
+        """Return the text that the management API answers to ``method path?query``."""
+        url = self.management_url + path
+        if query:
+            url += "?" + urllib.parse.urlencode({key: str(value) for key, value in query.items()})
+        return _request(method, url, timeout=self.timeout).decode()
+
+    def metrics(self) -> str:
+        """Return ``GET /metrics`` in Prometheus' text format."""
+        return _request("GET", f"{self.properties['metrics_address']}/metrics", timeout=self.timeout).decode()
+
+    @property
+    def inference_url(self) -> str:
+        return self.properties["inference_address"]
+
+    @property
+    def management_url(self) -> str:
+        return self.properties["management_address"]
+
+    # ---- its processes and files
+
+    @property
+    def pid(self) -> int:
+        """The pid of the frontend, the Java process.
+
+        Raises:
+            TorchServeError: the server does not run.
+        """
+        for process in self.tree():
+            if _name(process) == "java":
+                return process.pid
+        raise TorchServeError(f"the server does not run{self._tail()}")
+
+    def tree(self) -> list[psutil.Process]:
+        """Return the started command and all its descendants, parents first."""
+        if self._command is None:
+            return []
+        try:
+            root = psutil.Process(self._command.pid)
+            tree = [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            tree = self._marked()
+        self._seen.update((process.pid, process) for process in tree)
+        return tree
+
+    def workers(self) -> dict[int, list[str]]:
+        """Return pid -> command line of every process of the server's that runs the worker script itself."""
+        found = {}
+        for process in self.tree():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                words = process.cmdline()
+                wrapper = "-m" in words[:3]  # python -m torch.backends.xeon.run_cpu ... model_service_worker.py ...
+                if not wrapper and any(word.endswith(WORKER_SCRIPT) for word in words[1:4]):
+                    found[process.pid] = words
+        return found
+
+    def _marked(self) -> list[psutil.Process]:
+        """Return every process of this user with our directory in its environment, whoever its parent is now."""
+        mark = f"LOG_LOCATION={self.log_directory}".encode()
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError):
+                if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
+                    found.append(process)
+        return found
+
+    @property
+    def console(self) -> Path:
+        """The file with everything that the server wrote to stdout and stderr, ts_log included."""
+        return self.directory / "console.log"
+
+    def log(self) -> str:
+        """Return the console's text so far; empty before the start."""
+        try:
+            return self.console.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def snapshots(self) -> list[Path]:
+        """Return the snapshots that the server has written, oldest first."""
+        return sorted((self.log_directory / "config").glob("*.cfg"), key=lambda file: file.stat().st_mtime_ns)
+
+    def _tail(self, lines: int = 60) -> str:
+        return "\n--- last lines of the server's log\n" + "\n".join(self.log().splitlines()[-lines:])
+
+
+def write_properties(file: Path, properties: Mapping[str, Property | None]) -> None:
+    """Write a config.properties; booleans in Java's spelling, None left out."""
+    lines = []
+    for name, value in properties.items():
+        if value is not None:
+            lines.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}\n")
+    file.write_text("".join(lines))
+
+
+def read_properties(file: Path) -> dict[str, str]:
+    """Return the properties of a config file or snapshot; a backslash before ``:`` or ``=`` is Java's escape."""
+    found = {}
+    for line in file.read_text().splitlines():
+        name, equals, value = line.partition("=")
+        if equals and not line.lstrip().startswith(("#", "!")):
+            found[name.strip()] = value.strip().replace("\\:", ":").replace("\\=", "=")
+    return found
+
+
+def _free_ports(number: int) -> list[int]:
+    """Return that many different free loopback ports (free now: only the server's bind can tell for sure)."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind((LOOPBACK, 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _request(method: str, url: str, *, body: bytes | None = None, timeout: float) -> bytes:
+    request = urllib.request.Request(url, data=body, method=method)
+    if body is not None:
+        request.add_header("Content-Type", "application/octet-stream")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never a proxy to loopback
+    try:
+        with opener.open(request, timeout=timeout) as answer:
+            content: bytes = answer.read()
+            return content
+    except urllib.error.HTTPError as error:
+        raise RequestError(f"{method} {url}", error.code, error.read().decode(errors="replace")) from None
+    except OSError as error:  # refused, reset, timed out
+        raise RequestError(f"{method} {url}", 0, str(error)) from None
+
+
+def _model(name: str, version: str | None) -> str:
+    path = f"/models/{urllib.parse.quote(name)}"
+    return f"{path}/{urllib.parse.quote(version)}" if version else path
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
