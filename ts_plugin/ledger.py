@@ -22,7 +22,7 @@ from ts_plugin.planner import Demand, Slice
 from ts_plugin.policy import Allocator, Memory, OmpRuntime, Pin, Policy
 from ts_plugin.process import Identity
 
-__all__ = ["LEASE_VARIABLE", "Lease", "Ledger", "LedgerError", "Server", "State", "pack_lease", "state_directory"]
+__all__ = ["LEASE_VARIABLE", "Lease", "Ledger", "LedgerError", "Server", "State", "pack_lease", "state_directory", "unpack_lease"]
 
 VERSION = 1
 LOCK_TIMEOUT = 20.0  # seconds; TorchServe gives a worker 120 to start
@@ -242,7 +242,7 @@ def _recover() -> State:
         if text is None:
             continue
         try:
-            lease = _unpack_lease(json.loads(text))
+            lease = unpack_lease(json.loads(text))
             if lease.pid == pid:  # else a child of the worker, which inherited the variable
                 cpus = tuple(sorted(os.sched_getaffinity(pid)))
                 leases.append(replace(lease, slice=replace(lease.slice, cpus=cpus) if lease.slice.pinned else lease.slice))
@@ -301,7 +301,7 @@ def _unpack_slice(data: dict[str, Any]) -> Slice:
     return Slice(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
 
 
-def _unpack_lease(data: dict[str, Any]) -> Lease:
+def unpack_lease(data: dict[str, Any]) -> Lease:
     convert: dict[str, Any] = {"demand": _unpack_demand, "slice": _unpack_slice, "notes": tuple}
     return Lease(**{name: convert.get(name, _same)(value) for name, value in data.items()})
 
@@ -315,7 +315,7 @@ def _unpack_state(data: dict[str, Any]) -> State:
     return State(
         generation=int(data.get("generation", 0)),
         servers=tuple(_unpack_server(item) for item in data.get("servers", ())),
-        leases=tuple(_unpack_lease(item) for item in data.get("leases", ())),
+        leases=tuple(unpack_lease(item) for item in data.get("leases", ())),
         reserved=parse_cpulist(data.get("reserved", "")),
         notes=tuple(data.get("notes", ())),
     )

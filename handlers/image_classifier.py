@@ -1,0 +1,9 @@
+"""TorchServe's image_classifier on its own physical cores: `torch-model-archiver --handler handlers/image_classifier.py`."""
+
+from ts.torch_handler.image_classifier import ImageClassifier
+
+from handlers import CoreSliceMixin
+
+
+class CoreSliceImageClassifier(CoreSliceMixin, ImageClassifier):  # type: ignore[misc]
+    """`image_classifier` as TorchServe documents it; see CoreSliceMixin."""

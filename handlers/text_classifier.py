@@ -1,0 +1,9 @@
+"""TorchServe's text_classifier on its own physical cores: `torch-model-archiver --handler handlers/text_classifier.py`."""
+
+from ts.torch_handler.text_classifier import TextClassifier
+
+from handlers import CoreSliceMixin
+
+
+class CoreSliceTextClassifier(CoreSliceMixin, TextClassifier):  # type: ignore[misc]
+    """`text_classifier` as TorchServe documents it; see CoreSliceMixin."""

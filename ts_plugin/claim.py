@@ -1,0 +1,142 @@
+"""A worker's claim: who it is, what it may use, what its archive asks for, and the lease that it gets."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ts_plugin import coordinator, discovery, process
+from ts_plugin.cpulist import format_cpulist
+from ts_plugin.ledger import Lease, Ledger, Server
+from ts_plugin.planner import Demand, Slice
+from ts_plugin.policy import Policy
+
+__all__ = ["Archive", "CannotBind", "claim", "describe", "read_archive", "worker_id"]
+
+NOTHING = Slice(cpus=(), threads=1, numa_nodes=(), l3_domains=(), packages=())
+
+
+class CannotBind(RuntimeError):
+    """This worker must serve unbound; the message is the reason and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """What an extracted model archive says of itself: ``cores`` and ``share`` are its ``cpu:`` wishes."""
+
+    model: str
+    version: str
+    cores: int | None = None
+    share: float = 1.0
+    notes: tuple[str, ...] = ()
+
+
+def claim(ledger: Ledger, *, archive: Archive, worker: str) -> Lease:
+    """Enter this process into the ledger and return its lease; the caller binds itself to it.
+
+    Raises:
+        CannotBind: the frontend's config.properties has an error.
+        LedgerError, PlanError: see ``coordinator.join``.
+    """
+    pid = os.getpid()
+    server = coordinator.server_of(ledger.read(), pid)
+    if server is not None and server.error is not None:
+        raise CannotBind(server.error)
+    allowance = discovery.read_allowance(affinity=own_mask(server))
+    demand = Demand(
+        allowed=allowance.cpus,
+        policy=Policy() if server is None else server.policy,
+        quota=allowance.quota,
+        cores=archive.cores,
+        share=archive.share,
+    )
+    identity = process.identify(pid)
+    lease = Lease(
+        pid=pid,
+        start_time=identity.start_time if identity else 0,
+        model=archive.model,
+        version=archive.version,
+        worker_id=worker,
+        server_pid=None if server is None else server.pid,
+        demand=demand,
+        slice=NOTHING,
+        notes=archive.notes,
+    )
+    return coordinator.join(ledger, lease)
+
+
+def own_mask(server: Server | None) -> frozenset[int]:
+    """Return the CPUs that this process was meant to have: not the mask that a frontend moved aside handed down."""
+    mask = frozenset(os.sched_getaffinity(0))
+    if server is None:
+        return mask
+    try:
+        inherited = mask == os.sched_getaffinity(server.pid)
+    except OSError:
+        inherited = False
+    return server.allowed if inherited else mask
+
+
+def worker_id(arguments: Sequence[str]) -> str:
+    """Return TorchServe's number for a worker, which survives its restarts, from the arguments it starts with.
+
+    Source: org.pytorch.serve.wlm.WorkerLifeCycle; ts/model_service_worker.py adds LOCAL_RANK under torchrun.
+    """
+    options = dict(zip(arguments, arguments[1:], strict=False))
+    number = options.get("--port") or options.get("--sock-name", "").rpartition(".")[2]
+    rank = os.environ.get("LOCAL_RANK", "0")
+    return str(int(number) + int(rank)) if number.isdigit() and rank.isdigit() else number or "?"
+
+
+def read_archive(directory: str) -> Archive:
+    """Return what the archive extracted in ``directory`` says; what cannot be read or granted becomes a note."""
+    path = f"{directory}/MAR-INF/MANIFEST.json"
+    try:
+        with open(path, encoding="utf-8") as file:
+            model = json.load(file)["model"]
+        name, version = str(model["modelName"]), str(model.get("modelVersion", "1.0"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Archive(os.path.basename(directory), "1.0", notes=(f"{path}: {error}; the model's name is a guess",))
+    cores, share, notes = _wishes(f"{directory}/{model['configFile']}") if model.get("configFile") else (None, 1.0, ())
+    return Archive(name, version, cores, share, notes)
+
+
+def _wishes(path: str) -> tuple[int | None, float, tuple[str, ...]]:
+    """Return (cores, share, notes) from the ``cpu:`` section of a model-config.yaml."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        if "cpu:" not in text:
+            return None, 1.0, ()
+        import yaml  # costs 20 ms of worker start, so only for archives that have the section
+
+        section = yaml.safe_load(text).get("cpu")
+        if section is None:
+            return None, 1.0, ()
+        unknown = sorted(set(section) - {"cores", "share"})
+        if unknown:
+            raise ValueError(f"cpu: has no {unknown[0]!r}; it takes 'cores: N' or 'share: X'")
+        cores, share = section.get("cores"), section.get("share", 1.0)
+        if cores is not None and (not isinstance(cores, int) or isinstance(cores, bool) or cores < 1):
+            raise ValueError(f"cpu.cores must be a whole number of at least 1, not {cores!r}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
+            raise ValueError(f"cpu.share must be a number above 0, not {share!r}")
+        return cores, float(share), ()
+    except (OSError, ImportError, ValueError, TypeError, AttributeError) as error:
+        return None, 1.0, (f"{path}: {error}; the worker gets an equal share",)
+    except Exception as error:  # yaml's own errors share no base with anything above
+        if type(error).__module__.startswith("yaml"):
+            return None, 1.0, (f"{path}: {' '.join(str(error).split())}; the worker gets an equal share",)
+        raise
+
+
+def describe(lease: Lease) -> str:
+    """Return one line for a log: who, which CPUs, how many threads, where."""
+    cores = lease.slice
+    kind = "CPUs" if cores.pinned else "not pinned, any of CPUs"
+    return (
+        f"{lease}: {kind} {format_cpulist(cores.cpus)}, intra-op threads {cores.threads}, "
+        f"NUMA nodes {format_cpulist(cores.numa_nodes) or 'unknown'}"
+    )

@@ -1,0 +1,159 @@
+"""Join, leave, settle: one plan for all living workers, written to the ledger and then told to the kernel.
+
+Whoever changes who is alive holds the ledger's lock, plans, writes and binds all workers, the others' threads included.
+The ledger is written first: if the process dies half-way, any other worker finds the truth there and finishes the job.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from ts_plugin import binding, discovery, process
+from ts_plugin.ledger import Lease, Ledger, LedgerError, Server, State
+from ts_plugin.planner import PlanError, plan
+from ts_plugin.topology import Topology
+
+__all__ = ["UNBOUND_VARIABLE", "Unbound", "amend", "enlist", "join", "server_of", "settle", "unbound_workers"]
+
+UNBOUND_VARIABLE = "TS_CORES_UNBOUND"  # in a worker's environment: why the launcher could not bind it
+WORKER_SCRIPT = "/ts/model_service_worker.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Unbound:
+    """A TorchServe worker without a slice, and why."""
+
+    pid: int
+    reason: str
+    server_pid: int | None = None
+
+
+def join(ledger: Ledger, lease: Lease) -> Lease:
+    """Give a new worker its slice, make room for it among the others, and return its lease.
+
+    ``lease.slice`` is ignored. The caller binds itself; the others' threads are off its cores when this returns.
+
+    Raises:
+        LedgerError: the ledger cannot be used. PlanError: no plan exists with this worker in it; nothing has changed.
+    """
+    with ledger.locked() as state:
+        others = tuple(other for other in state.leases if other.pid != lease.pid)
+        after = _settle(ledger, state, replace(state, leases=(*others, lease)))
+    joined = after.lease_of(lease.pid)
+    if joined is None:  # it died between the two lines above; whoever asks is another process then
+        raise LedgerError(f"{ledger.path}: process {lease.pid} ended while it joined")
+    return joined
+
+
+def settle(ledger: Ledger) -> State:
+    """Divide the machine anew among those who live; return the state that holds now.
+
+    Raises:
+        LedgerError: the ledger cannot be used.
+    """
+    with ledger.locked() as state:
+        try:
+            return _settle(ledger, state, state)
+        except PlanError as error:  # CPUs went offline under a core list, say: everyone keeps what it has
+            return replace(state, notes=(*state.notes, str(error)))
+
+
+def amend(ledger: Ledger, pid: int, *, model: str, cores: int | None) -> None:
+    """Correct what a worker said of itself when it joined: the name it was registered under, the cores it wants."""
+    with ledger.locked() as state:
+        lease = state.lease_of(pid)
+        if lease is None or (lease.model == model and lease.demand.cores == cores):
+            return
+        corrected = replace(lease, model=model, demand=replace(lease.demand, cores=cores))
+        leases = tuple(corrected if other is lease else other for other in state.leases)
+        _settle(ledger, state, replace(state, leases=leases))
+
+
+def enlist(ledger: Ledger, server: Server) -> None:
+    """Enter a TorchServe frontend with what its config.properties asks for."""
+    with ledger.locked() as state:
+        others = tuple(other for other in state.servers if other.pid != server.pid)
+        ledger.write(replace(state, generation=state.generation + 1, servers=(*others, server)))
+
+
+def server_of(state: State, pid: int) -> Server | None:
+    """Return the TorchServe frontend that ``pid`` descends from: its parent, or its grandparent under torchrun."""
+    servers = {server.pid: server for server in state.servers}
+    ancestor = process.parent(pid)
+    for _ in range(4):
+        if ancestor is None or ancestor in servers:
+            break
+        ancestor = process.parent(ancestor)
+    return None if ancestor is None else servers.get(ancestor)
+
+
+def unbound_workers(state: State) -> list[Unbound]:
+    """Return the TorchServe workers of this machine that hold no lease in ``state``, as far as /proc shows them."""
+    bound = {lease.pid for lease in state.leases}
+    found = []
+    for pid in process.pids():
+        arguments = process.command_line(pid)
+        if pid in bound or not any(argument.endswith(WORKER_SCRIPT) for argument in arguments[1:3]):
+            continue
+        if process.parent(pid) in bound:  # a child that a worker forked looks like the worker
+            continue
+        reason = process.environment(pid).get(UNBOUND_VARIABLE, "started past the launcher, and its handler is not ours")
+        server = server_of(state, pid)
+        found.append(Unbound(pid, reason, server.pid if server else None))
+    return found
+
+
+def _settle(ledger: Ledger, before: State, wanted: State) -> State:
+    """Plan ``wanted``, write it if it differs from the ledger, and make the kernel agree with it."""
+    topology = discovery.read_topology()
+    demands = [replace(lease.demand, held=_held(lease, before)) for lease in wanted.leases]
+    result = plan(topology, demands)
+    leases = []
+    for lease, cores in zip(wanted.leases, result.slices, strict=True):
+        known = before.lease_of(lease.pid)
+        moved = known is not None and not set(known.slice.numa_nodes) & set(cores.numa_nodes)
+        leases.append(replace(lease, slice=cores, moves=lease.moves + moved))
+    after = replace(wanted, leases=tuple(leases), reserved=result.reserved, notes=result.notes)
+    on_disk = ledger.read()
+    if replace(after, generation=on_disk.generation) != on_disk:
+        after = replace(after, generation=before.generation + 1)
+        ledger.write(after)
+    _enforce(before, after, topology)
+    return after
+
+
+def _held(lease: Lease, before: State) -> frozenset[int]:
+    known = before.lease_of(lease.pid)
+    return frozenset() if known is None or not known.slice.pinned else frozenset(known.slice.cpus)
+
+
+def _enforce(before: State, after: State, topology: Topology) -> None:
+    """Bind every worker but the newcomers, who bind themselves; those who only lose cores go first."""
+    changes = []
+    for lease in after.leases:
+        known = before.lease_of(lease.pid)
+        if known is not None:
+            gains = set(lease.slice.cpus) - set(known.slice.cpus)
+            changes.append((bool(gains), known, lease))
+    for _, known, lease in sorted(changes, key=lambda change: change[0]):
+        try:
+            binding.bind_tree(lease.pid, lease.slice.cpus, before=known.slice.cpus)
+        except OSError:
+            continue  # it ended, or its cpuset changed under it: its own follower sees that and says so
+        if len(topology.nodes) > 1 and known.slice.numa_nodes != lease.slice.numa_nodes:
+            left = set(known.slice.numa_nodes) - set(lease.slice.numa_nodes)
+            if left:
+                binding.move_pages(lease.pid, left, lease.slice.numa_nodes)
+    for server in after.servers:
+        _move_frontend(server, after)
+
+
+def _move_frontend(server: Server, state: State) -> None:
+    """Keep the frontend's own threads off the slices where it has anywhere else to go: reserved cores, idle SMT siblings."""
+    held = {cpu for lease in state.leases if lease.slice.pinned for cpu in lease.slice.cpus}
+    free = (server.allowed & state.reserved) or (server.allowed - held)
+    try:
+        binding.bind_process(server.pid, free or server.allowed, before=os.sched_getaffinity(server.pid))
+    except OSError:
+        pass  # another user's frontend, or gone: it only costs some disturbance

@@ -1,0 +1,143 @@
+"""Inside a worker: follows its slice while it serves.
+
+A thread waits for the death of any other worker (pidfd) and for a new ledger (one stat every half second), and binds
+this process. The thread count belongs to the thread that computes, so `follow` sets it there, at request boundaries.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import threading
+from dataclasses import replace
+
+from ts_plugin import binding, claim, coordinator
+from ts_plugin.launcher import say
+from ts_plugin.ledger import Lease, Ledger, LedgerError, State
+from ts_plugin.planner import PlanError, Slice
+
+__all__ = ["Follower", "current"]
+
+INTERVAL = 0.5  # seconds between two looks at the ledger's stat; a death is seen at once
+
+
+class Follower:
+    """Keeps this process on the slice of ``lease``, which it must already be bound to."""
+
+    def __init__(self, ledger: Ledger, lease: Lease) -> None:
+        self._ledger = ledger
+        self._lease = lease
+        self._wanted: Slice = lease.slice
+        self._applied: Slice | None = None
+        self._pidfds: dict[int, int] = {}
+        self._trouble = ""
+
+    @property
+    def lease(self) -> Lease:
+        return self._lease
+
+    def start(self) -> None:
+        """Start to follow; the thread never keeps the process alive."""
+        threading.Thread(target=self._watch, name="ts-cores", daemon=True).start()
+
+    def follow(self) -> None:
+        """Make the calling thread compute with the slice's threads; costs nothing while the slice stays.
+
+        Call it before a model is loaded and at every request boundary, from the thread that runs the model.
+        """
+        wanted = self._wanted
+        if wanted is self._applied:
+            return
+        for name in binding.THREAD_COUNTS:
+            os.environ[name] = str(wanted.threads)  # an OpenMP runtime that is yet to be loaded reads these
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.get_num_threads() != wanted.threads:
+            torch.set_num_threads(wanted.threads)
+        if self._applied is not None and self._applied.numa_nodes != wanted.numa_nodes and wanted.pinned:
+            binding.bind_memory(self._lease.demand.policy.memory, wanted.numa_nodes)
+        self._applied = wanted
+
+    def amend(self, *, model: str, gpu: bool) -> None:
+        """Tell the ledger what TorchServe said at load time: the registered name, and whether a GPU does the work.
+
+        A GPU worker keeps one core: it feeds the device and runs pre- and post-processing.
+        """
+        cores = 1 if gpu else self._lease.demand.cores
+        if model == self._lease.model and cores == self._lease.demand.cores:
+            return
+        try:
+            coordinator.amend(self._ledger, os.getpid(), model=model, cores=cores)
+            self._lease = replace(self._lease, model=model, demand=replace(self._lease.demand, cores=cores))
+            self._adopt(self._ledger.read())
+        except (LedgerError, PlanError) as error:
+            self._report(str(error))
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        version = None
+        while True:
+            try:
+                now = self._ledger.version()
+                if now != version:
+                    version = now
+                    state = self._ledger.read()
+                    self._adopt(state)
+                    self._observe(poll, state)
+                dead = poll.poll(INTERVAL * 1000)
+                if dead:
+                    for descriptor, _ in dead:
+                        poll.unregister(descriptor)
+                        os.close(descriptor)
+                        self._pidfds = {pid: fd for pid, fd in self._pidfds.items() if fd != descriptor}
+                    coordinator.settle(self._ledger)
+                self._trouble = ""
+            except (OSError, PlanError) as error:  # LedgerError is an OSError: a full disk today may be fine tomorrow
+                self._report(str(error))
+                poll.poll(INTERVAL * 1000)
+
+    def _adopt(self, state: State) -> None:
+        lease = state.lease_of(os.getpid())
+        if lease is None:  # somebody deleted or damaged the ledger: enter again what is ours
+            lease = coordinator.join(self._ledger, self._lease)
+        if lease.slice != self._lease.slice:
+            say(claim.describe(lease))
+        binding.bind_tree(lease.pid, lease.slice.cpus, before=self._lease.slice.cpus)
+        if lease.slice != self._wanted:
+            self._wanted = lease.slice
+        self._lease = lease
+
+    def _observe(self, poll: select.poll, state: State) -> None:
+        """Hold a pidfd of every other worker, which becomes readable when that worker ends."""
+        others = {lease.pid for lease in state.leases} - {os.getpid()}
+        for pid in set(self._pidfds) - others:
+            poll.unregister(self._pidfds[pid])
+            os.close(self._pidfds.pop(pid))
+        for pid in others - set(self._pidfds):
+            try:
+                self._pidfds[pid] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                coordinator.settle(self._ledger)
+                continue
+            poll.register(self._pidfds[pid], select.POLLIN)
+
+    def _report(self, trouble: str) -> None:
+        if trouble != self._trouble:
+            say(f"{self._lease}: {trouble}", problem=True)
+        self._trouble = trouble
+
+
+_current: Follower | None = None
+
+
+def current() -> Follower | None:
+    """Return the follower of this process, if it has one."""
+    return _current
+
+
+def attach(ledger: Ledger, lease: Lease) -> Follower:
+    """Follow ``lease`` in this process from now on."""
+    global _current
+    _current = Follower(ledger, lease)
+    _current.start()
+    return _current

@@ -1,0 +1,111 @@
+"""What the Java hook asks Python: `python -I -m ts_plugin.server takeover|cores`. All policy is on this side."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import metadata
+from typing import Any
+
+from ts_plugin import coordinator, discovery, process
+from ts_plugin.ledger import Lease, Ledger, LedgerError, Server, State
+from ts_plugin.policy import LauncherArgsError, Policy, parse_launcher_args
+
+__all__ = ["core_map", "main", "take_over"]
+
+LAUNCHER = "ts-cores-python"
+
+
+def main(arguments: list[str]) -> int:
+    """Answer the frontend that is this process's parent: one JSON document on stdout."""
+    command, *options = arguments or [""]
+    server_pid = os.getppid()
+    if command == "takeover":
+        text = next((option.partition("=")[2] for option in options if option.startswith("--launcher-args=")), "")
+        answer = take_over(Ledger(), server_pid, text)
+    elif command == "cores":
+        answer = {"enabled": "--enabled" in options, **core_map(Ledger().read(), server_pid=server_pid)}
+    else:
+        print("usage: python -m ts_plugin.server takeover [--launcher-args=TEXT] | cores [--enabled]", file=sys.stderr)
+        return 2
+    print(json.dumps(answer))
+    return 0
+
+
+def take_over(ledger: Ledger, server_pid: int, launcher_args: str) -> dict[str, Any]:
+    """Enter a frontend into the ledger; return the launcher's path and the warnings that its log should show.
+
+    A mistake in ``launcher_args`` is entered too: the workers then serve unbound and name it.
+
+    Raises:
+        FileNotFoundError: the launcher is not installed beside this package.
+    """
+    warnings = []
+    policy, error = Policy(), None
+    try:
+        policy = parse_launcher_args(launcher_args)
+        warnings += [f"cpu_launcher_args: {note}" for note in policy.notes]
+    except LauncherArgsError as problem:
+        error = f"cpu_launcher_args: {problem}"
+        warnings.append(f"{error}; workers serve UNBOUND")
+    try:
+        identity = process.identify(server_pid)
+        allowed = discovery.read_allowance(affinity=os.sched_getaffinity(server_pid)).cpus
+        if identity is not None:
+            coordinator.enlist(ledger, Server(server_pid, identity.start_time, policy, allowed, error))
+    except OSError as problem:
+        warnings.append(f"{problem}; workers serve UNBOUND")
+    return {"python": _launcher_path(), "warnings": warnings}
+
+
+def _launcher_path() -> str:
+    """Return where the installer put the launcher: it need not be beside the interpreter (Debian, --user)."""
+    for file in metadata.files("ts-cores") or ():
+        if file.name == LAUNCHER:
+            return os.path.realpath(str(file.locate()))
+    raise FileNotFoundError(f"{LAUNCHER} is not installed for {sys.executable}; pip install ts-cores there")
+
+
+def core_map(state: State, *, server_pid: int | None = None) -> dict[str, Any]:
+    """Return who holds what as JSON values; only the workers of one frontend if ``server_pid`` is given."""
+
+    def wanted(owner: int | None) -> bool:
+        return server_pid is None or owner == server_pid
+
+    return {
+        "slices": [_slice(lease) for lease in state.leases if wanted(lease.server_pid)],
+        "unbound": [
+            {"pid": worker.pid, "reason": worker.reason}
+            for worker in coordinator.unbound_workers(state)
+            if wanted(worker.server_pid)
+        ],
+        "reserved_cpus": sorted(state.reserved),
+        "notes": list(state.notes),
+    }
+
+
+def _slice(lease: Lease) -> dict[str, Any]:
+    cores = lease.slice
+    return {
+        "pid": lease.pid,
+        "model": lease.model,
+        "version": lease.version,
+        "worker_id": lease.worker_id,
+        "server_pid": lease.server_pid,
+        "cpus": list(cores.cpus),
+        "threads": cores.threads,
+        "numa_nodes": list(cores.numa_nodes),
+        "l3_domains": list(cores.l3_domains),
+        "packages": list(cores.packages),
+        "pinned": cores.pinned,
+        "moves": lease.moves,
+        "notes": list(lease.notes),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (LedgerError, FileNotFoundError) as error:
+        sys.exit(f"ts-cores: {error}")

@@ -1,0 +1,54 @@
+"""Runs TorchServe's model_service_worker.py in this process, with the follower at its request boundaries.
+
+Started by the launcher as a script, with the path of model_service_worker.py as the first argument.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python put this file's directory first; the worker must see its own there, as if it had been started directly.
+    sys.path[0] = os.path.dirname(sys.argv[1])
+
+import json
+import runpy
+from typing import Any
+
+from ts_plugin import follower
+from ts_plugin.launcher import say
+from ts_plugin.ledger import LEASE_VARIABLE, Ledger, unpack_lease
+
+
+def attach() -> None:
+    """Follow the lease that the launcher left in the environment, at the request boundaries of every handler.
+
+    Source: ts/service.py. `Service.__init__` runs right before the handler's `initialize`, and both the synchronous and
+    the asynchronous `predict` begin with `Service.retrieve_data_for_inference`, in the thread that runs the model.
+    """
+    own = follower.attach(Ledger(), unpack_lease(json.loads(os.environ.pop(LEASE_VARIABLE))))
+    from ts.service import Service
+
+    begin, receive = Service.__init__, Service.retrieve_data_for_inference
+
+    def initialize(self: Any, model_name: str, *arguments: Any, **options: Any) -> None:
+        begin(self, model_name, *arguments, **options)
+        own.amend(model=model_name, gpu=self.context.system_properties.get("gpu_id") is not None)
+        own.follow()
+
+    def retrieve(batch: Any) -> Any:
+        own.follow()
+        return receive(batch)
+
+    Service.__init__ = initialize
+    Service.retrieve_data_for_inference = staticmethod(retrieve)
+
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    try:
+        attach()
+    except Exception as error:  # the worker is bound already; it must serve even if it cannot follow
+        say(f"slice will not follow the other workers: {type(error).__name__}: {error}", problem=True)
+    runpy.run_path(sys.argv[0], run_name="__main__")
