@@ -108,7 +108,6 @@ public final class CoresEndpoint extends ModelServerEndpoint {
             answer = NOTHING;
         }
         response.setContentType(html ? "text/html; charset=utf-8" : "application/json");
-        response.setHeader("Cache-Control", "no-store");
         response.setHeader("Vary", "Accept");
         response.getOutputStream().write(answer.getBytes(StandardCharsets.UTF_8));
     }
