@@ -1,4 +1,4 @@
-"""TorchServe's image_classifier on its own physical cores: `torch-model-archiver --handler handlers/image_classifier.py`."""
+"""TorchServe's image_classifier on its own cores: `torch-model-archiver --handler handlers/image_classifier.py`."""
 
 from ts.torch_handler.image_classifier import ImageClassifier
 

@@ -1,4 +1,4 @@
-"""TorchServe's image_segmenter on its own physical cores: `torch-model-archiver --handler handlers/image_segmenter.py`."""
+"""TorchServe's image_segmenter on its own cores: `torch-model-archiver --handler handlers/image_segmenter.py`."""
 
 from ts.torch_handler.image_segmenter import ImageSegmenter
 

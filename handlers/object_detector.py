@@ -1,4 +1,4 @@
-"""TorchServe's object_detector on its own physical cores: `torch-model-archiver --handler handlers/object_detector.py`."""
+"""TorchServe's object_detector on its own cores: `torch-model-archiver --handler handlers/object_detector.py`."""
 
 from ts.torch_handler.object_detector import ObjectDetector
 

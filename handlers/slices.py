@@ -19,8 +19,8 @@ __all__ = ["CoreSliceHandler", "CoreSliceMixin"]
 class CoreSliceMixin:
     """Put it before any TorchServe handler: ``class MyHandler(CoreSliceMixin, ImageClassifier): ...``.
 
-    It works wherever the worker came from: bound by the launcher, or started past it (no plug-in, ``useVenv``, torchrun),
-    in which case the worker claims its slice here. A worker that cannot be bound serves unbound and says why.
+    It works wherever the worker came from: bound by the launcher, or started past it (no plug-in, ``useVenv``,
+    torchrun), in which case it claims its slice here. A worker that cannot be bound serves unbound and says why.
     """
 
     def initialize(self, context: Any) -> None:
@@ -51,7 +51,7 @@ def _claim(context: Any) -> follower.Follower | None:
         ledger = Ledger()
         archive = claim.read_archive(properties.get("model_dir"))
         lease = claim.claim(ledger, archive=archive, worker=worker)
-        # torch is here already, so its threads are too: all of them move, and masks that OMP_PROC_BIND shrank are repaired.
+        # torch is here already, and so are its threads: all move, and masks that OMP_PROC_BIND shrank are repaired.
         repaired = binding.bind_tree(lease.pid, lease.slice.cpus, before=os.sched_getaffinity(0))
         binding.bind_memory(lease.demand.policy.memory, lease.slice.numa_nodes)
     except (OSError, PlanError, claim.CannotBind) as error:

@@ -1,4 +1,4 @@
-"""TorchServe's text_classifier on its own physical cores: `torch-model-archiver --handler handlers/text_classifier.py`."""
+"""TorchServe's text_classifier on its own cores: `torch-model-archiver --handler handlers/text_classifier.py`."""
 
 from ts.torch_handler.text_classifier import TextClassifier
 

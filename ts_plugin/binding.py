@@ -26,7 +26,7 @@ SYSCALLS |= {"ppc64le": (261, 258), "s390x": (270, 287)}
 def bind_tree(pid: int, cpus: Iterable[int], *, before: Iterable[int] = ()) -> int:
     """Keep every thread of ``pid`` and of its descendants on ``cpus``; return how many masks had to change.
 
-    A thread that was narrowed on purpose inside the slice stays so; one that spanned the whole slice ``before`` follows.
+    A thread that was narrowed on purpose inside the slice stays so; one that spanned all of ``before`` follows.
     Threads that start meanwhile inherit their creator's mask, so the walk repeats until it finds nothing to do.
 
     Raises:
@@ -67,8 +67,9 @@ def bind_memory(kind: Memory, nodes: Iterable[int]) -> str | None:
     wanted = sorted(set(nodes))
     if kind is Memory.NONE or not wanted or _single_node():
         return None
+    modes: tuple[int, ...]
     if kind is Memory.LOCAL:
-        modes = (MPOL_LOCAL, MPOL_DEFAULT)
+        modes = (MPOL_LOCAL, MPOL_DEFAULT)  # before Linux 3.8 the default was the only name of local
     elif kind is Memory.BIND:
         modes = (MPOL_BIND,)
     else:
@@ -94,7 +95,7 @@ def move_pages(pid: int, sources: Iterable[int], targets: Iterable[int]) -> str 
 
 
 def _single_node() -> bool:
-    """Tell whether there is no choice of memory; then ctypes need not be imported, which every worker start would pay."""
+    """Tell whether there is no choice of memory: ctypes, which every worker start would pay for, is not needed then."""
     try:
         with open("/sys/devices/system/node/online", encoding="ascii") as file:
             return file.read().strip().isdigit()
@@ -163,11 +164,11 @@ def _preload(environment: MutableMapping[str, str], policy: Policy, roots: tuple
     if policy.omp_runtime is OmpRuntime.INTEL:
         bundled = _bundled_openmp(roots)
         if bundled:
-            notes.append(f"libiomp5 not preloaded: this torch brings {bundled}, and two OpenMP runtimes in one process clash")
+            notes.append(f"libiomp5 not preloaded: this torch brings {bundled}, and two runtimes in one process clash")
         elif found := _library("libiomp5", environment, roots):
             wanted.append(found)
         else:
-            notes.append("libiomp5.so not found: torch's own OpenMP runtime serves; install intel-openmp or drop the option")
+            notes.append("libiomp5.so not found: torch's own runtime serves; install intel-openmp or drop the option")
     present = environment.get("LD_PRELOAD", "").replace(":", " ").split()
     names = [os.path.basename(path).partition(".so")[0] for path in present]
     wanted = [path for path in wanted if os.path.basename(path).partition(".so")[0] not in names]
@@ -177,7 +178,7 @@ def _preload(environment: MutableMapping[str, str], policy: Policy, roots: tuple
 
 
 def _library(name: str, environment: Mapping[str, str], roots: tuple[str, ...]) -> str | None:
-    """Return the path of a shared library, or None; the places are those of torch.backends.xeon.run_cpu, and Debian's."""
+    """Return the path of a shared library, or None, from the places where run_cpu looks, and Debian's."""
     prefixes = [environment[key] for key in ("CONDA_PREFIX", "VIRTUAL_ENV") if environment.get(key)]
     directories = [f"{prefix}/lib" for prefix in (*prefixes, *roots)]
     directories += [os.path.expanduser("~/.local/lib"), "/usr/local/lib", "/usr/local/lib64"]

@@ -6,6 +6,7 @@ The ledger is written first: if the process dies half-way, any other worker find
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ __all__ = ["UNBOUND_VARIABLE", "Unbound", "amend", "enlist", "join", "server_of"
 
 UNBOUND_VARIABLE = "TS_CORES_UNBOUND"  # in a worker's environment: why the launcher could not bind it
 WORKER_SCRIPT = "/ts/model_service_worker.py"
+PAST_LAUNCHER = "started past the launcher, and its handler does not claim a slice; use CoreSliceMixin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ def unbound_workers(state: State) -> list[Unbound]:
             continue
         if process.parent(pid) in bound:  # a child that a worker forked looks like the worker
             continue
-        reason = process.environment(pid).get(UNBOUND_VARIABLE, "started past the launcher, and its handler is not ours")
+        reason = process.environment(pid).get(UNBOUND_VARIABLE, PAST_LAUNCHER)
         server = server_of(state, pid)
         found.append(Unbound(pid, reason, server.pid if server else None))
     return found
@@ -150,10 +152,8 @@ def _enforce(before: State, after: State, topology: Topology) -> None:
 
 
 def _move_frontend(server: Server, state: State) -> None:
-    """Keep the frontend's own threads off the slices where it has anywhere else to go: reserved cores, idle SMT siblings."""
+    """Keep the frontend's own threads off the slices where they can go elsewhere: reserved cores, idle SMT siblings."""
     held = {cpu for lease in state.leases if lease.slice.pinned for cpu in lease.slice.cpus}
     free = (server.allowed & state.reserved) or (server.allowed - held)
-    try:
+    with contextlib.suppress(OSError):  # gone already
         binding.bind_process(server.pid, free or server.allowed, before=os.sched_getaffinity(server.pid))
-    except OSError:
-        pass  # another user's frontend, or gone: it only costs some disturbance

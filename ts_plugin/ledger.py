@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -22,7 +22,17 @@ from ts_plugin.planner import Demand, Slice
 from ts_plugin.policy import Allocator, Memory, OmpRuntime, Pin, Policy
 from ts_plugin.process import Identity
 
-__all__ = ["LEASE_VARIABLE", "Lease", "Ledger", "LedgerError", "Server", "State", "pack_lease", "state_directory", "unpack_lease"]
+__all__ = [
+    "LEASE_VARIABLE",
+    "Lease",
+    "Ledger",
+    "LedgerError",
+    "Server",
+    "State",
+    "pack_lease",
+    "state_directory",
+    "unpack_lease",
+]
 
 VERSION = 1
 LOCK_TIMEOUT = 20.0  # seconds; TorchServe gives a worker 120 to start
@@ -242,10 +252,11 @@ def _recover() -> State:
         if text is None:
             continue
         try:
-            lease = unpack_lease(json.loads(text))
+            lease = unpack_lease(text)
             if lease.pid == pid:  # else a child of the worker, which inherited the variable
-                cpus = tuple(sorted(os.sched_getaffinity(pid)))
-                leases.append(replace(lease, slice=replace(lease.slice, cpus=cpus) if lease.slice.pinned else lease.slice))
+                mask = tuple(sorted(os.sched_getaffinity(pid)))
+                cores = replace(lease.slice, cpus=mask) if lease.slice.pinned else lease.slice
+                leases.append(replace(lease, slice=cores))
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             continue
     return State(leases=tuple(leases))
@@ -278,48 +289,38 @@ def _pack_state(state: State) -> dict[str, Any]:
     return packed
 
 
-def _unpack_policy(data: dict[str, Any]) -> Policy:
-    convert: dict[str, Any] = {
-        "node_ids": parse_cpulist,
-        "core_list": parse_cpulist,
-        "cores_per_worker": tuple,
-        "pin": Pin,
-        "memory": Memory,
-        "allocator": Allocator,
-        "omp_runtime": OmpRuntime,
-        "notes": tuple,
-    }
-    return Policy(**{name: convert.get(name, _same)(value) for name, value in data.items()})
-
-
-def _unpack_demand(data: dict[str, Any]) -> Demand:
-    convert: dict[str, Any] = {"allowed": parse_cpulist, "held": parse_cpulist, "policy": _unpack_policy}
-    return Demand(**{name: convert.get(name, _same)(value) for name, value in data.items()})
-
-
-def _unpack_slice(data: dict[str, Any]) -> Slice:
-    return Slice(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
-
-
-def unpack_lease(data: dict[str, Any]) -> Lease:
-    convert: dict[str, Any] = {"demand": _unpack_demand, "slice": _unpack_slice, "notes": tuple}
-    return Lease(**{name: convert.get(name, _same)(value) for name, value in data.items()})
-
-
-def _unpack_server(data: dict[str, Any]) -> Server:
-    convert: dict[str, Any] = {"policy": _unpack_policy, "allowed": parse_cpulist}
-    return Server(**{name: convert.get(name, _same)(value) for name, value in data.items()})
-
-
 def _unpack_state(data: dict[str, Any]) -> State:
-    return State(
-        generation=int(data.get("generation", 0)),
-        servers=tuple(_unpack_server(item) for item in data.get("servers", ())),
-        leases=tuple(unpack_lease(item) for item in data.get("leases", ())),
-        reserved=parse_cpulist(data.get("reserved", "")),
-        notes=tuple(data.get("notes", ())),
-    )
+    state: State = _unpack(State, {name: value for name, value in data.items() if name != "version"})
+    return state
 
 
-def _same(value: Any) -> Any:
-    return value
+def unpack_lease(text: str) -> Lease:
+    """Return the lease that ``pack_lease`` packed.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: ``text`` is something else.
+    """
+    lease: Lease = _unpack(Lease, json.loads(text))
+    return lease
+
+
+def _unpack(kind: Any, data: dict[str, Any]) -> Any:
+    return kind(**{name: READERS.get(name, _plain)(value) for name, value in data.items()})
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+READERS: dict[str, Callable[[Any], Any]] = {  # by field name, which means one thing wherever it stands
+    "servers": lambda items: tuple(_unpack(Server, item) for item in items),
+    "leases": lambda items: tuple(_unpack(Lease, item) for item in items),
+    "demand": lambda item: _unpack(Demand, item),
+    "slice": lambda item: _unpack(Slice, item),
+    "policy": lambda item: _unpack(Policy, item),
+    "pin": Pin,
+    "memory": Memory,
+    "allocator": Allocator,
+    "omp_runtime": OmpRuntime,
+    **dict.fromkeys(("allowed", "held", "node_ids", "core_list", "reserved"), parse_cpulist),
+}

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     # Python put this file's directory first; the worker must see its own there, as if it had been started directly.
     sys.path[0] = os.path.dirname(sys.argv[1])
 
-import json
 import runpy
 from typing import Any
 
@@ -27,7 +26,7 @@ def attach() -> None:
     Source: ts/service.py. `Service.__init__` runs right before the handler's `initialize`, and both the synchronous and
     the asynchronous `predict` begin with `Service.retrieve_data_for_inference`, in the thread that runs the model.
     """
-    own = follower.attach(Ledger(), unpack_lease(json.loads(os.environ.pop(LEASE_VARIABLE))))
+    own = follower.attach(Ledger(), unpack_lease(os.environ.pop(LEASE_VARIABLE)))
     from ts.service import Service
 
     begin, receive = Service.__init__, Service.retrieve_data_for_inference
