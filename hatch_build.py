@@ -14,12 +14,10 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 JAVA_RELEASE = "17"  # what TorchServe 0.12 requires
-NO_JAVAC = """\
-ts-cores: no Java compiler: neither $JAVA_HOME/bin/javac nor javac on PATH.
-Install a JDK {release} or newer (Debian, Ubuntu: apt-get install openjdk-17-jdk-headless), or set JAVA_HOME to one."""
-NO_TORCHSERVE = """\
-ts-cores: model-server.jar is not there to compile against. The build needs torchserve 0.12 beside hatchling:
-build with isolation (the default of pip and uv), or first pip install 'torchserve==0.12.*'."""
+
+
+class JarError(RuntimeError):
+    """The jar cannot be built; the message says what to install."""
 
 
 class JarBuildHook(BuildHookInterface):  # type: ignore[misc]  # hatchling has no types here
@@ -29,51 +27,64 @@ class JarBuildHook(BuildHookInterface):  # type: ignore[misc]  # hatchling has n
         """Compile the Java source and put the jar into the wheel, although git ignores it."""
         frontend = Path(self.root) / "ts_plugin" / "frontend"
         jar = frontend / "ts-cores.jar"
-        javac = find_javac()
-        if javac is None:
-            self.app.abort(NO_JAVAC.format(release=JAVA_RELEASE))
-        server = find_model_server()
-        if server is None:
-            self.app.abort(NO_TORCHSERVE)
         try:
-            build_jar(javac, server, frontend / "java", jar)
-        except subprocess.CalledProcessError as error:
-            self.app.abort(f"ts-cores: {javac}: exit status {error.returncode}\n{error.stderr}")
+            build_jar(find_javac(), find_model_server(), frontend / "java", jar)
+        except JarError as error:
+            self.app.abort(f"ts-cores: {error}")
         build_data["artifacts"].append(str(jar.relative_to(self.root)))
 
 
-def find_javac() -> str | None:
-    """Return the Java compiler: JAVA_HOME's, else the one on PATH, else None."""
+def find_javac() -> str:
+    """Return the Java compiler: JAVA_HOME's, else the one on PATH.
+
+    Raises:
+        JarError: there is none.
+    """
     home = os.environ.get("JAVA_HOME")
-    return (home and shutil.which("javac", path=f"{home}/bin")) or shutil.which("javac")
+    javac = (home and shutil.which("javac", path=f"{home}/bin")) or shutil.which("javac")
+    if not javac:
+        raise JarError(
+            "no Java compiler: neither $JAVA_HOME/bin/javac nor javac on PATH. Install a JDK, "
+            f"release {JAVA_RELEASE} or newer (Debian, Ubuntu: apt-get install openjdk-17-jdk-headless), "
+            "or set JAVA_HOME to one."
+        )
+    return javac
 
 
-def find_model_server() -> Path | None:
-    """Return the model-server.jar of the torchserve in this environment."""
+def find_model_server() -> Path:
+    """Return the model-server.jar of the torchserve in this environment.
+
+    Raises:
+        JarError: there is none.
+    """
     spec = find_spec("ts")
     for location in (spec and spec.submodule_search_locations) or ():
         jar = Path(location) / "frontend" / "model-server.jar"
         if jar.is_file():
             return jar
-    return None
+    raise JarError(
+        "no torchserve to compile against. Build with isolation (the default of pip and uv), or first "
+        "pip install 'torchserve==0.12.*'."
+    )
 
 
 def build_jar(javac: str, server: Path, source: Path, jar: Path) -> None:
     """Compile ``source`` against ``server`` into ``jar``: the same bytes from the same source and compiler.
 
     Raises:
-        subprocess.CalledProcessError: the compiler refused; its messages are in ``stderr``.
+        JarError: the compiler refused.
     """
     with tempfile.TemporaryDirectory() as directory:
         classes = Path(directory)
         # -proc:none: model-server.jar carries annotation processors that are none of our business.
-        options = ["--release", JAVA_RELEASE, "-Xlint:all", "-proc:none", "-cp", str(server), "-d", str(classes)]
+        options = ["--release", JAVA_RELEASE, "-Xlint:all", "-proc:none", "-cp", str(server), "-d", directory]
         files = sorted(str(file) for file in source.rglob("*.java"))
-        subprocess.run([javac, *options, *files], check=True, capture_output=True, text=True)
+        done = subprocess.run([javac, *options, *files], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise JarError(f"{javac}: exit status {done.returncode}\n{done.stderr}")
         shutil.copytree(source / "META-INF", classes / "META-INF")
-        # Whole or not at all: a server may be starting from the old jar.
         fresh = jar.with_suffix(f".{os.getpid()}")
         with zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in sorted(path for path in classes.rglob("*") if path.is_file()):
                 archive.writestr(zipfile.ZipInfo(file.relative_to(classes).as_posix()), file.read_bytes())
-        fresh.replace(jar)
+        fresh.replace(jar)  # whole or not at all: a server may be starting from the old one
