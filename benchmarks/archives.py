@@ -58,7 +58,7 @@ def resnet(
 
     ``name`` is "resnet18", "resnet50", ...; ``weights`` a state dict from ``fetch_weights``, None for random ones from
     a fixed seed.
-    A STOCK archive names TorchServe's ``image_classifier`` itself as its handler, no file.
+    A STOCK archive names TorchServe's ``image_classifier`` as its handler, OURS carries handlers/image_classifier.py.
     """
 
     def model() -> torch.nn.Module:
@@ -77,8 +77,16 @@ def resnet(
         return {str(number): label for number, label in enumerate(categories)}
 
     variant = f"{handler}-hub" if weights else str(handler)
-    source = None if handler is Handler.STOCK else "image.py"
-    return _archive(name, variant, handler, source or "image_classifier", model=model, classes=classes, cache=cache)
+    match handler:
+        case Handler.STOCK:
+            source = "image_classifier"
+        case Handler.OURS:
+            import handlers
+
+            source = (Path(handlers.__file__).parent / "image_classifier.py").read_text()
+        case Handler.THREADS:
+            source = _source("image.py", handler)
+    return _archive(name, variant, source, model=model, classes=classes, cache=cache)
 
 
 def transformer(*, handler: Handler = Handler.STOCK, cache: Path | None = None) -> Path:
@@ -101,7 +109,7 @@ def transformer(*, handler: Handler = Handler.STOCK, cache: Path | None = None) 
 
         return Classifier()
 
-    return _archive("transformer", str(handler), handler, "transformer.py", model=model, cache=cache)
+    return _archive("transformer", str(handler), _source("transformer.py", handler), model=model, cache=cache)
 
 
 def facts(name: str = "facts", *, handler: Handler = Handler.STOCK, cache: Path | None = None) -> Path:
@@ -112,7 +120,7 @@ def facts(name: str = "facts", *, handler: Handler = Handler.STOCK, cache: Path 
 
         return torch.nn.Linear(1, 1)
 
-    return _archive(name, str(handler), handler, "facts.py", model=model, cache=cache)
+    return _archive(name, str(handler), _source("facts.py", handler), model=model, cache=cache)
 
 
 def fetch_weights(name: str = "resnet18", *, timeout: float = 10.0, cache: Path | None = None) -> Path | None:
@@ -124,7 +132,7 @@ def fetch_weights(name: str = "resnet18", *, timeout: float = 10.0, cache: Path 
 
     import torchvision
 
-    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    url: str = torchvision.models.get_model_weights(name).DEFAULT.url
     file = (cache or cache_directory()) / "weights" / url.rsplit("/", 1)[1]
     if file.exists():
         return file
@@ -135,10 +143,9 @@ def fetch_weights(name: str = "resnet18", *, timeout: float = 10.0, cache: Path 
                 while block := answer.read(1 << 20):
                     partial.write(block)
         except OSError:
-            os.unlink(partial.name)
+            Path(partial.name).unlink()
             return None
-    os.replace(partial.name, file)
-    return file
+    return Path(partial.name).replace(file)
 
 
 def load(archive: Path) -> torch.jit.ScriptModule:
@@ -155,63 +162,66 @@ def load(archive: Path) -> torch.jit.ScriptModule:
         if not name.endswith(".pt"):
             raise ArchiveError(f"{archive}: no TorchScript model (serializedFile is {name!r})")
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            model: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(parts.read(name)), map_location="cpu")
+            model: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
+                io.BytesIO(parts.read(name)), map_location="cpu"
+            )
     model.eval()
     return model
 
 
 def photograph() -> bytes:
     """Return the JPEG photograph of Grace Hopper that matplotlib's wheel carries (512 x 600 pixels)."""
-    from matplotlib import cbook
+    import matplotlib
 
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        content: bytes = file.read()
-    return content
+    return Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg").read_bytes()
 
 
 def _archive(
     name: str,
     variant: str,
-    handler: Handler,
     source: str,
     *,
     model: Callable[[], torch.nn.Module],
     classes: Callable[[], dict[str, str]] | None = None,
     cache: Path | None,
 ) -> Path:
-    """Build ``CACHE/torch-VERSION/VARIANT/NAME.mar`` unless it is there; it appears complete or not at all."""
+    """Build ``CACHE/torch-VERSION/VARIANT/NAME.mar`` unless it is there; it appears complete or not at all.
+
+    ``source`` is the handler's text, or one word: the name of a handler inside TorchServe.
+    """
     import torch
 
-    text = _source(SOURCES / source, handler) if source.endswith(".py") else ""
     folder = (cache or cache_directory()) / f"torch-{torch.__version__}" / variant
     mar, made_from = folder / f"{name}.mar", folder / f"{name}.py"
-    if mar.exists() and made_from.exists() and made_from.read_text() == text:
+    if mar.exists() and made_from.exists() and made_from.read_text() == source:
         return mar
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         work = Path(scratch)
         torch.manual_seed(SEED)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # TorchServe serves TorchScript
-            torch.jit.script(model().eval()).save(str(work / "model.pt"))
+            torch.jit.script(model().eval()).save(  # type: ignore[no-untyped-call]
+                str(work / "model.pt")
+            )
         extra = []
         if classes:
             extra = ["--extra-files", str(work / "index_to_name.json")]
             (work / "index_to_name.json").write_text(json.dumps(classes()))
-        (work / "handler.py").write_text(text)
+        (work / "handler.py").write_text(source)
         _run_archiver(
             *("--model-name", name, "--version", "1.0", "--export-path", scratch),
             *("--serialized-file", str(work / "model.pt")),
-            *("--handler", str(work / "handler.py") if text else source),
+            *("--handler", source if source.isidentifier() else str(work / "handler.py")),
             *extra,
         )
-        made_from.write_text(text)
-        os.replace(work / f"{name}.mar", mar)
+        made_from.write_text(source)
+        (work / f"{name}.mar").replace(mar)
     return mar
 
 
-def _source(file: Path, handler: Handler) -> str:
+def _source(name: str, handler: Handler) -> str:
     """Return the handler file's text with the variant's mix-in put in front of its base class."""
-    text = file.read_text()
+    text = (SOURCES / name).read_text()
     match handler:
         case Handler.STOCK:
             return text

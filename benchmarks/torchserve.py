@@ -55,7 +55,8 @@ class TorchServe:
     below; a value of None removes a default. ``environment`` is added to this process's. ``state_directory`` is the
     TS_CORES_STATE_DIR, by default the server's own, so that it meets no other server; share one to make them meet.
     ``model_store`` is by default an own directory with links to the archives. ``snapshot`` starts from that file as it
-    is (a file of ``snapshots()``, say) instead of writing config.properties. ``keep`` leaves the directory in place.
+    is (a file of ``snapshots()``, say) instead of writing config.properties; relative paths in it are looked up from
+    ``working_directory``, by default the server's own. ``keep`` leaves the directory in place.
     ``timeout`` bounds every wait for workers, in seconds.
     """
 
@@ -68,6 +69,7 @@ class TorchServe:
         state_directory: Path | None = None,
         model_store: Path | None = None,
         snapshot: Path | None = None,
+        working_directory: Path | None = None,
         python: Path | str = sys.executable,
         keep: bool = False,
         timeout: float = 180.0,
@@ -86,6 +88,7 @@ class TorchServe:
         self.model_store = model_store or self.directory / "model_store"
         self.state_directory = state_directory or self.directory / "state"
         self.log_directory = self.directory / "logs"
+        self.working_directory = working_directory or self.directory
         self.config = snapshot or self.directory / "config.properties"
         self.properties: dict[str, str] = {}
         self._command: subprocess.Popen[bytes] | None = None
@@ -132,7 +135,6 @@ class TorchServe:
             for archive in self.archives:
                 self._store(archive)
             self._write_config()
-        self.properties = read_properties(self.config)
         environment = os.environ | {
             "PATH": f"{self.python.parent}{os.pathsep}{os.environ.get('PATH', '')}",  # the stock launcher runs "python"
             "TEMP": str(self.directory / "tmp"),
@@ -141,13 +143,20 @@ class TorchServe:
             "METRICS_LOCATION": str(self.log_directory),
             "TS_CORES_STATE_DIR": str(self.state_directory),
         }
-        command = [str(self.python), "-m", "ts.model_server", "--start", "--foreground", "--ts-config"]
+        environment |= self._environment
+        self.properties = read_properties(self.config)
+        if self.properties.get("enable_envvars_config") == "true":
+            named = {name: environment.get(f"TS_{name.upper()}") for name in PORTS}
+            self.properties |= {name: value for name, value in named.items() if value}
+        script = self.python.parent / "torchserve"  # an environment that only borrows torchserve has none
+        command = [str(script)] if script.exists() else [str(self.python), "-m", "ts.model_server"]
+        command += ["--start", "--foreground", "--ts-config"]
         self._started = time.monotonic()
         with self.console.open("wb") as console:
             self._command = subprocess.Popen(
                 [*command, str(self.config)],
-                cwd=self.directory,
-                env=environment | self._environment,
+                cwd=self.working_directory,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
@@ -250,7 +259,8 @@ class TorchServe:
         ``parameters`` go into the query as they are (``batch_size=4``).
         """
         self._store(archive)
-        query = {"url": archive.name, "initial_workers": workers, "synchronous": "true"} | parameters
+        query: dict[str, Property] = {"url": archive.name, "initial_workers": workers, "synchronous": "true"}
+        query |= parameters
         if name:
             query["model_name"] = name
         self.management("POST", "/models", query)

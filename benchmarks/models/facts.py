@@ -9,24 +9,25 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from ts.torch_handler.base_handler import BaseHandler as Base
 
 
-class FactsHandler(Base):
-    def initialize(self, context):
+class FactsHandler(Base):  # type: ignore[misc]
+    def initialize(self, context: Any) -> None:
         super().initialize(context)
         self.threads_at_start = torch.get_num_threads()
 
-    def _load_torchscript_model(self, model_pt_path):
+    def _load_torchscript_model(self, model_pt_path: str) -> Any:
         self.threads_at_load = torch.get_num_threads()
         return super()._load_torchscript_model(model_pt_path)
 
-    def handle(self, data, context):
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[dict[str, Any]]:
         return [self.facts(row, context) for row in data]
 
-    def facts(self, row, context):
+    def facts(self, row: dict[str, Any], context: Any) -> dict[str, Any]:
         body = row.get("body") or row.get("data") or b"{}"
         wish = body if isinstance(body, dict) else json.loads(bytes(body) or b"{}")
         order = int(wish.get("work", 256))
@@ -46,7 +47,7 @@ class FactsHandler(Base):
             "masks": masks(),
             "executable": sys.executable,
             "argv": sys.argv,
-            "cwd": os.getcwd(),
+            "cwd": str(Path.cwd()),
             "model_dir": context.system_properties.get("model_dir"),
             "environment": {
                 name: value
@@ -56,7 +57,7 @@ class FactsHandler(Base):
         }
 
 
-def masks():
+def masks() -> dict[str, str]:
     """Return thread id -> the kernel's list of CPUs that the thread may use; a thread that just ended is left out."""
     found = {}
     for task in Path("/proc/self/task").iterdir():

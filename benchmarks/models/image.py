@@ -3,5 +3,5 @@
 from ts.torch_handler.image_classifier import ImageClassifier as Base
 
 
-class ImageHandler(Base):
+class ImageHandler(Base):  # type: ignore[misc]
     pass
