@@ -1,0 +1,205 @@
+"""What the kernel is told, read back from the kernel."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ts_plugin import binding, process
+from ts_plugin.planner import Slice
+from ts_plugin.policy import Allocator, Memory, OmpRuntime, Policy
+
+ALLOWED = sorted(os.sched_getaffinity(0))
+needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
+
+FAMILY = """
+import os, subprocess, sys, threading
+child = subprocess.Popen(["sleep", "600"])
+narrowed = threading.Event()
+def narrow():
+    os.sched_setaffinity(0, {int(sys.argv[1])})
+    narrowed.set()
+    threading.Event().wait()
+threading.Thread(target=narrow, daemon=True).start()
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+narrowed.wait()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def family() -> Iterator[int]:
+    """A process with three threads, one narrowed to the last CPU, and a child."""
+    arguments = [sys.executable, "-c", FAMILY, str(ALLOWED[-1])]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"ready\n"
+        yield parent.pid
+        for pid in reversed(list(process.tree(parent.pid))):
+            os.kill(pid, signal.SIGKILL)
+
+
+def masks(pid: int) -> list[list[int]]:
+    tids = [tid for member in process.tree(pid) for tid in process.threads(member)]
+    return [sorted(os.sched_getaffinity(tid)) for tid in tids]
+
+
+@needs_two
+def test_every_thread_and_child_moves(family: int) -> None:
+    assert len(masks(family)) == 4
+    binding.bind_tree(family, [ALLOWED[0]])
+    assert masks(family) == [[ALLOWED[0]]] * 4
+    assert binding.bind_tree(family, [ALLOWED[0]]) == 0, "nothing left to do"
+
+
+@needs_two
+def test_a_thread_narrowed_inside_the_slice_stays_and_one_that_spanned_the_old_slice_follows(family: int) -> None:
+    binding.bind_tree(family, ALLOWED)
+    assert sorted(masks(family)) == sorted([ALLOWED, ALLOWED, ALLOWED, [ALLOWED[-1]]])
+    binding.bind_tree(family, [ALLOWED[-1]])
+    binding.bind_tree(family, ALLOWED, before=[ALLOWED[-1]])
+    assert masks(family) == [ALLOWED] * 4
+
+
+@needs_two
+def test_a_thread_that_starts_meanwhile_does_not_escape() -> None:
+    code = """
+import threading, time
+def spawn():
+    while True:
+        threading.Thread(target=time.sleep, args=(0.02,)).start()
+        time.sleep(0.001)
+for _ in range(3): threading.Thread(target=spawn, daemon=True).start()
+print("ready", flush=True); time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            for target in (ALLOWED[0], ALLOWED[-1]) * 5:
+                binding.bind_tree(child.pid, [target])
+                escaped = []
+                for tid in process.threads(child.pid):
+                    try:
+                        escaped += [tid] if os.sched_getaffinity(tid) != {target} else []
+                    except ProcessLookupError:
+                        continue
+                assert escaped == []
+        finally:
+            child.kill()
+
+
+def test_a_process_that_is_gone_is_no_error() -> None:
+    with subprocess.Popen(["true"]) as child:
+        child.wait()
+        assert binding.bind_tree(child.pid, ALLOWED) == 0
+
+
+def test_cpus_that_the_kernel_does_not_have_are_an_error() -> None:
+    with subprocess.Popen(["sleep", "600"]) as child:
+        try:
+            with pytest.raises(OSError, match="Invalid argument"):
+                binding.bind_tree(child.pid, [100_000])
+        finally:
+            child.kill()
+
+
+THREE = Slice((0, 1, 2), 3, (0,), (0,), (0,))
+
+
+def test_the_environment_has_the_slices_threads() -> None:
+    environment = {"OMP_NUM_THREADS": "64"}
+    assert binding.prepare_environment(environment, THREE, Policy(allocator=Allocator.DEFAULT), library_roots=()) == []
+    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
+    assert environment["TORCHINDUCTOR_CPP_DYNAMIC_THREADS"] == "1"
+    assert "LD_PRELOAD" not in environment
+
+
+@pytest.mark.parametrize("name", ["OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY"])
+def test_variables_that_collapse_the_mask_are_removed_with_a_note(name: str) -> None:
+    environment = {name: "true"}
+    notes = binding.prepare_environment(environment, THREE, Policy(allocator=Allocator.DEFAULT), library_roots=())
+    assert name not in environment
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{name} removed")
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    (tmp_path / "lib").mkdir()
+    return tmp_path
+
+
+def test_an_allocator_is_preloaded_where_it_is_found(prefix: Path) -> None:
+    (prefix / "lib" / "libjemalloc.so.2").touch()
+    environment = {"LD_PRELOAD": "/other.so"}
+    policy = Policy(allocator=Allocator.JEMALLOC)
+    assert binding.prepare_environment(environment, THREE, policy, library_roots=[str(prefix)]) == []
+    assert environment["LD_PRELOAD"] == f"{prefix}/lib/libjemalloc.so.2:/other.so"
+    assert "oversize_threshold" in environment["MALLOC_CONF"]
+    binding.prepare_environment(environment, THREE, policy, library_roots=[str(prefix)])
+    assert environment["LD_PRELOAD"].count("jemalloc") == 1, "not twice"
+
+
+def test_a_missing_allocator_is_a_note(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "listdir", lambda path: [])
+    environment: dict[str, str] = {}
+    notes = binding.prepare_environment(environment, THREE, Policy(allocator=Allocator.TCMALLOC), library_roots=())
+    assert notes == ["libtcmalloc.so not found: glibc's allocator serves; install it or drop the option"]
+    assert "LD_PRELOAD" not in environment
+
+
+def test_never_two_openmp_runtimes(prefix: Path) -> None:
+    (prefix / "lib" / "libiomp5.so").touch()
+    policy = Policy(allocator=Allocator.DEFAULT, omp_runtime=OmpRuntime.INTEL)
+    environment: dict[str, str] = {}
+    assert binding.prepare_environment(environment, THREE, policy, library_roots=[str(prefix)]) == []
+    assert environment.pop("LD_PRELOAD") == f"{prefix}/lib/libiomp5.so"
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    torch = prefix / "lib" / version / "site-packages" / "torch" / "lib"
+    torch.mkdir(parents=True)
+    (torch / "libgomp.so.1").touch()
+    notes = binding.prepare_environment(environment, THREE, policy, library_roots=[str(prefix)])
+    assert "this torch brings libgomp.so.1" in notes[0]
+    assert "LD_PRELOAD" not in environment
+
+
+def test_memory_policy_on_one_node_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "_single_node", lambda: True)
+    assert binding.bind_memory(Memory.PREFERRED, [0]) is None
+    assert binding.bind_memory(Memory.NONE, [0, 1]) is None
+
+
+def test_a_memory_policy_that_the_kernel_refuses_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "_single_node", lambda: False)
+    note = binding.bind_memory(Memory.BIND, [1023])  # no machine here has such a node
+    assert note is not None
+    assert "memory policy bind for nodes 1023" in note
+    assert "first touch" in note
+
+
+def test_a_memory_policy_is_set_and_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+from ts_plugin import binding
+from ts_plugin.policy import Memory
+binding._single_node = lambda: False
+assert binding.bind_memory(Memory.PREFERRED, [0]) is None
+print(open("/proc/self/numa_maps").readline().split()[1])
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.strip() == "prefer:0"
+
+
+def test_pages_of_a_process_that_is_gone_stay_with_a_note() -> None:
+    with subprocess.Popen(["true"]) as child:
+        child.wait()
+        time.sleep(0)
+        assert "stay where they are" in (binding.move_pages(child.pid, [0], [0]) or "")

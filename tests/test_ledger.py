@@ -1,0 +1,207 @@
+"""The ledger: what is written is read, what is damaged is rebuilt, what is not ours is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ts_plugin import ledger as ledger_module
+from ts_plugin import process
+from ts_plugin.ledger import LEASE_VARIABLE, Lease, Ledger, LedgerError, Server, State, pack_lease, unpack_lease
+from ts_plugin.planner import Demand, Slice
+from ts_plugin.policy import Allocator, Memory, OmpRuntime, Pin, Policy
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(str(tmp_path / "state"))
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "600"]) as child:
+        yield child
+        child.kill()
+
+
+def lease_for(pid: int, cpus: tuple[int, ...] = (0,), policy: Policy | None = None) -> Lease:
+    identity = process.identify(pid)
+    assert identity is not None
+    demand = Demand(frozenset({0, 1, 2}), policy or Policy(), quota=2.5, cores=2, share=1.5, held=frozenset({1}))
+    cores = Slice(cpus, len(cpus), (0,), (0,), (0,), pinned=True)
+    return Lease(pid, identity.start_time, "resnet", "1.0", "9000", None, demand, cores, moves=1, notes=("a note",))
+
+
+EVERYTHING = Policy(
+    node_ids=frozenset({1}),
+    core_list=frozenset({2, 3}),
+    cores_per_worker=(4, 2),
+    logical=True,
+    reserve_cores=2,
+    pin=Pin.ALWAYS,
+    memory=Memory.BIND,
+    allocator=Allocator.JEMALLOC,
+    omp_runtime=OmpRuntime.INTEL,
+    notes=("superseded",),
+)
+
+
+@pytest.mark.parametrize("policy", [Policy(), EVERYTHING], ids=["defaults", "everything"])
+def test_what_is_written_is_read(ledger: Ledger, policy: Policy) -> None:
+    lease = lease_for(os.getpid(), policy=policy)
+    server = Server(lease.pid, lease.start_time, policy, frozenset({0, 1}), error="typo")
+    state = State(7, (server,), (lease,), reserved=frozenset({1}), notes=("note",))
+    with ledger.locked() as before:
+        assert before == State()
+        ledger.write(state)
+    assert ledger.read() == state
+    assert unpack_lease(pack_lease(lease)) == lease
+
+
+def test_a_lease_ends_with_its_process(ledger: Ledger, sleeper: subprocess.Popen[bytes]) -> None:
+    state = State(leases=(lease_for(sleeper.pid), lease_for(os.getpid())))
+    with ledger.locked():
+        ledger.write(state)
+    sleeper.send_signal(signal.SIGKILL)
+    sleeper.wait()
+    assert [lease.pid for lease in ledger.read().leases] == [os.getpid()]
+
+
+def test_a_reused_pid_is_not_taken_for_its_owner(ledger: Ledger) -> None:
+    earlier = lease_for(os.getpid())
+    earlier = unpack_lease(pack_lease(earlier).replace(str(earlier.start_time), str(earlier.start_time - 1)))
+    with ledger.locked():
+        ledger.write(State(leases=(earlier,)))
+    assert ledger.read().leases == ()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b"garbage",
+        b"[]",
+        b"null",
+        b"\xff\xfe\x00",
+        b'{"version": 0, "cores": "all"}',
+        b'{"version": 99}',
+        b'{"version": 1, "leases": [{}]}',
+        b'{"version": 1, "leases": 3}',
+        b'{"version": 1, "reserved": "3-0"}',
+        b'{"version": 1, "surprise": true}',
+        b'{"version": 1, "leases": [{"pid": "x"}]}',
+    ],
+)
+def test_a_damaged_ledger_is_rebuilt_from_the_workers_that_run(ledger: Ledger, damage: bytes) -> None:
+    with ledger.locked():
+        ledger.write(State())
+    with subprocess.Popen(["sleep", "600"]) as first:
+        lease = lease_for(first.pid)
+        first.kill()
+    # A worker carries its lease in its environment; the PID is known only after the start, as with execve.
+    script = 'export TS_CORES_LEASE=$(printf "$LEASE" $$ $(cut -d" " -f22 /proc/$$/stat)); exec sleep 600'
+    template = json.dumps(json.loads(pack_lease(lease)) | {"pid": 111, "start_time": 222})
+    template = template.replace("111", "%d").replace("222", "%d")
+    with subprocess.Popen(["sh", "-c", script], env={**os.environ, "LEASE": template}) as worker:
+        try:
+            while LEASE_VARIABLE not in process.environment(worker.pid):
+                assert worker.poll() is None
+            os.sched_setaffinity(worker.pid, {max(os.sched_getaffinity(0))})
+            Path(ledger.path).write_bytes(damage)
+            assert ledger.read() == State()
+            with ledger.locked() as state:
+                found = [lease for lease in state.leases if lease.pid == worker.pid]
+            assert len(found) == 1
+            assert found[0].slice.cpus == (max(os.sched_getaffinity(0)),), "the mask in force is the slice"
+        finally:
+            worker.kill()
+
+
+def test_the_directory_is_made_for_this_user_alone(ledger: Ledger) -> None:
+    with ledger.locked():
+        ledger.write(State())
+    assert stat.S_IMODE(os.stat(ledger.directory).st_mode) == 0o700
+    os.chmod(ledger.directory, 0o777)
+    with ledger.locked():
+        pass
+    assert stat.S_IMODE(os.stat(ledger.directory).st_mode) == 0o700
+
+
+def test_a_planted_link_is_not_followed(ledger: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "elsewhere", ledger.directory)
+    with pytest.raises(LedgerError, match=r"state: .*; set TS_CORES_STATE_DIR"), ledger.locked():
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_planted_ledger_link_is_not_followed(ledger: Ledger, tmp_path: Path) -> None:
+    with ledger.locked():
+        pass
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in (os.path.basename(ledger.path), os.path.basename(ledger.path).replace(".json", ".new")):
+        os.symlink(victim, f"{ledger.directory}/{name}")
+        with pytest.raises(LedgerError, match="symbolic link"), ledger.locked():
+            ledger.write(State())
+        os.unlink(f"{ledger.directory}/{name}")
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make another user's directory")
+def test_another_users_directory_is_refused(ledger: Ledger) -> None:
+    os.mkdir(ledger.directory)
+    os.chown(ledger.directory, 4242, 4242)
+    with pytest.raises(LedgerError, match="belongs to user 4242"), ledger.locked():
+        pass
+
+
+def test_a_full_disk_leaves_the_old_content(ledger: Ledger) -> None:
+    old = State(leases=(lease_for(os.getpid()),))
+    with ledger.locked():
+        ledger.write(old)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        with ledger.locked(), pytest.raises(LedgerError, match=r"state: .*; set TS_CORES_STATE_DIR"):
+            ledger.write(State(notes=("x" * 1000,)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ledger.read() == old
+
+
+def test_a_file_in_the_directorys_place_is_an_error_with_the_path(ledger: Ledger) -> None:
+    Path(ledger.directory).write_text("")
+    with pytest.raises(LedgerError, match=f"^{ledger.directory}: "), ledger.locked():
+        pass
+
+
+def test_a_lock_that_is_never_released_ends_in_an_error(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "LOCK_TIMEOUT", 0.1)
+    with ledger.locked():
+        other = Ledger(ledger.directory)
+        with pytest.raises(LedgerError, match="held by another process"), other.locked():
+            pass
+    with Ledger(ledger.directory).locked():
+        pass
+
+
+def test_the_place_follows_from_the_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TS_CORES_STATE_DIR", raising=False)
+    place = Ledger().directory
+    monkeypatch.setenv("TMPDIR", "/somewhere/else")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/12345")
+    assert Ledger().directory == place
+    assert str(os.getuid()) in place
+    monkeypatch.setenv("TS_CORES_STATE_DIR", "relative")
+    assert Ledger().directory == os.path.abspath("relative")
