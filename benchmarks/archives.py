@@ -203,16 +203,16 @@ def _archive(
             torch.jit.script(model().eval()).save(  # type: ignore[no-untyped-call]
                 str(work / "model.pt")
             )
-        extra = []
+        extra = [SOURCES / "threads.py"]
         if classes:
-            extra = ["--extra-files", str(work / "index_to_name.json")]
+            extra.append(work / "index_to_name.json")
             (work / "index_to_name.json").write_text(json.dumps(classes()))
         (work / "handler.py").write_text(source)
         _run_archiver(
             *("--model-name", name, "--version", "1.0", "--export-path", scratch),
             *("--serialized-file", str(work / "model.pt")),
             *("--handler", source if source.isidentifier() else str(work / "handler.py")),
-            *extra,
+            *("--extra-files", ",".join(map(str, extra))),
         )
         made_from.write_text(source)
         (work / f"{name}.mar").replace(mar)
@@ -226,10 +226,10 @@ def _source(name: str, handler: Handler) -> str:
         case Handler.STOCK:
             return text
         case Handler.OURS:
-            front, mixin = "from handlers import CoreSliceMixin", "CoreSliceMixin"
+            module, mixin = "handlers", "CoreSliceMixin"
         case Handler.THREADS:
-            front, mixin = (SOURCES / "threads.py").read_text(), "ThreadsMixin"
-    return f"{front}\n\n{text}".replace("(Base):", f"({mixin}, Base):")
+            module, mixin = "threads", "ThreadsMixin"  # models/threads.py: every archive carries it
+    return f"from {module} import {mixin}\n{text}".replace("(Base):", f"({mixin}, Base):")
 
 
 def _run_archiver(*words: str) -> None:

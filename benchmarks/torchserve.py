@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import psutil
 
-__all__ = ["RequestError", "TorchServe", "TorchServeError", "read_properties", "write_properties"]
+__all__ = ["PORTS", "RequestError", "TorchServe", "TorchServeError", "free_ports", "read_properties", "write_properties"]
 
 LOOPBACK = "127.0.0.1"
 WORKER_SCRIPT = "model_service_worker.py"
@@ -169,7 +169,7 @@ class TorchServe:
             link.symlink_to(archive.resolve(strict=True))
 
     def _write_config(self) -> None:
-        ports = _free_ports(len(PORTS))
+        ports = free_ports(len(PORTS))
         defaults: dict[str, Property | None] = {
             name: f"http://{LOOPBACK}:{port}" if name.endswith("_address") else port
             for name, port in zip(PORTS, ports, strict=True)
@@ -394,7 +394,9 @@ class TorchServe:
         return sorted((self.log_directory / "config").glob("*.cfg"), key=lambda file: file.stat().st_mtime_ns)
 
     def _tail(self, lines: int = 60) -> str:
-        return "\n--- last lines of the server's log\n" + "\n".join(self.log().splitlines()[-lines:])
+        """Return the log's last lines without those about our own polling."""
+        told = [line for line in self.log().splitlines() if "ACCESS_LOG" not in line and "TS_METRICS" not in line]
+        return "\n--- last lines of the server's log\n" + "\n".join(told[-lines:])
 
 
 def write_properties(file: Path, properties: Mapping[str, Property | None]) -> None:
@@ -416,7 +418,7 @@ def read_properties(file: Path) -> dict[str, str]:
     return found
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
     """Return that many different free loopback ports (free now: only the server's bind can tell for sure)."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
