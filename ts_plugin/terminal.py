@@ -1,0 +1,140 @@
+"""The core map drawn for a terminal with rich: `ts-cores show` and `ts-cores plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil
+
+from rich.box import ROUNDED, SIMPLE
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ts_plugin import view as core_map
+from ts_plugin.cpulist import format_cpulist
+from ts_plugin.picture import colour
+from ts_plugin.topology import Core
+from ts_plugin.view import WORDS, Use, View, tag
+
+__all__ = ["Map", "utilisation"]
+
+BARS = " ▁▂▃▄▅▆▇█"
+STYLES = {
+    Use.SHARED: ("~", "black on #a9cde5"),
+    Use.ELSEWHERE: ("…", "black on #b9c1ca"),
+    Use.IDLE: ("·", "dim"),
+    Use.RESERVED: ("R", "white on #5a6675"),
+    Use.BARRED: ("x", "dim strike"),
+}
+DETAILED = 64  # cores up to which every tile carries its CPU numbers
+
+
+def utilisation(before: Mapping[int, tuple[int, int]], after: Mapping[int, tuple[int, int]]) -> dict[int, float]:
+    """Return the busy share (0 to 1) of every CPU between two readings of `view.ticks`."""
+    return {
+        cpu: (busy - before[cpu][0]) / (total - before[cpu][1])
+        for cpu, (busy, total) in after.items()
+        if cpu in before and total > before[cpu][1]
+    }
+
+
+class Map:
+    """The picture as something that rich prints; ``load`` adds a bar per CPU (busy share, 0 to 1)."""
+
+    def __init__(self, view: View, load: Mapping[int, float] | None = None) -> None:
+        self._view = view
+        self._load = load
+        self._detailed = len(view.topology.cores) <= DETAILED
+        self._digits = len(str(max(view.topology.online, default=0)))
+        self._mark = max((len(tag(index)) for index in range(len(view.workers))), default=1)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text.assemble((self._view.title, "bold"), "  ", (self._view.summary(), "dim"))
+        for package in self._view.packages():
+            yield Panel(
+                self._group(package, options.max_width - 6),
+                title=package.label,
+                title_align="left",
+                box=ROUNDED,
+                expand=False,
+            )
+        yield from self._key()
+        if self._view.workers:
+            yield self._workers()
+        for pid, reason in self._view.unbound:
+            yield Text.assemble(("unbound ", "bold red"), f"pid {pid}: {reason}")
+        for note in self._view.notes:
+            yield Text.assemble(("note ", "bold"), note)
+
+    def _group(self, group: core_map.Group, width: int) -> RenderableType:
+        if not group.groups:
+            return self._tiles(group.cores, width)
+        table = Table.grid(padding=(0, 2))
+        for part in group.groups:
+            table.add_row(Text(part.label, "dim"), self._group(part, width - len(part.label) - 4))
+        return table
+
+    def _tiles(self, cores: Sequence[Core], width: int) -> Text:
+        """Draw the cores in rows of equal length that fit into ``width`` columns; no tile is ever broken."""
+        tiles = [self._tile(core) for core in cores]
+        gap = " " if self._detailed else ""
+        fitting = max(1, width // (max(len(tile) for tile in tiles) + len(gap)))
+        per_row = ceil(len(tiles) / ceil(len(tiles) / fitting))
+        rows = [Text(gap).join(tiles[start : start + per_row]) for start in range(0, len(tiles), per_row)]
+        return Text("\n").join(rows)
+
+    def _tile(self, core: Core) -> Text:
+        owners, use = self._view.owners(core), self._view.use(core)
+        if owners:
+            fill, ink = colour(owners[0])
+            mark, style = tag(owners[0]) + ("+" if len(owners) > 1 else ""), f"{ink} on {fill}"
+        else:
+            mark, style = STYLES[use]
+        tile = Text(style=style, no_wrap=True)
+        if not self._detailed:
+            busiest = max((self._load or {}).get(cpu, 0.0) for cpu in core.cpus)
+            return tile.append(mark.center(self._mark)).append(_bar(busiest) if self._load is not None else "")
+        tile.append(f" {mark.ljust(self._mark)}")
+        for cpu in core.cpus:
+            resting = bool(owners) and not self._view.in_slice(cpu)
+            tile.append(" " + str(cpu).rjust(self._digits), "dim" if resting else None)
+            if self._load is not None:
+                tile.append(_bar(self._load.get(cpu, 0.0)))
+        return tile.append(" ")
+
+    def _key(self) -> Iterable[Text]:
+        seen = {self._view.use(core) for core in self._view.topology.cores}
+        key = Text()
+        for use in Use:
+            if use in seen and use is not Use.OWNED:
+                mark, style = STYLES[use]
+                key.append(f" {mark} ", style).append(f" {WORDS[use]}   ", "dim")
+        if any(
+            self._view.owners(core) and not self._view.in_slice(cpu)
+            for core in self._view.topology.cores
+            for cpu in core.cpus
+        ):
+            key.append("dim number", "dim").append(" SMT sibling kept free", "dim")
+        if key:
+            yield key
+
+    def _workers(self) -> Table:
+        planned = all(worker.pid is None for worker in self._view.workers)
+        table = Table(box=SIMPLE, pad_edge=False, header_style="dim")
+        heads = ("", "worker") if planned else ("", "model", "worker", "pid")
+        for head in (*heads, "CPUs", "threads", "NUMA", "L3", "" if planned else "moves"):
+            table.add_column(head, justify="right" if head in ("pid", "threads", "moves") else "left")
+        for index, worker in enumerate(self._view.workers):
+            piece, (fill, ink) = worker.slice, colour(index)
+            who = (worker.worker_id,) if planned else (worker.name, worker.worker_id, str(worker.pid))
+            cpus = format_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)")
+            rest = (str(piece.threads), format_cpulist(piece.numa_nodes), format_cpulist(piece.l3_domains))
+            table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *who, cpus, *rest, str(worker.moves or ""))
+            for note in worker.notes:
+                table.add_row("", Text(note, "dim"))
+        return table
+
+
+def _bar(share: float) -> str:
+    return BARS[min(len(BARS) - 1, round(share * (len(BARS) - 1)))]

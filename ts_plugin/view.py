@@ -1,0 +1,239 @@
+"""The core map as a value: what a picture shows, whoever draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import groupby
+from pathlib import Path
+
+from ts_plugin import coordinator, discovery
+from ts_plugin.coordinator import Unbound
+from ts_plugin.ledger import Ledger, State
+from ts_plugin.planner import Plan, Slice
+from ts_plugin.topology import Core, Topology
+
+__all__ = ["WORDS", "Group", "Use", "View", "Worker", "count", "look", "of_plan", "of_state", "tag", "ticks"]
+
+
+class Use(StrEnum):
+    """What a core does, from its owner's side."""
+
+    OWNED = "owned"
+    SHARED = "shared"  # its CPUs are open to workers whose threads are bounded but not pinned
+    ELSEWHERE = "elsewhere"  # in the slice of another server's worker
+    IDLE = "idle"
+    RESERVED = "reserved"
+    BARRED = "barred"  # outside the allowed CPUs
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker in the picture; a planned one is only a slice, without process and model."""
+
+    slice: Slice
+    pid: int | None = None
+    model: str = ""
+    version: str = ""
+    worker_id: str = ""
+    moves: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return for example ``resnet18 1.0``; ``worker 0`` for a planned one."""
+        return f"{self.model} {self.version}".strip() or f"worker {self.worker_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A package, NUMA node or L3 domain in the picture: ``groups`` inside it, or ``cores`` in the innermost one."""
+
+    label: str
+    groups: tuple[Group, ...] = ()
+    cores: tuple[Core, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """All that a picture shows.
+
+    ``elsewhere`` are the CPUs in slices of workers that the picture leaves out, ``unbound`` the PIDs of workers without
+    a slice, each with the reason.
+    """
+
+    topology: Topology
+    workers: tuple[Worker, ...]
+    allowed: frozenset[int]
+    reserved: frozenset[int] = frozenset()
+    elsewhere: frozenset[int] = frozenset()
+    unbound: tuple[tuple[int, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    title: str = "ts-cores"
+    _owners: dict[int, list[int]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        owners: dict[int, list[int]] = {}
+        for index, worker in enumerate(self.workers):
+            for cpu in worker.slice.cpus if worker.slice.pinned else ():
+                owners.setdefault(cpu, []).append(index)
+        object.__setattr__(self, "_owners", owners)
+
+    def owners(self, core: Core) -> tuple[int, ...]:
+        """Return the positions in ``workers`` of those whose slice has a CPU of ``core``."""
+        return tuple(sorted({index for cpu in core.cpus for index in self._owners.get(cpu, ())}))
+
+    def in_slice(self, cpu: int) -> bool:
+        return cpu in self._owners
+
+    def use(self, core: Core) -> Use:
+        if self.owners(core):
+            return Use.OWNED
+        if not self.reserved.isdisjoint(core.cpus):
+            return Use.RESERVED
+        if self.allowed.isdisjoint(core.cpus):
+            return Use.BARRED
+        if not self.elsewhere.isdisjoint(core.cpus):
+            return Use.ELSEWHERE
+        threads_only = (worker.slice.cpus for worker in self.workers if not worker.slice.pinned)
+        return Use.SHARED if any(not set(cpus).isdisjoint(core.cpus) for cpus in threads_only) else Use.IDLE
+
+    def idle(self) -> frozenset[int]:
+        """Return the allowed CPUs of the cores that no worker uses and nobody keeps free."""
+        idle = {cpu for core in self.topology.cores if self.use(core) is Use.IDLE for cpu in core.cpus}
+        return self.allowed & idle
+
+    def packages(self) -> tuple[Group, ...]:
+        """Return the machine as packages of NUMA nodes of L3 domains; a level that tells nothing is left out.
+
+        NUMA nodes that span packages, and L3 domains that span NUMA nodes, appear in each of them.
+        """
+        memory = {node.number: node.memory_kib for node in self.topology.nodes}
+
+        def node_label(number: int) -> str:
+            size = memory.get(number)
+            return f"NUMA node {number}" + (f" · {_gibibytes(size)}" if size else "")
+
+        def domains(cores: tuple[Core, ...]) -> Group:
+            parts = tuple(Group(f"L3 {number}", cores=part) for number, part in _split(cores, lambda core: core.l3))
+            telling = len(parts) > 1 and any(len(part.cores) > 1 for part in parts)
+            return Group("", groups=parts) if telling else Group("", cores=cores)
+
+        packages = []
+        for number, cores in _split(self.topology.cores, lambda core: core.package):
+            nodes = []
+            for node, part in _split(cores, lambda core: core.node):
+                inside = domains(part)
+                nodes.append(Group(node_label(node), inside.groups, inside.cores))
+            label = f"package {number}"
+            if len(nodes) == 1:
+                packages.append(Group(f"{label} · {nodes[0].label}", nodes[0].groups, nodes[0].cores))
+            else:
+                packages.append(Group(label, tuple(nodes)))
+        return tuple(packages)
+
+    def summary(self) -> str:
+        """Return one line, for example ``2 workers on 12 of 16 cores · 2 reserved · 2 idle``."""
+        counts = dict.fromkeys(Use, 0)
+        for core in self.topology.cores:
+            counts[self.use(core)] += 1
+        total = sum(counts.values())
+        used = counts[Use.OWNED] + counts[Use.SHARED]
+        words = [f"{count(len(self.workers), 'worker')} on {used} of {count(total, 'core')}"]
+        others = (use for use in Use if use not in (Use.OWNED, Use.SHARED))
+        words += [f"{counts[use]} {WORDS[use]}" for use in others if counts[use]]
+        words += [f"{len(self.unbound)} unbound"] if self.unbound else []
+        return " · ".join(words)
+
+
+WORDS = {
+    Use.OWNED: "in a slice",
+    Use.SHARED: "shared: threads bounded, not pinned",
+    Use.ELSEWHERE: "another server's",
+    Use.IDLE: "idle",
+    Use.RESERVED: "reserved",
+    Use.BARRED: "not allowed",
+}
+
+
+def look(server_pid: int | None = None) -> View:
+    """Return the picture of what is held now on this machine; only one frontend's workers if ``server_pid`` is given.
+
+    Raises:
+        LedgerError: the ledger is not this user's alone.
+    """
+    state = Ledger().read()
+    allowed = discovery.read_allowance().cpus
+    return of_state(state, discovery.read_topology(), allowed, coordinator.unbound_workers(state), server_pid)
+
+
+def of_state(
+    state: State,
+    topology: Topology,
+    allowed: frozenset[int],
+    unbound: Iterable[Unbound] = (),
+    server_pid: int | None = None,
+) -> View:
+    """Return the picture of a ledger's content; what its servers and workers may use counts as allowed, too."""
+
+    def wanted(owner: int | None) -> bool:
+        return server_pid is None or owner == server_pid
+
+    leases = sorted(state.leases, key=lambda lease: (lease.slice.cpus, lease.pid))
+    workers = tuple(
+        Worker(lease.slice, lease.pid, lease.model, lease.version, lease.worker_id, lease.moves, lease.notes)
+        for lease in leases
+        if wanted(lease.server_pid)
+    )
+    foreign = (
+        cpu for lease in leases if not wanted(lease.server_pid) and lease.slice.pinned for cpu in lease.slice.cpus
+    )
+    return View(
+        topology,
+        workers,
+        allowed.union(*(item.allowed for item in state.servers), *(lease.demand.allowed for lease in leases)),
+        reserved=state.reserved,
+        elsewhere=frozenset(foreign),
+        unbound=tuple((item.pid, item.reason) for item in unbound if wanted(item.server_pid)),
+        notes=state.notes,
+    )
+
+
+def of_plan(topology: Topology, plan: Plan, allowed: frozenset[int]) -> View:
+    """Return the picture of what would be given."""
+    workers = tuple(Worker(piece, worker_id=str(number)) for number, piece in enumerate(plan.slices))
+    return View(topology, workers, allowed, plan.reserved, notes=plan.notes, title="ts-cores plan")
+
+
+def ticks(proc: str = "/proc") -> dict[int, tuple[int, int]]:
+    """Return each CPU's (busy, total) time since boot in clock ticks; utilisation is a quotient of differences.
+
+    Source: man 5 proc, /proc/stat; guest time is part of user time, iowait counts as idle.
+    """
+    found = {}
+    for line in Path(proc, "stat").read_text(encoding="ascii").splitlines():
+        name, *values = line.split()
+        if name.startswith("cpu") and name != "cpu":
+            user, nice, system, idle, iowait, irq, softirq, steal = (int(value) for value in values[:8])
+            busy = user + nice + system + irq + softirq + steal
+            found[int(name[3:])] = (busy, busy + idle + iowait)
+    return found
+
+
+def tag(index: int) -> str:
+    """Return a worker's short name in the map: A to Z, then AA, AB, ..."""
+    return (tag(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+
+
+def _split(cores: Sequence[Core], key: Callable[[Core], int]) -> list[tuple[int, tuple[Core, ...]]]:
+    return [(number, tuple(part)) for number, part in groupby(sorted(cores, key=key), key)]
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _gibibytes(kib: int) -> str:
+    gib = kib / 2**20
+    return f"{gib:.0f} GiB" if gib >= 10 else f"{gib:.1f} GiB" if gib >= 1 else f"{kib / 2**10:.0f} MiB"
