@@ -117,7 +117,7 @@ def _settle(ledger: Ledger, before: State, wanted: State) -> State:
         moved = known is not None and not set(known.slice.numa_nodes) & set(cores.numa_nodes)
         leases.append(replace(lease, slice=cores, moves=lease.moves + moved))
     after = replace(wanted, leases=tuple(leases), reserved=result.reserved, notes=result.notes)
-    on_disk = ledger.read()
+    on_disk = ledger.read_all()
     if replace(after, generation=on_disk.generation) != on_disk:
         after = replace(after, generation=before.generation + 1)
         ledger.write(after)

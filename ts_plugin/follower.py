@@ -81,7 +81,10 @@ class Follower:
                 now = self._ledger.version()
                 if now != version:
                     version = now
-                    state = self._ledger.read()
+                    written = self._ledger.read_all()
+                    state = written.living()
+                    if state.leases != written.leases:  # somebody died before this process could watch it
+                        state = coordinator.settle(self._ledger)
                     self._adopt(state)
                     self._observe(poll, state)
                 dead = poll.poll(INTERVAL * 1000)
@@ -116,7 +119,7 @@ class Follower:
         for pid in others - set(self._pidfds):
             try:
                 self._pidfds[pid] = os.pidfd_open(pid)
-            except ProcessLookupError:
+            except ProcessLookupError:  # just now
                 coordinator.settle(self._ledger)
                 continue
             poll.register(self._pidfds[pid], select.POLLIN)

@@ -145,9 +145,13 @@ class Ledger:
         Raises:
             LedgerError: the directory is not this user's alone.
         """
+        return self.read_all().living()
+
+    def read_all(self) -> State:
+        """Return what ``read`` returns, and the leases and servers whose process has ended since the last write."""
         if not os.path.lexists(self.directory):
             return State()
-        return (self._load() or State()).living()
+        return self._load() or State()
 
     @contextmanager
     def locked(self) -> Iterator[State]:

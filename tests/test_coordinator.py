@@ -1,0 +1,268 @@
+"""Slices follow who is alive: real processes that claim, leave, and are killed at the worst moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ts_plugin import coordinator, discovery, process
+from ts_plugin.ledger import Ledger, Server
+from ts_plugin.policy import Pin, Policy
+
+CORES = len(discovery.read_topology().cores_of(os.sched_getaffinity(0)))
+PATIENCE = 2.0  # seconds: what the README promises
+pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
+
+
+class Claimant:
+    """A process that claimed a slice like a worker; see claimant.py."""
+
+    def __init__(self, state: Path, **options: Any) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("claimant.py")), json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TS_CORES_STATE_DIR": str(state)},
+        )
+        self.pid = self.process.pid
+
+    def facts(self) -> dict[str, Any]:
+        """Return the next line of facts; lines of the log in between are passed over."""
+        assert self.process.stdout is not None
+        while not (line := self.process.stdout.readline()).startswith("{"):
+            assert line, "the claimant ended"
+        facts: dict[str, Any] = json.loads(line)
+        return facts
+
+    def follow(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.facts()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def masks(self) -> set[frozenset[int]]:
+        """Return the distinct masks of all threads, as the kernel has them."""
+        found = set()
+        for tid in process.threads(self.pid):
+            try:
+                found.add(frozenset(os.sched_getaffinity(tid)))
+            except ProcessLookupError:
+                continue
+        return found
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def start(state: Path) -> Iterator[Callable[..., Claimant]]:
+    claimants: list[Claimant] = []
+
+    def begin(**options: Any) -> Claimant:
+        claimants.append(Claimant(state, **options))
+        return claimants[-1]
+
+    yield begin
+    for claimant in claimants:
+        if claimant.process.poll() is None:
+            claimant.kill()
+        for stream in (claimant.process.stdin, claimant.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+def eventually(check: Callable[[], bool], patience: float = PATIENCE) -> bool:
+    deadline = time.monotonic() + patience
+    while not check():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def divided(*claimants: Claimant) -> bool:
+    """Tell whether every claimant has one mask for all its threads, all disjoint, and nothing idles."""
+    masks = [claimant.masks() for claimant in claimants]
+    if any(len(mask) != 1 for mask in masks):
+        return False
+    flat = [cpu for mask in masks for cpu in next(iter(mask))]
+    cores = discovery.read_topology().cores_of(flat)
+    return len(flat) == len(set(flat)) and len(cores) == CORES
+
+
+def test_one_worker_owns_the_machine_a_second_halves_it_and_gets_it_back(start: Callable[..., Claimant]) -> None:
+    first = start(extra_threads=3)
+    assert first.facts()["threads"] == CORES
+    second = start()
+    facts = second.facts()
+    assert facts["threads"] == CORES // 2
+    assert divided(first, second), "the first one is off the second one's cores before that even starts"
+    assert eventually(lambda: first.follow()["threads"] == CORES - CORES // 2)
+    second.kill()
+    assert eventually(lambda: divided(first)), "freed cores are used again"
+    assert eventually(lambda: first.follow()["threads"] == CORES)
+
+
+def test_sigkill_of_a_claimant_is_seen_by_the_others(start: Callable[..., Claimant], state: Path) -> None:
+    claimants = [start(worker=str(9000 + number)) for number in range(2)]
+    for claimant in claimants:
+        claimant.facts()
+    claimants[0].kill()
+    assert eventually(lambda: [lease.pid for lease in Ledger(str(state)).read().leases] == [claimants[1].pid])
+    assert eventually(lambda: divided(claimants[1]))
+
+
+def test_more_workers_than_cores_share_them_fairly_with_one_thread_each(start: Callable[..., Claimant]) -> None:
+    claimants = [start(worker=str(9000 + number)) for number in range(2 * CORES + 1)]
+    for claimant in claimants:
+        claimant.facts()
+
+    def fair() -> bool:
+        load: Counter[frozenset[int]] = Counter()
+        for claimant in claimants:
+            masks = claimant.masks()
+            if len(masks) != 1 or len(next(iter(masks))) != 1:
+                return False
+            load.update(masks)
+        return sorted(load.values()) == [2] * (CORES - 1) + [3]
+
+    assert eventually(fair)
+    assert eventually(lambda: {claimant.follow()["threads"] for claimant in claimants} == {1})
+
+
+def test_sixty_four_claim_at_once(start: Callable[..., Claimant], state: Path) -> None:
+    claimants = [start(worker=str(9000 + number)) for number in range(64)]
+    facts = [claimant.facts() for claimant in claimants]
+    assert not any("error" in fact for fact in facts)
+    leases = Ledger(str(state)).read().leases
+    assert {lease.pid for lease in leases} == {claimant.pid for claimant in claimants}
+    load = Counter(cpu for lease in leases for cpu in lease.slice.cpus)
+    assert max(load.values()) - min(load.values()) <= 1
+    for claimant in claimants[1:]:
+        claimant.process.send_signal(signal.SIGKILL)
+    for claimant in claimants[1:]:
+        claimant.process.wait()
+    assert eventually(lambda: divided(claimants[0]), patience=10), "the last one owns the machine again"
+
+
+@pytest.mark.parametrize("damage", ["delete", "garbage", "directory"])
+def test_the_ledger_heals_itself(start: Callable[..., Claimant], state: Path, damage: str) -> None:
+    first, second = start(), start(worker="9001")
+    first.facts()
+    second.facts()
+    ledger = Ledger(str(state))
+    if damage == "delete":
+        os.unlink(ledger.path)
+    elif damage == "garbage":
+        Path(ledger.path).write_text("{ garbage")
+    else:
+        for file in state.iterdir():
+            file.unlink()
+        state.rmdir()
+    assert eventually(lambda: {lease.pid for lease in ledger.read().leases} == {first.pid, second.pid})
+    assert eventually(lambda: divided(first, second))
+
+
+def test_a_mask_that_somebody_widened_is_repaired_with_the_next_change(start: Callable[..., Claimant]) -> None:
+    first, second = start(), start(worker="9001")
+    first.facts()
+    second.facts()
+    for tid in process.threads(first.pid):
+        os.sched_setaffinity(tid, os.sched_getaffinity(0))
+    third = start(worker="9002")
+    third.facts()
+    third.kill()
+    assert eventually(lambda: divided(first, second))
+
+
+def test_fixed_cores_are_served_first(start: Callable[..., Claimant]) -> None:
+    greedy = start()
+    greedy.facts()
+    modest = start(cores=1, worker="9001")
+    assert modest.facts()["threads"] == 1
+    assert eventually(lambda: divided(greedy, modest))
+    assert eventually(lambda: greedy.follow()["threads"] == CORES - 1)
+
+
+def test_what_cannot_be_granted_is_noted_and_serves(start: Callable[..., Claimant], state: Path) -> None:
+    asks_too_much = start(cores=10_000)
+    assert asks_too_much.facts()["threads"] == CORES
+    notes = " ".join(Ledger(str(state)).read().notes)
+    assert "10000" in notes.replace(",", "")
+    assert str(CORES) in notes
+
+
+def test_an_unwritable_directory_is_an_error_that_names_it(tmp_path: Path, start: Callable[..., Claimant]) -> None:
+    (tmp_path / "state").write_text("a file, not a directory")
+    assert str(tmp_path / "state") in start().facts()["error"]
+
+
+@pytest.fixture
+def frontend(state: Path) -> Iterator[Callable[..., None]]:
+    """Makes this process the claimants' frontend; a frontend is moved aside, so its mask is restored afterwards."""
+    mask = os.sched_getaffinity(0)
+
+    def become(policy: Policy, error: str | None = None) -> None:
+        me = process.identify(os.getpid())
+        assert me is not None
+        coordinator.enlist(Ledger(str(state)), Server(me.pid, me.start_time, policy, frozenset(mask), error))
+
+    yield become
+    os.sched_setaffinity(0, mask)
+
+
+def test_a_frontend_with_an_error_makes_its_workers_say_so(
+    start: Callable[..., Claimant], frontend: Callable[..., None]
+) -> None:
+    frontend(Policy(), "cpu_launcher_args: typo")
+    assert start().facts()["error"] == "cpu_launcher_args: typo"
+
+
+def test_a_frontends_policy_holds_and_it_moves_aside_itself(
+    start: Callable[..., Claimant], frontend: Callable[..., None]
+) -> None:
+    allowed = os.sched_getaffinity(0)
+    last = max(allowed)
+    frontend(Policy(core_list=frozenset({last})))
+    assert start().facts()["cpus"] == [last]
+    second = start(worker="9001")
+    assert second.facts()["cpus"] == [last], "the frontend's narrowed mask is not taken for what its workers may use"
+    assert eventually(lambda: os.sched_getaffinity(0) == allowed - {last})
+
+
+def test_never_pinned_still_gets_its_threads(
+    start: Callable[..., Claimant], frontend: Callable[..., None]
+) -> None:
+    frontend(Policy(pin=Pin.NEVER))
+    first, second = start(), start(worker="9001")
+    first.facts()
+    facts = second.facts()
+    assert facts["threads"] == CORES // 2
+    assert facts["mask"] == sorted(os.sched_getaffinity(0))
+
+
+def test_following_costs_no_measurable_cpu(start: Callable[..., Claimant]) -> None:
+    first, second = start(), start(worker="9001")
+    first.facts()
+    second.facts()
+    ticks = sum(int(value) for value in Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+    time.sleep(3)
+    after = sum(int(value) for value in Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+    assert after - ticks <= 3, "ticks of 10 ms in 3 s"
