@@ -1,11 +1,30 @@
-"""What ``cpu_launcher_args`` asks for: its words in, one immutable Policy out."""
+"""What ``cpu_launcher_args`` asks for: its words in, one immutable Policy out.
+
+The words are those of TorchServe's own launcher, ``torch.backends.xeon.run_cpu``, and of ``ipexrun`` with the meaning
+they have there, and a few of ours. One table says all of it; the reference in the docs is printed from the same table.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-__all__ = ["Allocator", "LauncherArgsError", "Memory", "OmpRuntime", "Pin", "Policy", "parse_launcher_args"]
+from ts_plugin.cpulist import CpuListError, parse_cpulist
+
+__all__ = [
+    "OPTIONS",
+    "Allocator",
+    "LauncherArgsError",
+    "Memory",
+    "OmpRuntime",
+    "Option",
+    "Pin",
+    "Policy",
+    "option_reference",
+    "parse_launcher_args",
+]
 
 
 class LauncherArgsError(ValueError):
@@ -42,7 +61,8 @@ class Policy:
 
     ``node_ids`` and ``core_list`` (CPU numbers) narrow the allowed CPUs; None means no narrowing.
     ``cores_per_worker`` is one number for all workers or one per worker in order of arrival.
-    ``logical`` gives a slice both SMT siblings of its cores. ``notes`` say which words were accepted without effect.
+    ``logical`` gives a slice both SMT siblings of its cores. ``allocator`` and ``omp_runtime`` are None where nobody
+    asked. ``notes`` say which words were accepted without effect.
     """
 
     node_ids: frozenset[int] | None = None
@@ -61,10 +81,272 @@ class Policy:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One row of the table: an option, under all its names, and what it sets.
+
+    ``value`` names the argument in the reference, ``LIST`` for several numbers, empty for a flag; ``field`` is the
+    Policy's, empty where the option is accepted without effect and ``meaning`` says why.
+    ``parse`` turns the argument, nothing for a flag, into the field's value; its ValueError says what it expects.
+    """
+
+    names: tuple[str, ...]
+    value: str
+    field: str
+    parse: Callable[[str], Any]
+    meaning: str
+    default: str = ""
+
+
 def parse_launcher_args(text: str) -> Policy:
     """Return the Policy that ``text``, the value of ``cpu_launcher_args``, describes.
 
+    Dashes and underscores are the same, ``--x=y`` is ``--x y``, an option may be cut as long as it stays unambiguous,
+    and of one option given twice the last counts, as with argparse.
+
     Raises:
-        LauncherArgsError: an unknown or contradicting word.
+        LauncherArgsError: an unknown or ambiguous word, an impossible value, or two options that contradict.
+
+    Source: torch/backends/xeon/run_cpu.py (create_args, _Launcher.launch); intel_extension_for_pytorch/cpu/launch.
     """
-    raise NotImplementedError
+    fields: dict[str, Any] = {}
+    set_by: dict[str, str] = {}
+    notes: list[str] = []
+    for option, name, value in _arguments(_words(text)):
+        try:
+            parsed = option.parse(value)
+        except ValueError as error:
+            raise LauncherArgsError(f"{name}: {value!r} is not {error}") from None
+        if not option.field:
+            notes.append(f"{name} has no effect: {option.meaning}")
+            continue
+        other = set_by.get(option.field, name)
+        if _BY_NAME[other] is not option:
+            if parsed in (None, fields[option.field]):
+                continue
+            if fields[option.field] is not None:
+                raise LauncherArgsError(f"{other} and {name} contradict each other; leave one out")
+        fields[option.field], set_by[option.field] = parsed, name
+    mode = fields.pop("mode", None)
+    if mode:
+        notes += [f"{set_by[name]} has no effect: {mode} overrules it" for name in _apply_mode(mode, fields)]
+    if fields.get("core_list") and fields.pop("node_ids", None):
+        notes.append(f"{set_by['node_ids']} has no effect: {set_by['core_list']} says which CPUs to use")
+    return Policy(**fields, notes=tuple(notes))
+
+
+def option_reference() -> Iterator[tuple[str, str, str]]:
+    """Yield option, meaning and default of everything that ``cpu_launcher_args`` may contain, for a reference."""
+    for option in OPTIONS:
+        names = ", ".join(f"{name} {option.value}".rstrip() for name in option.names)
+        meaning = option.meaning if option.field else f"accepted without effect: {option.meaning}"
+        yield names, meaning, option.default
+
+
+def _apply_mode(mode: str, fields: dict[str, Any]) -> list[str]:
+    """Set what ``mode`` stands for; return the fields that it overrules, as in TorchServe's launcher."""
+    overruled = [name for name in ("cores_per_worker", "node_ids", "logical") if fields.pop(name, None)]
+    fields["latency" if mode == "--latency-mode" else "skip_cross_node_cores"] = True
+    return overruled
+
+
+def _words(text: str) -> list[str]:
+    if not any(quote in text for quote in "'\"\\"):
+        return text.split()
+    import shlex
+
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise LauncherArgsError(f"{text!r}: {error}; close the quotation or leave the quotes out") from None
+
+
+def _arguments(words: list[str]) -> Iterator[tuple[Option, str, str]]:
+    """Yield every option in ``words`` with the name it was found under and its argument."""
+    position = 0
+    while position < len(words):
+        word, equals, value = words[position].partition("=")
+        position += 1
+        option, name = _find(word)
+        if not option.value:
+            if equals:
+                raise LauncherArgsError(f"{name} takes no value, but got {value!r}; write {name} alone")
+            yield option, name, ""
+            continue
+        values = [value] if equals else []
+        # A list may be spread over several words: `4 2`, or `0, 1, 2, 3` without quotes.
+        while position < len(words) and not _is_option(words[position]) and (option.value == "LIST" or not values):
+            values.append(words[position])
+            position += 1
+        if not values:
+            raise LauncherArgsError(f"{name} needs a value: {name} {option.value} ({option.meaning})")
+        yield option, name, " ".join(values)
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and not word[1:].isdecimal()
+
+
+def _find(word: str) -> tuple[Option, str]:
+    """Return the option that ``word`` names, and its full name there."""
+    if not word.startswith("-"):
+        raise LauncherArgsError(f"unexpected word {word!r}; options begin with --, and only a list has several values")
+    wanted = word.replace("_", "-")
+    exact = _BY_NAME.get(wanted)
+    if exact is not None:
+        return exact, wanted
+    longer = {name: option for name, option in _BY_NAME.items() if name.startswith(wanted) and len(wanted) > 2}
+    if len({option.names for option in longer.values()}) == 1:
+        return next((option, name) for name, option in longer.items())
+    if longer:
+        raise LauncherArgsError(f"{word!r} is ambiguous: it may be {' or '.join(longer)}; write it out")
+    import difflib
+
+    nearest = difflib.get_close_matches(wanted, _BY_NAME, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"known options: {' '.join(_BY_NAME)}"
+    raise LauncherArgsError(f"unknown option {word!r}; {hint}")
+
+
+def _flag(value: Any) -> Callable[[str], Any]:
+    return lambda _: value
+
+
+def _choice(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def _member(choices: type[StrEnum], *, auto: bool = False) -> Callable[[str], StrEnum | None]:
+    """Parse a member of ``choices``; with ``auto`` also that word, which leaves the choice to us."""
+    check = _choice(*["auto"] * auto, *choices)
+    return lambda text: None if auto and check(text) == "auto" else choices(check(text))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = text.replace(",", " ").split()
+    if sizes == ["-1"]:
+        return ()
+    if not sizes or not all(_is_number(size) and int(size) > 0 for size in sizes):
+        raise ValueError("a number of cores from 1, or one number per worker such as 4,2")
+    return tuple(int(size) for size in sizes)
+
+
+def _numbers(text: str) -> frozenset[int] | None:
+    if text in ("-1", ""):
+        return None
+    try:
+        numbers = parse_cpulist(text)
+    except CpuListError as error:
+        raise ValueError(f"a list of numbers and ranges such as 0-3,8: {error}") from None
+    if not numbers:
+        raise ValueError("a list of numbers and ranges such as 0-3,8")
+    return numbers
+
+
+def _count(text: str) -> int:
+    if not _is_number(text):
+        raise ValueError("a whole number from 0")
+    return int(text)
+
+
+def _integer(text: str) -> int:
+    if not _is_number(text.removeprefix("-")):
+        raise ValueError("a whole number")
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+_EVERY_WORKER = "every live worker gets a slice, in order of arrival"
+_NO_TOOLS = "binding needs no external tool"
+_IN_PLACE = "the worker starts in place, as TorchServe starts it"
+_IN_LOG = "the worker's output stays in TorchServe's logs"
+
+OPTIONS: tuple[Option, ...] = (
+    Option(("--node-id", "--nodes-list"), "LIST", "node_ids", _numbers, "use only these NUMA nodes", "all nodes"),
+    Option(("--core-list", "--cores-list"), "LIST", "core_list", _numbers, "use only these CPUs", "all allowed CPUs"),
+    Option(
+        ("--ncores-per-instance", "--ncore-per-instance"),
+        "LIST",
+        "cores_per_worker",
+        _sizes,
+        "cores of one worker: one number for all, or one per worker in order of arrival, such as 4,2",
+        "an equal share",
+    ),
+    Option(
+        ("--use-logical-core", "--use-logical-cores"),
+        "",
+        "logical",
+        _flag(True),
+        "a slice holds all SMT siblings of its cores, one thread each",
+        "one CPU per core",
+    ),
+    Option(
+        ("--skip-cross-node-cores", "--bind-numa-node"),
+        "",
+        "skip_cross_node_cores",
+        _flag(True),
+        "no slice crosses a NUMA node, even if cores stay idle for it",
+        "nothing idle",
+    ),
+    Option(("--latency-mode",), "", "mode", _flag("--latency-mode"), "4 cores per worker", "off"),
+    Option(("--throughput-mode",), "", "mode", _flag("--throughput-mode"), "a NUMA node at most per worker", "off"),
+    Option(("--equal",), "", "equal", _flag(True), "equal sizes, even if a slice crosses a NUMA node for it", "off"),
+    Option(("--reserve-cores",), "N", "reserve_cores", _count, "keep N cores free of workers", "0"),
+    Option(("--use-e-cores",), "", "use_e_cores", _flag(True), "use a hybrid processor's slower cores too", "off"),
+    Option(
+        ("--pin",),
+        "auto|always|never",
+        "pin",
+        _member(Pin),
+        "bind workers to CPUs; auto bounds only their threads where a CFS quota is below the allowed cores",
+        "auto",
+    ),
+    Option(
+        ("--memory",),
+        "preferred|bind|local|none",
+        "memory",
+        _member(Memory),
+        "the slice's NUMA nodes first, only those, the node of the allocating CPU, or no memory policy",
+        "preferred",
+    ),
+    Option(
+        ("--memory-allocator",),
+        "auto|default|tcmalloc|jemalloc",
+        "allocator",
+        _member(Allocator, auto=True),
+        "preload this allocator where it is found",
+        "auto",
+    ),
+    Option(("--enable-tcmalloc",), "", "allocator", _flag(Allocator.TCMALLOC), "as --memory-allocator tcmalloc"),
+    Option(("--enable-jemalloc",), "", "allocator", _flag(Allocator.JEMALLOC), "as --memory-allocator jemalloc"),
+    Option(("--use-default-allocator",), "", "allocator", _flag(Allocator.DEFAULT), "as --memory-allocator default"),
+    Option(
+        ("--omp-runtime",),
+        "auto|default|intel",
+        "omp_runtime",
+        _member(OmpRuntime, auto=True),
+        "preload Intel's OpenMP runtime where it is found, or keep the one of the torch wheel",
+        "auto",
+    ),
+    Option(("--disable-iomp",), "", "omp_runtime", _flag(OmpRuntime.DEFAULT), "as --omp-runtime default"),
+    Option(("--strategy",), "scatter|close", "", _choice("scatter", "close"), "a slice lies where it crosses least"),
+    Option(("--ninstances",), "N", "", _integer, _EVERY_WORKER),
+    Option(("--rank", "--instance-idx"), "N", "", _integer, _EVERY_WORKER),
+    Option(("--multi-instance",), "", "", _flag(None), _EVERY_WORKER),
+    Option(("--disable-numactl",), "", "", _flag(None), _NO_TOOLS),
+    Option(("--disable-taskset",), "", "", _flag(None), _NO_TOOLS),
+    Option(("--multi-task-manager",), "NAME", "", str, _NO_TOOLS),
+    Option(("--module", "-m"), "", "", _flag(None), _IN_PLACE),
+    Option(("--no-python",), "", "", _flag(None), _IN_PLACE),
+    Option(("--log-path", "--log-dir"), "DIR", "", str, _IN_LOG),
+    Option(("--log-file-prefix",), "NAME", "", str, _IN_LOG),
+)
+
+_BY_NAME = {name: option for option in OPTIONS for name in option.names}
