@@ -58,6 +58,6 @@ def _claim(context: Any) -> follower.Follower | None:
         say(f"worker {worker} serves UNBOUND: {error}", problem=True)
         return None
     own = follower.attach(ledger, lease)
-    own.amend(model=context.model_name, gpu=properties.get("gpu_id") is not None)
+    own.loaded(context)
     say(f"{claim.describe(lease)} (claimed by the handler, {repaired} masks set)")
     return own

@@ -1,6 +1,6 @@
-"""A process that claims a slice as a worker does, without TorchServe around it: for tests of leases with real processes.
+"""A process that claims a slice as a worker does, without TorchServe around it: for tests of leases.
 
-Reads lines: "follow" applies the slice's threads as a request would; each is answered with a JSON line of facts.
+Every line that it reads applies the slice's threads as a request would; each is answered with a JSON line of facts.
 """
 
 from __future__ import annotations

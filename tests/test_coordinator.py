@@ -247,9 +247,7 @@ def test_a_frontends_policy_holds_and_it_moves_aside_itself(
     assert eventually(lambda: os.sched_getaffinity(0) == allowed - {last})
 
 
-def test_never_pinned_still_gets_its_threads(
-    start: Callable[..., Claimant], frontend: Callable[..., None]
-) -> None:
+def test_never_pinned_still_gets_its_threads(start: Callable[..., Claimant], frontend: Callable[..., None]) -> None:
     frontend(Policy(pin=Pin.NEVER))
     first, second = start(), start(worker="9001")
     first.facts()

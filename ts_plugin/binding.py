@@ -134,16 +134,15 @@ def prepare_environment(
 
     ``library_roots`` are directories such as the interpreter's prefix, below which allocator libraries are looked for.
     """
-    notes = []
     for name in THREAD_COUNTS:
         environment[name] = str(cores.threads)
     # Without it the code that Inductor caches keeps the thread count of its first run.
     environment["TORCHINDUCTOR_CPP_DYNAMIC_THREADS"] = "1"
-    for name in COLLAPSING:
-        if environment.pop(name, None) is not None:
-            notes.append(f"{name} removed: it would shrink the worker's affinity mask to one CPU at `import torch`")
-    notes += _preload(environment, policy, tuple(library_roots))
-    return notes
+    removed = [name for name in COLLAPSING if environment.pop(name, None) is not None]
+    notes = [
+        f"{name} removed: it would shrink the worker's affinity mask to one CPU at `import torch`" for name in removed
+    ]
+    return notes + _preload(environment, policy, tuple(library_roots))
 
 
 def _preload(environment: MutableMapping[str, str], policy: Policy, roots: tuple[str, ...]) -> list[str]:

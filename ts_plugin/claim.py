@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ts_plugin import coordinator, discovery, process
 from ts_plugin.cpulist import format_cpulist
@@ -84,7 +85,7 @@ def worker_id(arguments: Sequence[str]) -> str:
 
     Source: org.pytorch.serve.wlm.WorkerLifeCycle; ts/model_service_worker.py adds LOCAL_RANK under torchrun.
     """
-    options = dict(zip(arguments, arguments[1:], strict=False))
+    options = dict(pairwise(arguments))
     number = options.get("--port") or options.get("--sock-name", "").rpartition(".")[2]
     rank = os.environ.get("LOCAL_RANK", "0")
     return str(int(number) + int(rank)) if number.isdigit() and rank.isdigit() else number or "?"

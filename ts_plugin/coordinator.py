@@ -61,14 +61,17 @@ def settle(ledger: Ledger) -> State:
             return replace(state, notes=(*state.notes, str(error)))
 
 
-def amend(ledger: Ledger, pid: int, *, model: str, cores: int | None) -> None:
-    """Correct what a worker said of itself when it joined: the name it was registered under, the cores it wants."""
+def amend(ledger: Ledger, corrected: Lease) -> None:
+    """Take over the model's name and the demand of ``corrected``, which a worker knows better than when it joined.
+
+    Raises:
+        LedgerError: the ledger cannot be used. PlanError: no plan exists with this demand; nothing has changed.
+    """
     with ledger.locked() as state:
-        lease = state.lease_of(pid)
-        if lease is None or (lease.model == model and lease.demand.cores == cores):
-            return
-        corrected = replace(lease, model=model, demand=replace(lease.demand, cores=cores))
-        leases = tuple(corrected if other is lease else other for other in state.leases)
+        leases = tuple(
+            replace(lease, model=corrected.model, demand=corrected.demand) if lease.pid == corrected.pid else lease
+            for lease in state.leases
+        )
         _settle(ledger, state, replace(state, leases=leases))
 
 

@@ -1,7 +1,8 @@
 """Inside a worker: follows its slice while it serves.
 
 A thread waits for the death of any other worker (pidfd) and for a new ledger (one stat every half second), and binds
-this process. The thread count belongs to the thread that computes, so `follow` sets it there, at request boundaries.
+this process; every few seconds it reads back whether reality agrees. The thread count belongs to the thread that
+computes, so `follow` sets it there, at request boundaries.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ import os
 import select
 import sys
 import threading
+import time
 from dataclasses import replace
+from typing import Any
 
-from ts_plugin import binding, claim, coordinator
+from ts_plugin import binding, claim, coordinator, discovery, readback
 from ts_plugin.launcher import say
-from ts_plugin.ledger import Lease, Ledger, LedgerError, State
+from ts_plugin.ledger import Lease, Ledger, State
 from ts_plugin.planner import PlanError, Slice
 
 __all__ = ["Follower", "current"]
 
-INTERVAL = 0.5  # seconds between two looks at the ledger's stat; a death is seen at once
+INTERVAL = 0.5  # seconds between two stats of the ledger; a death is seen at once
+LOOK_INTERVAL = 5.0  # seconds between two read-backs
+THOROUGH = 12  # every so many read-backs also memory and libraries are looked at
 
 
 class Follower:
@@ -30,8 +35,13 @@ class Follower:
         self._lease = lease
         self._wanted: Slice = lease.slice
         self._applied: Slice | None = None
+        self._allowed = lease.demand.allowed
         self._pidfds: dict[int, int] = {}
-        self._trouble = ""
+        self._readback = readback.ReadBack()
+        self._metrics: Any = None
+        self._looks = 0
+        self._resizes = 0
+        self._reported: set[str] = set()
 
     @property
     def lease(self) -> Lease:
@@ -58,24 +68,30 @@ class Follower:
             binding.bind_memory(self._lease.demand.policy.memory, wanted.numa_nodes)
         self._applied = wanted
 
-    def amend(self, *, model: str, gpu: bool) -> None:
-        """Tell the ledger what TorchServe said at load time: the registered name, and whether a GPU does the work.
+    def loaded(self, context: Any) -> None:
+        """Take over what TorchServe says at load time: the registered name, whether a GPU does the work, the metrics.
 
-        A GPU worker keeps one core: it feeds the device and runs pre- and post-processing.
+        ``context`` is its ts.context.Context. A GPU worker keeps one core, which feeds the device.
         """
-        cores = 1 if gpu else self._lease.demand.cores
-        if model == self._lease.model and cores == self._lease.demand.cores:
+        gpu = context.system_properties.get("gpu_id") is not None
+        lease = self._lease
+        demand = replace(lease.demand, cores=1) if gpu else lease.demand
+        self._amend(replace(lease, model=context.model_name, demand=demand))
+        self._metrics = context.metrics
+
+    def _amend(self, lease: Lease) -> None:
+        if (lease.model, lease.demand) == (self._lease.model, self._lease.demand):
             return
         try:
-            coordinator.amend(self._ledger, os.getpid(), model=model, cores=cores)
-            self._lease = replace(self._lease, model=model, demand=replace(self._lease.demand, cores=cores))
+            coordinator.amend(self._ledger, lease)
             self._adopt(self._ledger.read())
-        except (LedgerError, PlanError) as error:
+        except (OSError, PlanError) as error:
             self._report(str(error))
 
     def _watch(self) -> None:
         poll = select.poll()
         version = None
+        next_look = time.monotonic() + LOOK_INTERVAL
         while True:
             try:
                 now = self._ledger.version()
@@ -87,6 +103,9 @@ class Follower:
                         state = coordinator.settle(self._ledger)
                     self._adopt(state)
                     self._observe(poll, state)
+                if time.monotonic() >= next_look:
+                    next_look += LOOK_INTERVAL
+                    self._look()
                 dead = poll.poll(INTERVAL * 1000)
                 if dead:
                     for descriptor, _ in dead:
@@ -94,10 +113,33 @@ class Follower:
                         os.close(descriptor)
                         self._pidfds = {pid: fd for pid, fd in self._pidfds.items() if fd != descriptor}
                     coordinator.settle(self._ledger)
-                self._trouble = ""
-            except (OSError, PlanError) as error:  # LedgerError is an OSError: a full disk today may be fine tomorrow
+            except (OSError, PlanError) as error:  # a disk that is full today may be fine tomorrow
                 self._report(str(error))
                 poll.poll(INTERVAL * 1000)
+
+    def _look(self) -> None:
+        """Compare reality with the slice, and what this process may use with what it could use before."""
+        allowance = discovery.read_allowance(affinity=self._allowed)
+        demand = replace(self._lease.demand, allowed=allowance.cpus, quota=allowance.quota)
+        self._amend(replace(self._lease, demand=demand))
+        self._looks += 1
+        reading = self._readback.read(self._lease, thorough=self._looks % THOROUGH == 1)
+        for problem in reading.problems:
+            self._report(problem)
+        if self._metrics is None:
+            return
+        export = readback.exporter(self._metrics, self._lease)
+        if export is None:
+            return
+        export("SliceCores", len(self._lease.slice.cpus))
+        export("ThreadsOutsideSlice", reading.outside)
+        if reading.remote_pages is not None:
+            export("RemoteMemoryPages", reading.remote_pages)
+        if reading.migrations:
+            export("CpuMigrations", reading.migrations)
+        if self._resizes:
+            export("Resizes", self._resizes)
+            self._resizes = 0
 
     def _adopt(self, state: State) -> None:
         lease = state.lease_of(os.getpid())
@@ -108,6 +150,7 @@ class Follower:
         binding.bind_tree(lease.pid, lease.slice.cpus, before=self._lease.slice.cpus)
         if lease.slice != self._wanted:
             self._wanted = lease.slice
+            self._resizes += 1
         self._lease = lease
 
     def _observe(self, poll: select.poll, state: State) -> None:
@@ -125,9 +168,9 @@ class Follower:
             poll.register(self._pidfds[pid], select.POLLIN)
 
     def _report(self, trouble: str) -> None:
-        if trouble != self._trouble:
+        if trouble not in self._reported:  # once: the log is no place for a clock
             say(f"{self._lease}: {trouble}", problem=True)
-        self._trouble = trouble
+            self._reported.add(trouble)
 
 
 _current: Follower | None = None

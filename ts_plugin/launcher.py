@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> NoReturn:
     environment = dict(os.environ)
     try:
         starter = [_bind(arguments, environment)]
-    except Exception as error:  # a pinning plug-in never takes serving down, whatever went wrong
+    except Exception as error:  # noqa: BLE001 - a pinning plug-in never takes serving down, whatever went wrong
         reason = " ".join(f"{error}".split()) or type(error).__name__
         environment[coordinator.UNBOUND_VARIABLE] = reason
         say(f"worker {claim.worker_id(arguments)} serves UNBOUND: {reason}", problem=True)

@@ -115,7 +115,7 @@ def state_directory() -> str:
     chosen = os.environ.get("TS_CORES_STATE_DIR")
     if chosen:
         return os.path.abspath(chosen)
-    base = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"  # noqa: S108 - owner and mode are checked before use
+    base = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
     return f"{base}/ts-cores-{os.getuid()}"
 
 

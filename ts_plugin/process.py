@@ -6,7 +6,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Identity", "command_line", "environment", "identify", "parent", "pids", "threads", "tree"]
+__all__ = [
+    "Identity",
+    "command_line",
+    "environment",
+    "identify",
+    "migrations",
+    "parent",
+    "pids",
+    "state",
+    "threads",
+    "tree",
+]
 
 PROC = "/proc"
 
@@ -54,6 +65,23 @@ def threads(pid: int) -> list[int]:
         return []
 
 
+def state(pid: int, tid: int) -> str | None:
+    """Return the state letter of a thread, R for running or runnable, or None where it ended."""
+    fields = _stat(f"{pid}/task/{tid}")
+    return None if fields is None else fields[0].decode()
+
+
+def migrations(pid: int, tid: int) -> int | None:
+    """Return how often the scheduler moved a thread to another CPU; None where it ended or is not counted.
+
+    Source: Documentation/scheduler/sched-debug.rst; needs CONFIG_SCHED_DEBUG.
+    """
+    for line in (_read(f"{pid}/task/{tid}/sched") or b"").splitlines():
+        if line.startswith(b"se.nr_migrations"):
+            return int(line.rpartition(b":")[2])
+    return None
+
+
 def tree(pid: int) -> Iterator[int]:
     """Yield ``pid`` and all its descendants, parents first.
 
@@ -76,7 +104,7 @@ def environment(pid: int) -> dict[str, str]:
     return {os.fsdecode(key): os.fsdecode(value) for key, _, value in pairs}
 
 
-def _stat(pid: int) -> list[bytes] | None:
+def _stat(pid: int | str) -> list[bytes] | None:
     """Return the fields of /proc/pid/stat from the third (state) on; the second may hold blanks and brackets."""
     text = _read(f"{pid}/stat")
     return None if not text else text[text.rindex(b")") + 2 :].split()

@@ -31,9 +31,9 @@ def attach() -> None:
 
     begin, receive = Service.__init__, Service.retrieve_data_for_inference
 
-    def initialize(self: Any, model_name: str, *arguments: Any, **options: Any) -> None:
-        begin(self, model_name, *arguments, **options)
-        own.amend(model=model_name, gpu=self.context.system_properties.get("gpu_id") is not None)
+    def initialize(self: Any, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        own.loaded(self.context)
         own.follow()
 
     def retrieve(batch: Any) -> Any:
@@ -48,6 +48,6 @@ if __name__ == "__main__":
     del sys.argv[0]
     try:
         attach()
-    except Exception as error:  # the worker is bound already; it must serve even if it cannot follow
+    except Exception as error:  # noqa: BLE001 - the worker is bound already; it must serve even if it cannot follow
         say(f"slice will not follow the other workers: {type(error).__name__}: {error}", problem=True)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,141 @@
+"""Read-back: does reality agree with the slice? Repairs what is safe to repair and counts the rest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ts_plugin import binding, process
+from ts_plugin.cpulist import format_cpulist
+from ts_plugin.ledger import Lease
+
+__all__ = ["METRICS", "ReadBack", "Reading"]
+
+OPENMP = ("libgomp", "libiomp5", "libomp")
+PATIENCE = 3  # readings in a row before an overload is worth a line in the log
+
+METRICS = {  # name in metrics.yaml -> (unit, kind); all with the dimensions ModelName and WorkerName
+    "SliceCores": ("Count", "gauge"),
+    "ThreadsOutsideSlice": ("Count", "gauge"),
+    "RemoteMemoryPages": ("Count", "gauge"),
+    "CpuMigrations": ("Count", "counter"),
+    "Resizes": ("Count", "counter"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one look at this worker found.
+
+    ``outside``: threads whose mask reached outside the slice (repaired by now). ``migrations``: moves of its threads
+    between CPUs since the last reading; None where the kernel does not count. ``remote_pages``: pages (of the kernel's
+    page size) on NUMA nodes that are not the slice's; None where it was not looked at this time.
+    """
+
+    outside: int
+    migrations: int | None
+    remote_pages: int | None
+    problems: tuple[str, ...] = ()
+
+
+class ReadBack:
+    """Looks at this process; keeps the counters that need two readings."""
+
+    def __init__(self) -> None:
+        self._migrations: dict[int, int] = {}
+        self._crowded = 0
+
+    def read(self, lease: Lease, *, thorough: bool) -> Reading:
+        """Compare every thread with ``lease`` and repair masks; ``thorough`` also looks at memory and libraries.
+
+        Costs about 20 microseconds a thread; the thorough form reads numa_maps, which takes milliseconds.
+        """
+        pid = os.getpid()
+        problems = []
+        outside = binding.bind_tree(pid, lease.slice.cpus)
+        if outside:
+            where = format_cpulist(lease.slice.cpus)
+            problems.append(f"{outside} threads had a mask outside the slice (CPUs {where}); put back")
+        if lease.slice.pinned and (crowd := self._crowd(pid, lease.slice.threads)):
+            problems.append(crowd)
+        remote = None
+        if thorough:
+            remote = _remote_pages(lease.slice.numa_nodes)
+            if len(runtimes := _openmp_runtimes()) > 1:
+                problems.append(
+                    f"two OpenMP runtimes in one process ({', '.join(runtimes)}): each starts its own threads; "
+                    "remove one from LD_PRELOAD or from the model's requirements"
+                )
+        return Reading(outside, self._moves(pid), remote, tuple(problems))
+
+    def _crowd(self, pid: int, threads: int) -> str | None:
+        """Return a complaint once more threads than cores were runnable in PATIENCE readings in a row."""
+        runnable = sum(1 for tid in process.threads(pid) if process.state(pid, tid) == "R")
+        self._crowded = self._crowded + 1 if runnable > threads + 1 else 0  # this thread itself is running
+        if self._crowded != PATIENCE:
+            return None
+        return f"{runnable} runnable threads on {threads} cores: the handler starts threads of its own beside torch's"
+
+    def _moves(self, pid: int) -> int | None:
+        """Return how often threads changed their CPU since the last call."""
+        counts = {tid: count for tid in process.threads(pid) if (count := process.migrations(pid, tid)) is not None}
+        if not counts:
+            return None
+        moves = sum(count - self._migrations.get(tid, 0) for tid, count in counts.items())
+        first, self._migrations = not self._migrations, counts
+        return 0 if first else max(0, moves)
+
+
+def _remote_pages(nodes: tuple[int, ...]) -> int | None:
+    """Return the pages of this process that lie on other nodes. Source: man 7 numa, /proc/pid/numa_maps."""
+    if not nodes:
+        return None
+    local = {f"N{node}" for node in nodes}
+    remote = 0
+    try:
+        with open("/proc/self/numa_maps", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                for word in line.split()[2:]:
+                    node, equals, pages = word.partition("=")
+                    if equals and node[0] == "N" and node[1:].isdigit() and node not in local:
+                        remote += int(pages)
+    except OSError:
+        return None
+    return remote
+
+
+def _openmp_runtimes() -> list[str]:
+    found = set()
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                name = line.rpartition("/")[2].strip()
+                if name.startswith(OPENMP):
+                    found.add(name)
+    except OSError:
+        return []
+    return sorted(found)
+
+
+def exporter(cache: object, lease: Lease) -> Callable[[str, float], None] | None:
+    """Return a function that sends one of METRICS to TorchServe, or None where its metrics.yaml does not list them.
+
+    ``cache`` is TorchServe's ts.metrics.metric_cache_yaml_impl.MetricsCacheYamlImpl.
+    """
+    from ts.metrics.metric_type_enum import MetricTypes
+
+    metrics = {}
+    for name, (_, kind) in METRICS.items():
+        known = getattr(cache, "cache", {}).get(MetricTypes(kind), {}).get(name)
+        if known is not None:
+            metrics[name] = known
+    if not metrics:
+        return None
+    dimensions = [lease.model, f"W-{lease.worker_id}-{lease.model}_{lease.version}"]
+
+    def export(name: str, value: float) -> None:
+        if name in metrics:
+            metrics[name].add_or_update(value, dimensions)
+
+    return export
