@@ -7,6 +7,9 @@ from collections.abc import Iterable
 __all__ = ["CpuListError", "format_cpulist", "parse_cpulist"]
 
 
+_HIGHEST = 65535  # far above any kernel's NR_CPUS; keeps a slip of the finger from filling the memory
+
+
 class CpuListError(ValueError):
     """A text that is no CPU list; the message quotes the offending part."""
 
@@ -17,7 +20,7 @@ def parse_cpulist(text: str) -> frozenset[int]:
     Accepts the kernel's list format with strides (``0-10:2/5``) and, because people type them, blanks between entries.
 
     Raises:
-        CpuListError: a part is no number or runs backwards, for example ``invalid CPU list '3-0' (3 > 0)``.
+        CpuListError: a part is no number, too high, or runs backwards: ``invalid CPU list '3-0' (3 > 0)``.
 
     Source: Documentation/admin-guide/kernel-parameters.rst, "cpu lists"; man 7 cpuset, "List format".
     """
@@ -32,6 +35,10 @@ def parse_cpulist(text: str) -> frozenset[int]:
             take, step = (_number(used), _number(group)) if stride else (1, 1)
         except ValueError:
             raise CpuListError(f"invalid CPU list {text.strip()!r} ({part!r} is not a number or range)") from None
+        if high > _HIGHEST:
+            raise CpuListError(
+                f"invalid CPU list {text.strip()!r} ({high} is above the highest possible CPU, {_HIGHEST})"
+            )
         if low > high:
             raise CpuListError(f"invalid CPU list {text.strip()!r} ({low} > {high})")
         if not 0 < take <= step:
