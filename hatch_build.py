@@ -20,7 +20,7 @@ class JarError(RuntimeError):
     """The jar cannot be built; the message says what to install."""
 
 
-class JarBuildHook(BuildHookInterface):  # type: ignore[misc]  # hatchling has no types here
+class JarBuildHook(BuildHookInterface[Any]):
     """The custom build hook of hatchling that pyproject.toml names."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

@@ -13,11 +13,11 @@ import shutil
 import signal
 import socket
 import sys
-import time
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import psutil
 
 from benchmarks import archives
@@ -72,22 +72,21 @@ def demonstrate(*, once: bool) -> None:
         snapshot=CHECKOUT / CONFIG,
         working_directory=CHECKOUT,
         environment=environment,
-        state_directory=state_directory(),  # the user's own, where `ts-cores show` looks
+        state_directory=Path(state_directory()),  # the user's own, where `ts-cores show` looks
     )
     with server:
         print(f"  {server.initial_workers} workers are READY after {server.ready_seconds:.1f} s\n")
         compare(archive, server)
         show(server)
         if not once:
-            print("\nTry it:")
-            print("  python -c 'from benchmarks.archives import *; open(\"photo.jpg\", \"wb\").write(photograph())'")
-            print(f"  curl {server.prediction_url(MODEL)} -T photo.jpg")
+            print(f"\nIt serves until Ctrl-C (or kill {os.getpid()}). In another terminal:")
+            photograph = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")
+            print(f"  curl {server.prediction_url(MODEL)} -T {os.path.relpath(photograph)}")
             print(f"  curl {server.management_url}/cores")
-            print("  .venv/bin/ts-cores show")
-            print("Ctrl-C stops the server and removes what it wrote.", flush=True)
-            while psutil.pid_exists(server.pid):
-                time.sleep(1)
-    print("\nThe server is stopped." if once else "")
+            print("  .venv/bin/ts-cores show", flush=True)
+            psutil.Process(server.pid).wait()
+            raise DemoError("the server ended by itself; its last lines are:\n" + server.log()[-2000:])
+    print("\nThe server is stopped.")
 
 
 def build() -> Path:
@@ -98,7 +97,7 @@ def build() -> Path:
     store.mkdir(exist_ok=True)
     archive = store / made.name
     shutil.copyfile(made, archive)
-    kind = "pretrained weights" if weights else "random weights of a fixed seed (no hub within reach): its labels mean nothing"
+    kind = "pretrained weights" if weights else "random weights from a fixed seed (no hub in reach), so its labels lie"
     print(f"{archive.relative_to(CHECKOUT)}: ResNet-18 with handlers/image_classifier.py and {kind}")
     return archive
 
@@ -138,7 +137,7 @@ def classify(archive: Path, photograph: bytes) -> dict[str, float]:
     """Return the five best labels and their probabilities, computed in this process."""
     import torch
     from PIL import Image
-    from torchvision import transforms
+    from torchvision import models, transforms
 
     prepare = transforms.Compose(
         [
@@ -151,8 +150,8 @@ def classify(archive: Path, photograph: bytes) -> dict[str, float]:
     with Image.open(io.BytesIO(photograph)) as image, torch.inference_mode():
         scores = archives.load(archive)(prepare(image.convert("RGB")).unsqueeze(0)).softmax(dim=1)[0]
     best = scores.topk(5)
-    names = archives.labels(archive)
-    return {names[str(index)]: float(p) for p, index in zip(best.values, best.indices.tolist(), strict=True)}
+    names = models.get_model_weights(MODEL).DEFAULT.meta["categories"]
+    return {names[index]: p for p, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)}
 
 
 def show(server: TorchServe) -> None:
@@ -164,9 +163,10 @@ def show(server: TorchServe) -> None:
     cores = server.cores()
     print(f"GET {server.management_url}/cores")
     for piece in sorted(cores["slices"], key=lambda piece: int(piece["worker_id"])):
+        cpus, nodes = format_cpulist(piece["cpus"]), format_cpulist(piece["numa_nodes"])
         print(
-            f"  worker {piece['worker_id']} of {piece['model']} (pid {piece['pid']}): CPUs {format_cpulist(piece['cpus'])}, "
-            f"intra-op threads {piece['threads']}, NUMA nodes {format_cpulist(piece['numa_nodes'])}"
+            f"  worker {piece['worker_id']} of {piece['model']}, pid {piece['pid']}: "
+            f"CPUs {cpus}, intra-op threads {piece['threads']}, NUMA nodes {nodes}"
         )
     check(cores, server)
     print("The kernel's affinity masks say the same, of every thread.")
@@ -187,10 +187,11 @@ def check(cores: dict[str, Any], server: TorchServe) -> None:
         for thread in os.listdir(f"/proc/{pid}/task"):
             mask = os.sched_getaffinity(int(thread))
             if mask != cpus:
-                raise DemoError(f"thread {thread} of worker {pid} may run on {sorted(mask)}, its slice is {sorted(cpus)}")
-    shared = sum(map(len, slices.values())) - len(set().union(*slices.values()))
-    if shared and all(piece["pinned"] for piece in cores["slices"]) and psutil.cpu_count(logical=False) >= len(slices):
-        raise DemoError(f"the slices share {shared} CPUs: {slices}")
+                raise DemoError(f"thread {thread} of worker {pid} may run on {mask}, its slice is {cpus}")
+    union = set().union(*slices.values())
+    pinned = all(piece["pinned"] for piece in cores["slices"])
+    if pinned and len(union) >= len(slices) and len(union) < sum(map(len, slices.values())):
+        raise DemoError(f"the slices share CPUs though there are enough: {slices}")
 
 
 if __name__ == "__main__":

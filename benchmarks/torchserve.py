@@ -22,11 +22,19 @@ from typing import Any, Self
 
 import psutil
 
-__all__ = ["PORTS", "RequestError", "TorchServe", "TorchServeError", "free_ports", "read_properties", "write_properties"]
+__all__ = [
+    "PORTS",
+    "RequestError",
+    "TorchServe",
+    "TorchServeError",
+    "free_ports",
+    "read_properties",
+    "write_properties",
+]
 
 LOOPBACK = "127.0.0.1"
 WORKER_SCRIPT = "model_service_worker.py"
-DEATH = "Backend worker process died"  # org.pytorch.serve.wlm.WorkerThread, once per dead worker process
+RETRY = "Retry worker: "  # org.pytorch.serve.wlm.WorkerThread, once per worker process that ended by itself
 PORTS = ("inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port")
 
 Property = str | int | float | bool | Path
@@ -199,10 +207,10 @@ class TorchServe:
         """Return once exactly ``workers`` workers of the model exist and all are READY; None takes its minWorkers.
 
         Raises:
-            TorchServeError: not within ``timeout``, or workers keep dying (three deaths per worker).
+            TorchServeError: not within ``timeout``, or workers keep dying (three restarts per worker).
         """
         deadline = time.monotonic() + self.timeout
-        deaths = self.log().count(DEATH)
+        retries = self.log().count(RETRY)
         seen: object = "nothing"
         while True:
             with contextlib.suppress(RequestError):
@@ -211,7 +219,7 @@ class TorchServe:
                 wanted = int(model["minWorkers"]) if workers is None else workers
                 if len(model["workers"]) == wanted and all(state == "READY" for state in seen):
                     return
-                if self.log().count(DEATH) - deaths >= 3 * max(wanted, 1):
+                if self.log().count(RETRY) - retries >= 3 * max(wanted, 1):
                     raise TorchServeError(f"the workers of {name} keep dying{self._tail()}")
             self._require_alive(deadline, f"the workers of {name} are not all READY (wanted {workers}, see {seen})")
             time.sleep(0.1)

@@ -1,0 +1,24 @@
+"""What all tests share: a state directory of their own, and the machines that were captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep every test, and every process that one starts, away from the ledger of this user's real servers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TS_CORES_STATE_DIR", str(tmp_path_factory.mktemp("state") / "ts-cores"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The root of this checkout."""
+    return CHECKOUT

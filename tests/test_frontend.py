@@ -1,0 +1,233 @@
+"""The frontend hook: what it makes of Python's answers, in a real JVM; the jar and the wheel that carry it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import hatch_build
+from benchmarks.torchserve import read_properties, write_properties
+
+JAR = "ts_plugin/frontend/ts-cores.jar"
+LAUNCHER = "/somewhere/bin/ts-cores-python"
+GOOD = f"""echo '{{"python": "{LAUNCHER}", "warnings": []}}'"""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the hook left behind in one JVM: two properties, its log lines, and how its Python was called."""
+
+    python: str
+    enable: str
+    log: tuple[str, ...]
+    calls: tuple[str, ...]
+
+
+@pytest.fixture(scope="session")
+def probe(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The class path of the probe, the hook and TorchServe's frontend."""
+    classes = tmp_path_factory.mktemp("probe")
+    path = f"{checkout / JAR}:{hatch_build.find_model_server()}"
+    source = str(checkout / "tests" / "HookProbe.java")
+    subprocess.run([hatch_build.find_javac(), "-proc:none", "-cp", path, "-d", str(classes), source], check=True)
+    return f"{classes}:{path}"
+
+
+def take_over(probe: str, directory: Path, answer: str, **properties: str) -> Outcome:
+    """Construct the hook where ``answer``, a shell script, is the server's python."""
+    python, calls = directory / "python", directory / "calls"
+    python.write_text(f'#!/bin/sh\nfor word; do echo "$word" >>{calls}; done\n{answer}\n')
+    python.chmod(0o755)
+    config = directory / "config.properties"
+    write_properties(config, {"model_store": directory, "cpu_launcher_enable": "true", **properties})
+    home = Path(str(hatch_build.find_model_server())).parents[2]
+    done = subprocess.run(
+        ["java", f"-Dmodel_server_home={home}", "-cp", probe, "HookProbe", "-f", str(config), "--python", str(python)],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    left = directory / "left"
+    left.write_text(done.stdout)
+    log = tuple(line for line in done.stdout.splitlines() if "org.tscores" in line)
+    words = tuple(calls.read_text().splitlines()) if calls.exists() else ()
+    return Outcome(read_properties(left)["python"], read_properties(left)["cpu_launcher_enable"], log, words)
+
+
+def test_take_over(probe: str, tmp_path: Path) -> None:
+    outcome = take_over(probe, tmp_path, GOOD)
+    assert outcome.python == LAUNCHER
+    # Once, although TorchServe constructs the class once per endpoint type.
+    assert outcome.calls == ("-I", "-m", "ts_plugin.server", "takeover", "--launcher-args=")
+    assert [re.sub(r".* - ", "", line) for line in outcome.log] == [
+        "ts-cores: every worker gets its own cores; see GET /cores on the management API"
+    ]
+
+
+def test_stock_launcher_stays_off_in_every_snapshot(probe: str, tmp_path: Path) -> None:
+    outcome = take_over(probe, tmp_path, GOOD)
+    assert outcome.enable not in ("true", "")  # java.lang.Boolean.parseBoolean: everything but "true" is false
+    again = take_over(probe, tmp_path, GOOD, cpu_launcher_enable=outcome.enable)
+    assert again == Outcome(LAUNCHER, outcome.enable, again.log, outcome.calls * 2)
+
+
+@pytest.mark.parametrize("value", ["false", "", "typo"])
+def test_not_enabled(probe: str, tmp_path: Path, value: str) -> None:
+    outcome = take_over(probe, tmp_path, GOOD, cpu_launcher_enable=value)
+    assert outcome == Outcome(str(tmp_path / "python"), value, (), ())
+
+
+def test_launcher_args_reach_python_as_they_are(probe: str, tmp_path: Path) -> None:
+    text = f"--node_id 0; touch {tmp_path}/shell $(id) \"quoted\" 'too' *"
+    outcome = take_over(probe, tmp_path, GOOD, cpu_launcher_args=text)
+    assert outcome.calls[-1] == f"--launcher-args={text}"
+    assert not (tmp_path / "shell").exists()
+
+
+def test_warnings_and_stderr_are_logged(probe: str, tmp_path: Path) -> None:
+    answer = json.dumps({"python": LAUNCHER, "warnings": ["did you mean --node-id?", "second"]})
+    outcome = take_over(probe, tmp_path, f"echo odd >&2; echo '{answer}'")
+    assert outcome.python == LAUNCHER
+    levels = [re.sub(r".*\[(\w+) *\].* - ", r"\1 ", line) for line in outcome.log]
+    assert levels[:3] == ["WARN ts-cores: odd", "ERROR ts-cores: did you mean --node-id?", "ERROR ts-cores: second"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "remedy"),
+    [
+        pytest.param(
+            "echo python: No module named ts_plugin >&2; exit 1",
+            "No module named ts_plugin (exit status 1)",
+            "pip install ts-cores into the environment of ",
+            id="not-installed",
+        ),
+        pytest.param(
+            "echo Traceback >&2; echo 'ValueError: boom' >&2; exit 1",
+            "ValueError: boom (exit status 1)",
+            "run it by hand: ",
+            id="crash",
+        ),
+        pytest.param("kill -9 $$", "(exit status 137)", "run it by hand: ", id="killed"),
+        pytest.param("echo '{\"pyth'", "", "", id="half-an-answer"),
+        pytest.param("", "", "", id="no-answer"),
+        pytest.param("echo '[]'", "", "", id="no-object"),
+        pytest.param("echo '{}'", "", "", id="empty-object"),
+    ],
+)
+def test_serves_unbound_with_one_line(probe: str, tmp_path: Path, answer: str, reason: str, remedy: str) -> None:
+    outcome = take_over(probe, tmp_path, answer)
+    assert outcome.python == str(tmp_path / "python")
+    assert outcome.enable not in ("true", "")
+    (line,) = outcome.log
+    assert "[ERROR]" in line
+    assert "workers are served unbound: " in line
+    assert reason in line
+    assert remedy in line
+
+
+def test_pipes_held_open_or_full_do_not_stop_the_server(probe: str, tmp_path: Path) -> None:
+    # A megabyte is more than a pipe holds; the sleeping grandchild keeps stdout and stderr open for a minute.
+    outcome = take_over(probe, tmp_path, f"sleep 60 & echo $! >{tmp_path}/pid; yes | head -c 1000000 >&2; exit 3")
+    os.kill(int((tmp_path / "pid").read_text()), 9)
+    assert "(exit status 3)" in outcome.log[0]
+
+
+def test_jar_is_what_its_source_says(checkout: Path, tmp_path: Path) -> None:
+    source = checkout / "ts_plugin" / "frontend" / "java"
+    hatch_build.build_jar(hatch_build.find_javac(), hatch_build.find_model_server(), source, tmp_path / "a.jar")
+    assert (tmp_path / "a.jar").read_bytes() == (checkout / JAR).read_bytes(), "stale: run ./dev setup"
+    with zipfile.ZipFile(tmp_path / "a.jar") as jar:
+        assert jar.namelist() == [
+            "META-INF/services/org.pytorch.serve.servingsdk.ModelServerEndpoint",
+            "org/tscores/CoresEndpoint.class",
+        ]
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(hatch_build.JarError, match=r"openjdk-17-jdk-headless.*JAVA_HOME"):
+        hatch_build.find_javac()
+    compiler = tmp_path / "bin" / "javac"
+    compiler.parent.mkdir()
+    compiler.touch(0o755)
+    assert hatch_build.find_javac() == str(compiler)
+
+
+def test_compiler_refuses(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "Wrong.java").write_text("class Wrong { int x = missing; }")
+    server = hatch_build.find_model_server()
+    with pytest.raises(hatch_build.JarError, match=r"exit status 1\n.*cannot find symbol"):
+        hatch_build.build_jar(hatch_build.find_javac(), server, tmp_path, tmp_path / "a.jar")
+    assert not (tmp_path / "a.jar").exists()
+
+
+def build(checkout: Path, out: Path, target: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build this checkout as pip does, but with the hatchling and the torchserve of this environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)],
+        cwd=checkout,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    done = build(checkout, out, "wheel")
+    assert done.returncode == 0, done.stderr
+    (file,) = out.iterdir()
+    return file
+
+
+def test_wheel_without_a_jdk_says_what_to_install(checkout: Path, tmp_path: Path) -> None:
+    done = build(checkout, tmp_path, "wheel", PATH=str(tmp_path), JAVA_HOME="")
+    assert done.returncode == 1
+    assert "openjdk-17-jdk-headless" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wheel_has_the_jar_and_not_its_source(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {JAR, "ts_plugin/server.py", "handlers/__init__.py"} <= names
+    assert not [name for name in names if name.endswith(".java") or name.startswith(("benchmarks", "tests"))]
+
+
+def test_source_distribution_has_the_source(checkout: Path, tmp_path: Path) -> None:
+    done = build(checkout, tmp_path, "sdist")
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.iterdir()
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"ts_plugin/frontend/java/org/tscores/CoresEndpoint.java", "hatch_build.py"} <= names
+
+
+def test_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    """In an environment that has nothing but the wheel: the launcher passes through, the plug-in is found."""
+    python = tmp_path / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "uv", "pip", "install", "-q", "--no-deps", "--python", str(python), str(wheel)],
+        check=True,
+    )
+    show = "import os, sys; print(os.getpid(), sys.prefix, sys.argv[1:])"
+    with subprocess.Popen(
+        [tmp_path / "bin" / "ts-cores-python", "-I", "-c", show, "--option", "a b"], stdout=subprocess.PIPE, text=True
+    ) as launched:
+        assert launched.stdout is not None
+        assert launched.stdout.read() == f"{launched.pid} {tmp_path} ['--option', 'a b']\n"
