@@ -238,6 +238,19 @@ class TorchServe:
             if not self.keep:
                 shutil.rmtree(self.directory, ignore_errors=True)
 
+    def kill_frontend(self) -> None:
+        """SIGKILL the Java process and return once all others have ended by themselves; ``start`` may follow.
+
+        Raises:
+            TorchServeError: a worker outlived its frontend by 30 seconds.
+        """
+        workers = [process for process in self.tree() if process.pid in self.workers()]
+        os.kill(self.pid, signal.SIGKILL)
+        _, left = psutil.wait_procs(workers, timeout=30)
+        self._end_processes()
+        if left:
+            raise TorchServeError(f"workers outlived their frontend: {[process.pid for process in left]}")
+
     def _end_processes(self) -> None:
         if self._command is None:
             return
