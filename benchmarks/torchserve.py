@@ -378,15 +378,16 @@ class TorchServe:
         return tree
 
     def workers(self) -> dict[int, list[str]]:
-        """Return pid -> command line of every process of the server's that runs the worker script itself."""
-        found = {}
+        """Return pid -> command line of every process of the server's that is a worker, not the wrapper of one."""
+        found: dict[int, list[str]] = {}
+        wrappers = set()
         for process in self.tree():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 words = process.cmdline()
-                wrapper = "-m" in words[:3]  # python -m torch.backends.xeon.run_cpu ... model_service_worker.py ...
-                if not wrapper and any(word.endswith(WORKER_SCRIPT) for word in words[1:4]):
+                if any(word.endswith(WORKER_SCRIPT) for word in words):
                     found[process.pid] = words
-        return found
+                    wrappers.update(parent.pid for parent in process.parents())
+        return {pid: words for pid, words in found.items() if pid not in wrappers}
 
     def _marked(self) -> list[psutil.Process]:
         """Return every process of this user with our directory in its environment, whoever its parent is now."""

@@ -1,0 +1,257 @@
+"""Clients: closed loop by Apache's ``ab``, closed loop without keep-alive, and an open loop at a fixed rate."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import csv
+import http.client
+import io
+import queue
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+__all__ = ["Answer", "Load", "LoadError", "OpenLoop", "ab", "closed_loop", "parse_ab", "percentile"]
+
+CONTENT_TYPE = "application/octet-stream"
+ANSWER_SECONDS = 120  # how long any client waits for one answer: TorchServe's own default_response_timeout
+
+
+class LoadError(RuntimeError):
+    """The client itself failed; the message has its output and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a closed loop saw. ``failed``: no answer, a broken one, or one that is not 2xx."""
+
+    requests: int
+    failed: int
+    seconds: float
+    requests_per_second: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+
+
+def ab(url: str, body: Path, *, requests: int, concurrency: int) -> Load:
+    """Send ``requests`` POSTs of the file ``body``, always ``concurrency`` at once, over kept-alive connections.
+
+    Without ``-k`` ab waits for the server to close the connection, which TorchServe does not do for HTTP/1.0: use
+    ``closed_loop`` there. ``-l``: answers may differ in length, floats have more or fewer digits.
+
+    Raises:
+        LoadError: ab is not installed, or it gave up.
+    """
+    program = shutil.which("ab")
+    if program is None:
+        raise LoadError("ab is not installed: apt-get install apache2-utils")
+    with tempfile.NamedTemporaryFile(suffix=".csv") as percentiles:
+        command = [program, "-k", "-l", "-q", "-r", "-s", str(ANSWER_SECONDS), "-e", percentiles.name]
+        command += [
+            "-n",
+            str(requests),
+            "-c",
+            str(min(concurrency, requests)),
+            "-p",
+            str(body),
+            "-T",
+            CONTENT_TYPE,
+            url,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise LoadError(f"{' '.join(command)}: exit status {done.returncode}: {done.stderr.strip()}")
+        return parse_ab(done.stdout, Path(percentiles.name).read_text())
+
+
+def parse_ab(stdout: str, percentiles: str) -> Load:
+    """Return what ab measured: its counts from ``stdout``, its latencies from the CSV that ``-e`` writes.
+
+    Raises:
+        LoadError: a line or a percentile is missing.
+    """
+
+    def number(label: str, *, default: float | None = None) -> float:
+        found = re.search(rf"^{re.escape(label)}:\s+([\d.]+)", stdout, re.MULTILINE)
+        if found:
+            return float(found[1])
+        if default is None:
+            raise LoadError(f"ab printed no {label!r}:\n{stdout[-500:]}")
+        return default
+
+    table = {row[0]: float(row[1]) for row in list(csv.reader(io.StringIO(percentiles)))[1:] if len(row) == 2}
+    if not {"50", "90", "99"} <= table.keys():
+        raise LoadError(f"ab's CSV has no percentiles 50, 90 and 99: {percentiles[:200]!r}")
+    return Load(
+        requests=int(number("Complete requests")),
+        failed=int(number("Failed requests") + number("Non-2xx responses", default=0)),
+        seconds=number("Time taken for tests"),
+        requests_per_second=number("Requests per second"),
+        p50_ms=table["50"],
+        p90_ms=table["90"],
+        p99_ms=table["99"],
+    )
+
+
+def closed_loop(url: str, body: bytes, *, requests: int, concurrency: int) -> Load:
+    """Like ``ab`` with a new connection for every request, which ab itself cannot do against this server."""
+    target = urllib.parse.urlsplit(url)
+    jobs: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for _ in range(requests):
+        jobs.put(None)
+    answers: list[tuple[float, bool]] = []
+
+    def client() -> None:
+        headers = {"Content-Type": CONTENT_TYPE, "Connection": "close"}
+        while True:
+            try:
+                jobs.get_nowait()
+            except queue.Empty:
+                return
+            begun = time.perf_counter()
+            good = False
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection = http.client.HTTPConnection(str(target.hostname), target.port, timeout=ANSWER_SECONDS)
+                with contextlib.closing(connection):
+                    connection.request("POST", target.path, body, headers)
+                    answer = connection.getresponse()
+                    answer.read()
+                    good = 200 <= answer.status < 300
+            answers.append((time.perf_counter() - begun, good))
+
+    threads = [threading.Thread(target=client, daemon=True) for _ in range(min(concurrency, requests))]
+    begun = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - begun
+    latencies = [1000 * latency for latency, _ in answers]
+    return Load(
+        requests=len(answers),
+        failed=sum(not good for _, good in answers),
+        seconds=seconds,
+        requests_per_second=len(answers) / seconds,
+        p50_ms=percentile(latencies, 50),
+        p90_ms=percentile(latencies, 90),
+        p99_ms=percentile(latencies, 99),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request of an open loop. Seconds: ``due`` since the loop began, ``latency`` since it was *due*, not sent."""
+
+    due: float
+    latency: float
+    good: bool
+
+    @property
+    def at(self) -> float:
+        """When the answer was there, in seconds since the loop began."""
+        return self.due + self.latency
+
+
+class OpenLoop:
+    """A client that sends a request every ``1 / rate`` seconds, whether or not earlier ones were answered.
+
+    A closed loop slows down with the server and so hides its queue; this one does not. ``start`` returns at once,
+    ``stop`` waits for the outstanding answers. A request without an answer after ``patience`` seconds has failed.
+    """
+
+    def __init__(self, url: str, body: bytes, *, rate: float, patience: float = 60.0) -> None:
+        target = urllib.parse.urlsplit(url)
+        self.rate = rate
+        self.patience = patience
+        self._address = str(target.hostname), target.port
+        self._request = (
+            f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: {CONTENT_TYPE}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        ).encode() + body
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._answers: list[Answer] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self.began = 0.0  # time.monotonic() of the first request
+
+    def start(self) -> None:
+        self.began = time.monotonic()
+        self._thread.start()
+
+    def stop(self) -> list[Answer]:
+        """Send no more and return every answer in the order of sending."""
+        self._ended.set()
+        self._thread.join()
+        return sorted(self._answers, key=lambda answer: answer.due)
+
+    def run(self, seconds: float) -> list[Answer]:
+        """Send for that long and return every answer."""
+        self.start()
+        time.sleep(seconds)
+        return self.stop()
+
+    async def _run(self) -> None:
+        sent: set[asyncio.Task[None]] = set()
+        number = 0
+        while not self._ended.is_set():
+            due = number / self.rate
+            pause = self.began + due - time.monotonic()
+            if pause > 0:
+                await asyncio.sleep(min(pause, 0.1))
+                continue
+            sent.add(asyncio.create_task(self._one(due)))
+            number += 1
+        await asyncio.gather(*sent)
+        for _, writer in self._idle:
+            writer.close()
+
+    async def _one(self, due: float) -> None:
+        good = False
+        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, ValueError):
+            async with asyncio.timeout(self.patience):
+                good = 200 <= await self._exchange() < 300
+        self._answers.append(Answer(due, time.monotonic() - self.began - due, good))
+
+    async def _exchange(self) -> int:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection[0].at_eof():
+                break
+            connection[1].close()
+        else:
+            connection = await asyncio.open_connection(*self._address)
+        reader, writer = connection
+        try:
+            writer.write(self._request)
+            await writer.drain()
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+            length = re.search(r"^content-length:\s*(\d+)", head, re.MULTILINE)
+            if length is None:
+                raise ValueError(f"an answer without Content-Length: {head!r}")
+            await reader.readexactly(int(length[1]))
+        except BaseException:
+            writer.close()
+            raise
+        self._idle.append(connection)
+        return int(head.split(" ", 2)[1])
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the nearest-rank percentile: the smallest value that at least ``percent`` % do not exceed.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("no values, no percentile")
+    return sorted(values)[max(ceil(len(values) * percent / 100), 1) - 1]

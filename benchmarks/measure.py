@@ -1,0 +1,255 @@
+"""One row: one configuration serves one model, is loaded, looked at, and stopped again."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ts_plugin
+from benchmarks import perf, probe
+from benchmarks.archives import Handler
+from benchmarks.bare import Bare, Binding, divide
+from benchmarks.load import Answer, Load, LoadError, OpenLoop, ab, closed_loop, percentile
+from benchmarks.results import Cell, Config, Figures
+from benchmarks.torchserve import Property, TorchServe
+from ts_plugin.topology import Core
+
+__all__ = ["Observed", "Setting", "Wish", "ceiling", "serve", "setting"]
+
+PLUGINS = Path(ts_plugin.__file__).parent / "frontend"
+SATURATED = 3.0  # an open loop whose p50 is this many times its interval per worker, or that fails, is over capacity
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What makes a configuration: lines of config.properties, environment variables, the archive's handler."""
+
+    properties: dict[str, Property | None]
+    environment: dict[str, str]
+    handler: Handler = Handler.STOCK
+
+
+def setting(config: Config, *, workers: int, cores: int, launcher_args: str = "") -> Setting:
+    """Return the setting of a served configuration on ``cores`` physical cores.
+
+    THREADS sets both ``torch.set_num_threads`` (in our archives) and OMP_NUM_THREADS (for an archive given by --mar).
+
+    Raises:
+        FileNotFoundError: the plug-in jar was not built.
+    """
+    launcher: dict[str, Property | None] = {"cpu_launcher_enable": True, "cpu_launcher_args": launcher_args or None}
+    match config:
+        case Config.THREADS:
+            threads = str(max(cores // workers, 1))
+            return Setting({}, {"TS_BENCHMARK_THREADS": threads, "OMP_NUM_THREADS": threads}, Handler.THREADS)
+        case Config.LAUNCHER:
+            return Setting(launcher, {})
+        case Config.TS_CORES:
+            if not list(PLUGINS.glob("*.jar")):
+                raise FileNotFoundError(f"{PLUGINS}: no plug-in jar here; build it with ./dev setup")
+            return Setting(launcher | {"plugins_path": PLUGINS}, {})
+        case Config.DEFAULT:
+            return Setting({}, {})
+        case Config.CEILING:
+            raise ValueError("the ceiling is not served")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How much to measure. ``rate``: requests per second of the open loop, None to leave it out.
+
+    ``seconds`` is the length of the open loop, of a profile, and of the ceiling's loop.
+    """
+
+    cell: Cell
+    requests: int
+    seconds: float
+    rate: float | None = None
+    profile: bool = False
+    keep_alive: bool = True
+
+
+class Observed(NamedTuple):
+    """A row's figures, what was sampled for the pictures, and why some figures are missing."""
+
+    figures: Figures
+    trace: probe.Trace
+    bindings: dict[str, dict[str, Any]]  # worker pid -> {"masks": {thread: CPU list}, "pages": {node: KiB}}
+    unavailable: dict[str, str]
+
+
+def serve(archive: Path, body: Path, given: Setting, wish: Wish, cores: Sequence[Core]) -> Observed:
+    """Measure one served configuration.
+
+    Raises:
+        TorchServeError: the server or its workers did not come up.
+        LoadError: the client gave up.
+    """
+    workers = wish.cell.workers
+    with TorchServe(archive, workers=workers, properties=given.properties, environment=given.environment) as server:
+        url = server.prediction_url(archive.stem)
+        pids = sorted(server.workers())
+        _load(url, body, wish, requests=max(4 * workers, min(wish.requests // 10, 20 * workers)))  # warm-up
+        with Watch([process.pid for process in server.tree()], pids, cores) as watch:
+            load = _load(url, body, wish, requests=wish.requests)
+        figures = watch.figures(load, [process.pid for process in server.tree()])
+        figures = replace(figures, ready_seconds=server.ready_seconds)
+        if wish.rate:
+            figures = _at_rate(figures, url, body.read_bytes(), wish)
+        unavailable: dict[str, str] = {}
+        if wish.profile:
+            loop = OpenLoop(url, body.read_bytes(), rate=figures.requests_per_second)
+            loop.start()
+            figures = _profiled(figures, pids, wish.seconds, unavailable)
+            loop.stop()
+        return Observed(figures, watch.trace, _bindings(pids), unavailable)
+
+
+def ceiling(archive: Path, body: Path, wish: Wish, cores: Sequence[Core]) -> Observed:
+    """Measure the same handler in as many bare processes as there would be workers, each on its own cores."""
+    bindings: list[Binding] = divide(cores, wish.cell.workers)
+    with Bare(archive, body.read_bytes(), bindings) as bare:
+        bare.work(min(wish.seconds, 2))  # warm-up
+        with Watch(bare.pids, bare.pids, cores) as watch:
+            begun = time.monotonic()
+            took = [1000 * seconds for seconds in bare.work(wish.seconds)]
+            seconds = time.monotonic() - begun
+        load = Load(
+            requests=len(took),
+            failed=0,
+            seconds=seconds,
+            requests_per_second=len(took) / seconds,
+            p50_ms=percentile(took, 50),
+            p90_ms=percentile(took, 90),
+            p99_ms=percentile(took, 99),
+        )
+        figures = replace(watch.figures(load, bare.pids), ready_seconds=bare.ready_seconds)
+        begun = time.monotonic()
+        forward = len(bare.work(wish.seconds, what="forward"))
+        figures = replace(figures, forward_per_second=forward / (time.monotonic() - begun) if forward else None)
+        return Observed(figures, watch.trace, _bindings(bare.pids), {})
+
+
+class Watch:
+    """Counters before and after a load, and samples during it."""
+
+    def __init__(self, tree: Sequence[int], workers: Sequence[int], cores: Sequence[Core]) -> None:
+        self._tree = tree
+        self._workers = workers
+        self._node_of = {cpu: core.node for core in cores for cpu in core.cpus}
+        self._sampler = probe.Sampler(workers)
+        self.trace = self._sampler.trace
+
+    def __enter__(self) -> Watch:
+        self._before = probe.snapshot(self._tree)
+        self._before_workers = probe.snapshot(self._workers)
+        self._busy = _busy_seconds()
+        self._own = _own_seconds()
+        self._begun = time.monotonic()
+        self._sampler.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._sampler.__exit__()
+        self._seconds = time.monotonic() - self._begun
+        self._busy = _busy_seconds() - self._busy
+        self._own = _own_seconds() - self._own
+        self._after = probe.snapshot(self._tree)
+        self._after_workers = probe.snapshot(self._workers)
+
+    def figures(self, load: Load, tree: Sequence[int]) -> Figures:
+        """Return what the load and the counters say; ``tree`` are the processes alive now, for memory and threads."""
+        spent, switches, preemptions, _ = self._after.since(self._before)
+        moves = self._after_workers.since(self._before_workers)[3]
+        done = max(load.requests - load.failed, 1)
+        nodes = set(self._node_of.values())
+        return Figures(
+            requests=load.requests,
+            failed=load.failed,
+            requests_per_second=load.requests_per_second,
+            p50_ms=load.p50_ms,
+            p90_ms=load.p90_ms,
+            p99_ms=load.p99_ms,
+            cpu_seconds_per_request=spent / done,
+            pss_mib=probe.pss_mib(tree),
+            processes=len(tree),
+            threads=probe.snapshot(tree).threads,
+            elsewhere_cpus=max(self._busy - self._own - spent, 0) / self._seconds,
+            context_switches_per_request=switches / done,
+            preemptions_per_request=preemptions / done,
+            cpu_migrations=None if moves is None else moves / self._seconds,
+            node_migrations=self.trace.moves(self._node_of) / self._seconds if len(nodes) > 1 else 0.0,
+            remote_pages_share=self._remote(),
+        )
+
+    def _remote(self) -> float | None:
+        """Return the mean over the workers."""
+        found = (
+            probe.remote_share(probe.pages(pid), self.trace.node_seconds(pid, self._node_of)) for pid in self._workers
+        )
+        shares = [share for share in found if share is not None]
+        return sum(shares) / len(shares) if shares else None
+
+
+def _load(url: str, body: Path, wish: Wish, *, requests: int) -> Load:
+    if wish.keep_alive:
+        return ab(url, body, requests=requests, concurrency=wish.cell.concurrency)
+    return closed_loop(url, body.read_bytes(), requests=requests, concurrency=wish.cell.concurrency)
+
+
+def _at_rate(figures: Figures, url: str, body: bytes, wish: Wish) -> Figures:
+    if wish.rate is None:
+        return figures
+    answers = OpenLoop(url, body, rate=wish.rate).run(wish.seconds)
+    good = [1000 * answer.latency for answer in answers if answer.good]
+    if not good:
+        raise LoadError(f"no good answer at {wish.rate:g} requests/s")
+    return replace(
+        figures,
+        rate_per_second=wish.rate,
+        rate_p50_ms=percentile(good, 50),
+        rate_p90_ms=percentile(good, 90),
+        rate_p99_ms=percentile(good, 99),
+        rate_failed=len(answers) - len(good),
+        rate_saturated=saturated(answers, wish.rate),
+    )
+
+
+def saturated(answers: Sequence[Answer], rate: float) -> bool:
+    """Return whether the server fell behind: latencies of the last quarter far above those of the first.
+
+    A queue that only grows is what tells "too much" from "slow": at least ``SATURATED`` times the interval between two
+    requests and twice the first quarter's median.
+    """
+    quarter = max(len(answers) // 4, 1)
+    first = percentile([answer.latency for answer in answers[:quarter]], 50)
+    last = percentile([answer.latency for answer in answers[-quarter:]], 50)
+    return any(not answer.good for answer in answers) or (last > 2 * first and last - first > SATURATED / rate)
+
+
+def _profiled(figures: Figures, pids: Sequence[int], seconds: float, unavailable: dict[str, str]) -> Figures:
+    found: dict[str, float | None] = {}
+    for name, read in (("spinning_share", perf.spinning), ("core_bound_share", perf.core_bound)):
+        try:
+            found[name] = read(pids, seconds=min(seconds, 5))
+        except perf.Unavailable as reason:
+            unavailable[name] = str(reason)
+    return replace(figures, spinning_share=found.get("spinning_share"), core_bound_share=found.get("core_bound_share"))
+
+
+def _bindings(pids: Sequence[int]) -> dict[str, dict[str, Any]]:
+    return {str(pid): {"masks": probe.thread_masks(pid), "pages": probe.pages(pid)} for pid in pids}
+
+
+def _busy_seconds() -> float:
+    return sum(busy for busy, _ in probe.cpu_ticks().values()) / probe.TICKS_PER_SECOND
+
+
+def _own_seconds() -> float:
+    """Return our CPU seconds and those of ab, which counts once it has ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
