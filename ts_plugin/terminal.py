@@ -6,18 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 
 from rich.box import ROUNDED, SIMPLE
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from ts_plugin import view as core_map
 from ts_plugin.cpulist import format_cpulist
+from ts_plugin.doctor import Finding, Severity
 from ts_plugin.picture import colour
 from ts_plugin.topology import Core
-from ts_plugin.view import WORDS, Use, View, tag
+from ts_plugin.view import WORDS, Use, View, count, tag
 
-__all__ = ["Map", "utilisation"]
+__all__ = ["Map", "report", "utilisation"]
 
 BARS = " ▁▂▃▄▅▆▇█"
 STYLES = {
@@ -49,6 +50,12 @@ class Map:
         self._digits = len(str(max(view.topology.online, default=0)))
         self._mark = max((len(tag(index)) for index in range(len(view.workers))), default=1)
 
+        self._labels: dict[str, int] = {}
+        for package in view.packages():
+            for group in (*package.groups, *(part for node in package.groups for part in node.groups)):
+                kind = group.label.split()[0]
+                self._labels[kind] = max(len(group.label), self._labels.get(kind, 0))
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text.assemble((self._view.title, "bold"), "  ", (self._view.summary(), "dim"))
         for package in self._view.packages():
@@ -72,16 +79,22 @@ class Map:
             return self._tiles(group.cores, width)
         table = Table.grid(padding=(0, 2))
         for part in group.groups:
-            table.add_row(Text(part.label, "dim"), self._group(part, width - len(part.label) - 4))
+            label = part.label.ljust(self._labels[part.label.split()[0]])
+            table.add_row(Text(label, "dim"), self._group(part, width - len(label) - 4))
         return table
 
     def _tiles(self, cores: Sequence[Core], width: int) -> Text:
         """Draw the cores in rows of equal length that fit into ``width`` columns; no tile is ever broken."""
         tiles = [self._tile(core) for core in cores]
         gap = " " if self._detailed else ""
+        width -= 0 if self._detailed else 30
         fitting = max(1, width // (max(len(tile) for tile in tiles) + len(gap)))
         per_row = ceil(len(tiles) / ceil(len(tiles) / fitting))
         rows = [Text(gap).join(tiles[start : start + per_row]) for start in range(0, len(tiles), per_row)]
+        if not self._detailed:
+            for number, row in enumerate(rows):
+                part = cores[number * per_row : (number + 1) * per_row]
+                row.append(f"  {format_cpulist(cpu for core in part for cpu in core.cpus)}", "dim")
         return Text("\n").join(rows)
 
     def _tile(self, core: Core) -> Text:
@@ -110,7 +123,7 @@ class Map:
             if use in seen and use is not Use.OWNED:
                 mark, style = STYLES[use]
                 key.append(f" {mark} ", style).append(f" {WORDS[use]}   ", "dim")
-        if any(
+        if self._detailed and any(
             self._view.owners(core) and not self._view.in_slice(cpu)
             for core in self._view.topology.cores
             for cpu in core.cpus
@@ -134,6 +147,23 @@ class Map:
             for note in worker.notes:
                 table.add_row("", Text(note, "dim"))
         return table
+
+
+def report(findings: Sequence[Finding]) -> RenderableType:
+    """Draw the doctor's findings: what, why, and the change, one under the other."""
+    marks = {Severity.ERROR: ("✗", "bold red"), Severity.WARNING: ("!", "bold yellow"), Severity.NOTE: ("·", "dim")}
+    table = Table.grid(padding=(0, 1))
+    for one in findings:
+        mark, style = marks[one.severity]
+        words = Text(one.what, "dim" if one.severity is Severity.NOTE else "")
+        if one.why:
+            words.append(f"\n{one.why}", "dim")
+        if one.change and one.severity is not Severity.NOTE:
+            words.append("\n→ ", style).append(one.change, "bold")
+        table.add_row(Text(mark, style), Text(one.subject, style), words)
+    found = {severity: sum(one.severity is severity for one in findings) for severity in Severity}
+    verdict = f"{count(found[Severity.ERROR], 'error')}, {count(found[Severity.WARNING], 'warning')}"
+    return Group(table, Text(f"\n{verdict}", "bold"))
 
 
 def _bar(share: float) -> str:

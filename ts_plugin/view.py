@@ -200,10 +200,10 @@ def of_state(
     )
 
 
-def of_plan(topology: Topology, plan: Plan, allowed: frozenset[int]) -> View:
+def of_plan(topology: Topology, plan: Plan, allowed: frozenset[int], notes: tuple[str, ...]) -> View:
     """Return the picture of what would be given."""
     workers = tuple(Worker(piece, worker_id=str(number)) for number, piece in enumerate(plan.slices))
-    return View(topology, workers, allowed, plan.reserved, notes=plan.notes, title="ts-cores plan")
+    return View(topology, workers, allowed, plan.reserved, notes=notes, title="ts-cores plan")
 
 
 def ticks(proc: str = "/proc") -> dict[int, tuple[int, int]]:

@@ -1,0 +1,133 @@
+"""Why a worker has the cores that it has: the reasons behind one lease, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ts_plugin.cpulist import format_cpulist
+from ts_plugin.ledger import Lease, State
+from ts_plugin.policy import Pin
+from ts_plugin.topology import Topology
+from ts_plugin.view import count
+
+__all__ = ["explain", "find"]
+
+
+def find(state: State, who: str) -> tuple[Lease, ...]:
+    """Return the leases of ``who``: a PID, or a model by name or as NAME:VERSION."""
+    name, _, version = who.partition(":")
+    return tuple(
+        lease
+        for lease in sorted(state.leases, key=lambda lease: (lease.model, lease.worker_id))
+        if str(lease.pid) == who or (lease.model == name and version in ("", lease.version))
+    )
+
+
+def explain(lease: Lease, state: State, topology: Topology) -> list[tuple[str, str]]:
+    """Return (heading, sentence) pairs in the order of the reasons; a repeated heading is left empty."""
+    rows = [("owns", _owns(lease, topology)), ("threads", _threads(lease, topology))]
+    rows += [("may use", text) for text in _allowed(lease, topology)]
+    rows += [("size", text) for text in _size(lease, state, topology)]
+    rows += [("place", text) for text in _place(lease, topology)]
+    rows += [("note", text) for text in (*lease.notes, *lease.demand.policy.notes, *state.notes)]
+    before = ("", *(head for head, _ in rows))
+    return [("" if head == previous else head, text) for previous, (head, text) in zip(before, rows, strict=False)]
+
+
+def _owns(lease: Lease, topology: Topology) -> str:
+    piece = lease.slice
+    if not piece.pinned:
+        return f"no cores of its own: it runs anywhere in CPUs {format_cpulist(piece.cpus)}"
+    where = [
+        f"{what} {format_cpulist(numbers)}"
+        for what, numbers in (
+            ("NUMA node", piece.numa_nodes),
+            ("L3 domain", piece.l3_domains),
+            ("package", piece.packages),
+        )
+        if numbers
+    ]
+    cores = topology.cores_of(piece.cpus)
+    return f"{count(len(cores), 'core')}, CPUs {format_cpulist(piece.cpus)}: {', '.join(where)}"
+
+
+def _threads(lease: Lease, topology: Topology) -> str:
+    piece, cores = lease.slice, topology.cores_of(lease.slice.cpus)
+    text = f"{piece.threads} intra-op"
+    if not piece.pinned:
+        return f"{text}: bounded, so that all workers together do not exceed what the CPUs can do"
+    if piece.threads == len(cores):
+        text += ": one per core"
+    siblings = {cpu for core in cores for cpu in core.cpus} & lease.demand.allowed - set(piece.cpus)
+    if siblings:
+        text += f"; the SMT siblings {format_cpulist(siblings)} stay free, they would share the cores' arithmetic units"
+    elif lease.demand.policy.logical:
+        text += ", on both SMT siblings of its cores (--use-logical-core)"
+    return text
+
+
+def _allowed(lease: Lease, topology: Topology) -> Iterator[str]:
+    demand, policy = lease.demand, lease.demand.policy
+    cores = topology.cores_of(demand.allowed)
+    yield f"{count(len(cores), 'core')}, CPUs {format_cpulist(demand.allowed)}: the server's affinity mask and cpuset"
+    if policy.node_ids is not None:
+        yield f"only NUMA nodes {format_cpulist(policy.node_ids)} (--node-id)"
+    if policy.core_list is not None:
+        yield f"only CPUs {format_cpulist(policy.core_list)} (--core-list)"
+    if policy.reserve_cores:
+        yield f"all but {count(policy.reserve_cores, 'core')} that no worker gets (--reserve-cores)"
+    kinds = {core.kind for core in cores}
+    if len(kinds) > 1 and not policy.use_e_cores:
+        yield "only the fastest core type: a slow core would hold up every fast one (--use-e-cores changes that)"
+    if demand.quota is not None:
+        yield f"{demand.quota:g} CPUs' worth of time: the CFS quota of its cgroup"
+
+
+def _size(lease: Lease, state: State, topology: Topology) -> Iterator[str]:
+    demand, policy = lease.demand, lease.demand.policy
+    rivals = [other for other in state.leases if not other.demand.allowed.isdisjoint(demand.allowed)]
+    others = [other for other in rivals if other.pid != lease.pid]
+    if demand.cores is not None:
+        yield f"{count(demand.cores, 'core')} asked for by its archive (cpu: cores) or because a GPU does its work"
+    elif policy.cores_per_worker:
+        asked = ", ".join(map(str, policy.cores_per_worker))
+        yield f"{asked} cores per worker asked for (--ncores-per-instance)"
+    if not others:
+        yield "no other worker is alive, so nothing is divided"
+        return
+    models = sorted({f"{other.model} {other.version}" for other in others})
+    yield f"shared with {count(len(others), 'other worker')}: {', '.join(models)}"
+    if demand.cores is None and not policy.cores_per_worker:
+        yield from _share(lease, rivals, topology)
+
+
+def _share(lease: Lease, rivals: Sequence[Lease], topology: Topology) -> Iterator[str]:
+    free = frozenset(lease.demand.allowed)
+    fixed = [other for other in rivals if other.demand.cores is not None]
+    weights = sum(other.demand.share for other in rivals if other.demand.cores is None)
+    cores = len(topology.cores_of(free)) - sum(len(topology.cores_of(other.slice.cpus)) for other in fixed)
+    cores -= lease.demand.policy.reserve_cores
+    part = cores * lease.demand.share / weights
+    weight = "" if lease.demand.share == 1 else f" (cpu: share {lease.demand.share:g} of {weights:g})"
+    yield f"its part of {count(cores, 'core')} is {part:.3g}{weight}; cores stay whole, locality goes first"
+    if part < 1:
+        yield "there are more workers than cores, so cores are shared, one thread each; use fewer workers"
+
+
+def _place(lease: Lease, topology: Topology) -> Iterator[str]:
+    piece, policy = lease.slice, lease.demand.policy
+    if not piece.pinned:
+        if policy.pin is Pin.NEVER:
+            yield "not pinned because --pin never says so"
+        elif lease.demand.quota is not None:
+            yield "not pinned: a CFS quota means CPUs that other containers use too (--pin always pins all the same)"
+        return
+    nodes, domains = len(piece.numa_nodes), len(piece.l3_domains)
+    if nodes > 1:
+        yield f"it spans {nodes} NUMA nodes: none alone has room for {count(piece.threads, 'core')} beside the others"
+    elif domains > 1 and len({core.l3 for core in topology.cores}) < len(topology.cores):
+        yield f"inside one NUMA node, over {domains} L3 domains: none alone has room for {count(piece.threads, 'core')}"
+    elif piece.numa_nodes:
+        yield "inside one NUMA node" + (" and one L3 domain" if domains == 1 else "") + ": no access is remote"
+    if lease.moves:
+        yield f"it had to change its NUMA node {count(lease.moves, 'time')} since it started"

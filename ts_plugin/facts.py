@@ -1,0 +1,261 @@
+"""What the doctor knows: one look at this machine, its TorchServe installation and a config.properties."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from ts_plugin import binding, coordinator, discovery, process
+from ts_plugin.coordinator import Unbound
+from ts_plugin.discovery import DiscoveryError
+from ts_plugin.ledger import Ledger, LedgerError, State
+from ts_plugin.planner import Slice
+from ts_plugin.policy import LauncherArgsError, parse_launcher_args
+from ts_plugin.topology import Allowance, Topology
+
+__all__ = ["JAR", "Config", "Facts", "Interpreter", "default_config", "gather", "read_config"]
+
+BUSY = 0.2  # of one CPU: below it another process is no trouble
+SAMPLE = 0.5  # seconds over which the CPU time of other processes is measured
+JAR = "ts-cores.jar"
+
+
+@dataclass(frozen=True, slots=True)
+class Interpreter:
+    """The Python that TorchServe runs workers with, and which of the modules that they need it does not find."""
+
+    path: str
+    missing: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A config.properties as TorchServe sees it: ``properties`` with the TS_* variables that win over the file."""
+
+    path: Path
+    properties: Mapping[str, str]
+
+    def get(self, name: str, default: str = "") -> str:
+        return self.properties.get(name, default)
+
+    def on(self, name: str) -> bool:
+        return self.get(name).strip().lower() == "true"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that the checks look at; None where there is nothing, or where it cannot be read.
+
+    ``plugins`` are the jars in plugins_path, ``archives`` the number of models loaded at start, ``preload_notes`` what
+    the launcher would say of libraries, ``astray`` the workers (PID, number of threads) with threads whose mask reaches
+    outside their slice, ``busy`` other processes (PID, name, mask, used share of one CPU).
+    """
+
+    system: str = "Linux"
+    java: str | None = None
+    torchserve: str | None = None
+    interpreter: Interpreter | None = None
+    config: Config | None = None
+    jar: bool = True
+    plugins: frozenset[str] | None = None
+    archives: int | None = None
+    topology: Topology | None = None
+    allowance: Allowance | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    preload_notes: tuple[str, ...] = ()
+    state: State = field(default_factory=State)
+    ledger_error: str | None = None
+    unbound: tuple[Unbound, ...] = ()
+    astray: tuple[tuple[int, int], ...] = ()
+    busy: tuple[tuple[int, str, frozenset[int], float], ...] = ()
+
+    @property
+    def cores(self) -> int:
+        """Return the number of cores that workers may use."""
+        return len(self.topology.cores_of(self.allowance.cpus)) if self.topology and self.allowance else 0
+
+
+def default_config() -> Path | None:
+    """Return the config.properties that a torchserve started here would read, if there is one.
+
+    Source: org.pytorch.serve.util.ConfigManager; TS_CONFIG_FILE wins over --ts-config, that over the working directory.
+    """
+    named = os.environ.get("TS_CONFIG_FILE")
+    path = Path(named) if named else Path("config.properties")
+    return path if path.is_file() else None
+
+
+def read_config(path: Path, environment: Mapping[str, str]) -> Config:
+    """Return what TorchServe makes of the file at ``path``: the TS_* variables win if enable_envvars_config says so.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    properties = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, equals, value = line.strip().partition("=")
+        if equals and name and name[0] not in "#!":
+            properties[name.strip()] = re.sub(
+                r"\$\$(\w+)\$\$", lambda match: environment.get(match[1], match[0]), value.strip()
+            )
+    if properties.get("enable_envvars_config", "").lower() == "true":
+        names = {name[3:].lower(): name for name in environment if name.startswith("TS_")}
+        properties |= {key: environment[name] for key, name in names.items()}
+    return Config(path, properties)
+
+
+def gather(path: Path | None) -> Facts:
+    """Look at this machine and at the config.properties at ``path``; takes about a second.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    environment = dict(os.environ)
+    config = read_config(path, environment) if path else None
+    topology = allowance = None
+    with suppress(DiscoveryError):
+        topology, allowance = discovery.read_topology(), discovery.read_allowance()
+    state, ledger_error = State(), None
+    try:
+        ledger = Ledger()
+        with ledger.locked():  # a directory that can be read only is of no use to workers
+            pass
+        state = ledger.read()
+    except LedgerError as error:
+        ledger_error = str(error)
+    here = Path(__file__).resolve().parent
+    return Facts(
+        system=platform.system(),
+        java=_java_version(environment),
+        torchserve=_version("torchserve"),
+        interpreter=_find_interpreter(),
+        config=config,
+        jar=zipfile.is_zipfile(here / "frontend" / JAR),
+        plugins=_jars(config.get("plugins_path")) if config else None,
+        archives=_archives(config) if config else None,
+        topology=topology,
+        allowance=allowance,
+        environment=environment,
+        preload_notes=tuple(_preload_notes(environment, config)),
+        state=state,
+        ledger_error=ledger_error,
+        unbound=tuple(coordinator.unbound_workers(state)),
+        astray=tuple(_astray(state)),
+        busy=tuple(_busy(state)),
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _java_version(environment: Mapping[str, str]) -> str | None:
+    home = environment.get("JAVA_HOME")
+    java = f"{home}/bin/java" if home else "java"
+    try:
+        answer = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r'version "([^"]+)"', answer.stderr)
+    return match[1] if match else None
+
+
+def _find_interpreter() -> Interpreter | None:
+    """Return the interpreter behind the command torchserve, which hands itself to the frontend (--python)."""
+    command = shutil.which("torchserve") or shutil.which("torchserve", path=str(Path(sys.executable).parent))
+    if command is None:
+        return None
+    with Path(command).open("rb") as file:
+        first = file.readline(4096)
+    words = os.fsdecode(first[2:]).split() if first.startswith(b"#!") else []
+    path = words[-1] if words and not words[0].endswith("/sh") else sys.executable
+    question = "import importlib.util as u, json; print(json.dumps([n for n in {!r} if u.find_spec(n) is None]))"
+    modules = ("torch", "ts", "yaml", "psutil", "ts_plugin")
+    try:
+        answer = subprocess.run(
+            [path, "-I", "-c", question.format(modules)], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return Interpreter(path, frozenset(modules))
+    return Interpreter(path, frozenset(json.loads(answer.stdout)))
+
+
+def _jars(path: str) -> frozenset[str] | None:
+    directory = Path(path.removesuffix("*"))
+    return frozenset(file.name for file in directory.glob("*.jar")) if path and directory.is_dir() else None
+
+
+def _archives(config: Config) -> int | None:
+    """Return how many models the server loads at start."""
+    wanted = config.get("load_models", "none")
+    if wanted.lower() == "all":
+        store = Path(config.get("model_store", "."))
+        return sum(1 for _ in store.glob("*.mar")) if store.is_dir() else None
+    return 0 if wanted.lower() in ("", "none") else len(wanted.split(","))
+
+
+def _preload_notes(environment: Mapping[str, str], config: Config | None) -> list[str]:
+    """Return what the launcher would say about the libraries that it is to preload into workers."""
+    try:
+        policy = parse_launcher_args(config.get("cpu_launcher_args") if config else "")
+    except LauncherArgsError:
+        return []
+    draft = {name: value for name, value in environment.items() if name not in binding.COLLAPSING}
+    nothing = Slice(cpus=(), threads=1, numa_nodes=(), l3_domains=(), packages=())
+    return binding.prepare_environment(draft, nothing, policy, library_roots=(sys.prefix,))
+
+
+def _astray(state: State) -> Iterator[tuple[int, int]]:
+    for lease in state.leases:
+        masks = [mask for tid in process.threads(lease.pid) if (mask := _mask(tid))]
+        outside = sum(1 for mask in masks if not mask <= set(lease.slice.cpus))
+        if outside:
+            yield lease.pid, outside
+
+
+def _mask(tid: int) -> frozenset[int]:
+    try:
+        return frozenset(os.sched_getaffinity(tid))
+    except OSError:
+        return frozenset()
+
+
+def _busy(state: State) -> Iterator[tuple[int, str, frozenset[int], float]]:
+    """Yield processes that belong to no server, to no worker and not to this one, with the CPU time that they take."""
+    ours = {os.getpid(), os.getppid()}
+    for root in (*(server.pid for server in state.servers), *(lease.pid for lease in state.leases)):
+        ours.update(process.tree(root))
+    others = [other for other in psutil.process_iter() if other.pid not in ours]
+    before, start = {other.pid: _cpu_seconds(other) for other in others}, time.monotonic()
+    time.sleep(SAMPLE)
+    after, seconds = {other.pid: _cpu_seconds(other) for other in others}, time.monotonic() - start
+    for pid, used in after.items():
+        share = (used - before[pid]) / seconds
+        if share >= BUSY and (mask := _mask(pid)):
+            yield pid, Path((process.command_line(pid) or ["?"])[0]).name, mask, share
+
+
+def _cpu_seconds(other: psutil.Process) -> float:
+    """Return the CPU time that a process has used, 0 if it ended."""
+    try:
+        times = other.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system
