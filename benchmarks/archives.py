@@ -112,15 +112,26 @@ def transformer(*, handler: Handler = Handler.STOCK, cache: Path | None = None) 
     return _archive("transformer", str(handler), _source("transformer.py", handler), model=model, cache=cache)
 
 
-def facts(name: str = "facts", *, handler: Handler = Handler.STOCK, cache: Path | None = None) -> Path:
-    """Return an archive with a trivial model that answers with facts about its worker process: see models/facts.py."""
+def facts(
+    name: str = "facts",
+    *,
+    handler: Handler = Handler.STOCK,
+    config: str = "",
+    version: str = "1.0",
+    cache: Path | None = None,
+) -> Path:
+    """Return an archive with a trivial model that answers with facts about its worker process: see models/facts.py.
+
+    ``config`` is the text of its model-config.yaml.
+    """
 
     def model() -> torch.nn.Module:
         import torch
 
         return torch.nn.Linear(1, 1)
 
-    return _archive(name, str(handler), _source("facts.py", handler), model=model, cache=cache)
+    source = _source("facts.py", handler)
+    return _archive(name, f"{handler}-{version}", source, model=model, config=config, version=version, cache=cache)
 
 
 def fetch_weights(name: str = "resnet18", *, timeout: float = 10.0, cache: Path | None = None) -> Path | None:
@@ -183,6 +194,8 @@ def _archive(
     *,
     model: Callable[[], torch.nn.Module],
     classes: Callable[[], dict[str, str]] | None = None,
+    config: str = "",
+    version: str = "1.0",
     cache: Path | None,
 ) -> Path:
     """Build ``CACHE/torch-VERSION/VARIANT/NAME.mar`` unless it is there; it appears complete or not at all.
@@ -193,7 +206,8 @@ def _archive(
 
     folder = (cache or cache_directory()) / f"torch-{torch.__version__}" / variant
     mar, made_from = folder / f"{name}.mar", folder / f"{name}.py"
-    if mar.exists() and made_from.exists() and made_from.read_text() == source:
+    recipe = f"{source}\n# {config!r}"
+    if mar.exists() and made_from.exists() and made_from.read_text() == recipe:
         return mar
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -208,13 +222,15 @@ def _archive(
             extra.append(work / "index_to_name.json")
             (work / "index_to_name.json").write_text(json.dumps(classes()))
         (work / "handler.py").write_text(source)
+        (work / "model-config.yaml").write_text(config)
         _run_archiver(
-            *("--model-name", name, "--version", "1.0", "--export-path", scratch),
+            *("--model-name", name, "--version", version, "--export-path", scratch),
+            *(("--config-file", str(work / "model-config.yaml")) if config else ()),
             *("--serialized-file", str(work / "model.pt")),
             *("--handler", source if source.isidentifier() else str(work / "handler.py")),
             *("--extra-files", ",".join(map(str, extra))),
         )
-        made_from.write_text(source)
+        made_from.write_text(recipe)
         (work / f"{name}.mar").replace(mar)
     return mar
 
