@@ -43,6 +43,7 @@ class Handler(StrEnum):
 
     STOCK = "stock"  # TorchServe's own, nothing of ours
     OURS = "ours"  # the same under CoreSliceMixin
+    ASYNC = "async"  # the same as a coroutine, for asyncCommunication
     THREADS = "threads"  # the same under torch.set_num_threads($TS_BENCHMARK_THREADS)
 
 
@@ -217,7 +218,7 @@ def _archive(
             torch.jit.script(model().eval()).save(  # type: ignore[no-untyped-call]
                 str(work / "model.pt")
             )
-        extra = [SOURCES / "threads.py"]
+        extra = [SOURCES / "threads.py", SOURCES / "coroutine.py"]
         if classes:
             extra.append(work / "index_to_name.json")
             (work / "index_to_name.json").write_text(json.dumps(classes()))
@@ -245,6 +246,8 @@ def _source(name: str, handler: Handler) -> str:
             module, mixin = "handlers", "CoreSliceMixin"
         case Handler.THREADS:
             module, mixin = "threads", "ThreadsMixin"  # models/threads.py: every archive carries it
+        case Handler.ASYNC:
+            module, mixin = "coroutine", "CoroutineMixin"  # models/coroutine.py, likewise
     return f"from {module} import {mixin}\n{text}".replace("(Base):", f"({mixin}, Base):")
 
 

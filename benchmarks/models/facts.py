@@ -1,11 +1,13 @@
 """Handler that answers with facts about its own process, for tests that must look inside a worker.
 
 The body of a request is JSON, all of it optional: ``{"work": 256, "sleep": 0.5, "spin": 0.5}`` multiplies two matrices
-of that order (so that the OpenMP threads exist), then sleeps and computes for that many seconds.
+of that order (so that the OpenMP threads exist), then sleeps and computes for that many seconds. ``{"child": 600}`` starts
+a child process that sleeps for that long.
 """
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,8 +38,10 @@ class FactsHandler(Base):  # type: ignore[misc]
         end = time.monotonic() + float(wish.get("spin", 0))
         while time.monotonic() < end:
             torch.mm(torch.ones(order, order), torch.ones(order, order))
+        child = subprocess.Popen(["sleep", str(wish["child"])]).pid if "child" in wish else None
         return {
             "pid": os.getpid(),
+            "child": child,
             "ppid": os.getppid(),
             "threads": torch.get_num_threads(),
             "interop_threads": torch.get_num_interop_threads(),

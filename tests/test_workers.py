@@ -1,0 +1,179 @@
+"""All kinds of TorchServe workers get their slice: however they were started, and whoever asks them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from benchmarks import archives
+from benchmarks.archives import Handler
+from benchmarks.torchserve import TorchServe
+from ts_plugin import discovery
+from ts_plugin.ledger import Ledger
+
+FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
+PINNED: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
+CORES = len(discovery.read_topology().cores_of(os.sched_getaffinity(0)))
+
+pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
+
+
+def ask(server: TorchServe, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(server.predict(name, json.dumps(body or {}).encode()))
+    return answer
+
+
+def leases(server: TorchServe) -> dict[int, tuple[int, ...]]:
+    return {lease.pid: lease.slice.cpus for lease in Ledger(str(server.state_directory)).read().leases}
+
+
+def assert_bound(server: TorchServe, answer: dict[str, Any]) -> None:
+    """Check what a worker says of itself against its lease and against the kernel."""
+    held = leases(server)
+    assert answer["pid"] in held
+    assert answer["affinity"] == sorted(held[answer["pid"]])
+    assert answer["threads"] == len(answer["affinity"])
+    assert len(set(answer["masks"].values())) == 1, "all threads, whoever made them"
+    cpus = [cpu for slice_cpus in held.values() for cpu in slice_cpus]
+    assert len(cpus) == len(set(cpus)), "disjoint"
+
+
+def test_sizes_from_the_archive_grpc_batches_and_versions() -> None:
+    """One server for what can share one: fixed cores, gRPC, batching, two versions of a model."""
+    fixed = archives.facts("fixed", config="cpu: {cores: 1}\nbatchSize: 2\nmaxBatchDelay: 200\n")
+    plain = archives.facts("plain")
+    later = archives.facts("later", version="2.0", handler=Handler.OURS)
+    with TorchServe(fixed, workers=1, properties=PINNED) as server:
+        assert ask(server, "fixed")["threads"] == 1
+        assert_bound(server, ask(server, "fixed"))
+        server.register(plain)
+        assert ask(server, "fixed")["threads"] == 1
+        assert ask(server, "plain")["threads"] == CORES - 1
+        assert_bound(server, ask(server, "plain"))
+        over_grpc = json.loads(grpc_predict(server, "plain"))
+        assert_bound(server, over_grpc)
+        server.unregister("plain")
+        server.register(later, name="fixed")  # version 2.0 beside version 1.0
+        answers = [json.loads(server.predict(f"fixed/{version}", b"{}")) for version in ("1.0", "2.0")]
+        assert [answer["threads"] for answer in answers] == [1, CORES - 1]
+        for answer in answers:
+            assert_bound(server, answer)
+        versions = {(entry["model"], entry["version"]) for entry in server.cores()["slices"]}
+        assert versions == {("fixed", "1.0"), ("fixed", "2.0")}
+
+
+def grpc_predict(server: TorchServe, model: str) -> bytes:
+    """Call InferenceAPIsService.Predictions; the two messages are encoded by hand, since the wheel has no stubs."""
+
+    def field(number: int, value: bytes) -> bytes:
+        assert len(value) < 128
+        return bytes([number << 3 | 2, len(value)]) + value
+
+    request = field(1, model.encode()) + field(3, field(1, b"data") + field(2, b"{}"))
+    with grpc.insecure_channel(f"127.0.0.1:{server.properties['grpc_inference_port']}") as channel:
+        call = channel.unary_unary("/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions")
+        answer: bytes = call(request, timeout=60)
+    assert answer[0] == 1 << 3 | 2
+    return answer[answer.index(b"{") :]
+
+
+def test_asynchronous_communication() -> None:
+    archive = archives.facts("asynchronous", handler=Handler.ASYNC, config="asyncCommunication: true\n")
+    with TorchServe(archive, workers=1, properties=PINNED) as server:
+        answer = ask(server, "asynchronous")
+        assert_bound(server, answer)
+        assert answer["threads"] == CORES
+        server.register(archives.facts("plain"))
+        assert ask(server, "asynchronous")["threads"] == CORES - CORES // 2, "follows at its next request"
+
+
+def test_a_server_without_the_plugin_the_handler_claims() -> None:
+    with TorchServe(archives.facts("ours", handler=Handler.OURS), workers=2) as server:
+        answers = {answer["pid"]: answer for answer in (ask(server, "ours", {"sleep": 0.05}) for _ in range(12))}
+        assert set(answers) == set(server.workers()) == set(leases(server))
+        for answer in answers.values():
+            assert_bound(server, answer)
+            assert answer["threads_at_load"] == answer["threads"], "before the model is loaded"
+
+
+def test_a_mask_that_openmp_collapsed_is_repaired_by_the_handler() -> None:
+    archive = archives.facts("ours", handler=Handler.OURS)
+    with TorchServe(archive, workers=1, environment={"OMP_PROC_BIND": "true"}) as server:
+        answer = ask(server, "ours", {"work": 512})
+        assert answer["threads"] == CORES
+        assert len(answer["affinity"]) == CORES, "the main thread may run on the whole slice again"
+
+
+def test_openmp_binding_is_removed_by_the_launcher_and_the_log_says_so() -> None:
+    environment = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0"}
+    with TorchServe(archives.facts(), workers=1, properties=PINNED, environment=environment) as server:
+        assert_bound(server, ask(server, "facts", {"work": 512}))
+        assert "OMP_PROC_BIND removed" in server.log()
+        assert "GOMP_CPU_AFFINITY removed" in server.log()
+
+
+def test_a_model_with_its_own_virtual_environment() -> None:
+    """useVenv starts the model's own interpreter, past the launcher: the handler claims."""
+    archive = archives.facts("isolated", handler=Handler.OURS, config="useVenv: true\n")
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    checkout = str(Path(__file__).resolve().parent.parent)
+    environment = {"PYTHONPATH": os.pathsep.join([*packages, checkout])}  # the inner environment starts empty
+    with TorchServe(archive, workers=1, properties=PINNED, environment=environment) as server:
+        answer = ask(server, "isolated")
+        assert "venv" in answer["executable"]
+        assert answer["executable"] != sys.executable
+        assert_bound(server, answer)
+
+
+def test_every_rank_of_torchrun_gets_its_own_slice() -> None:
+    config = "parallelType: tp\nparallelLevel: 2\ndeviceType: cpu\ntorchrun:\n  nproc-per-node: 2\n"
+    archive = archives.facts("ranks", handler=Handler.OURS, config=config)
+    with TorchServe(archive, workers=1, properties=PINNED) as server:
+        answer = ask(server, "ranks")
+        assert_bound(server, answer)
+        held = leases(server)
+        assert len(held) == 2
+        assert all(len(cpus) == CORES // 2 for cpus in held.values())
+
+
+def test_a_section_that_cannot_be_granted_is_refused_with_a_note_and_serves() -> None:
+    archive = archives.facts("greedy", config="cpu: {cores: 10000}\n")
+    wrong = archives.facts("wrong", config="cpu: {corse: 1}\n")
+    with TorchServe(archive, workers=1, properties=PINNED) as server:
+        assert_bound(server, ask(server, "greedy"))
+        assert any("10000" in note for note in server.cores()["notes"])
+        server.register(wrong)
+        assert_bound(server, ask(server, "wrong"))
+        assert "'corse'" in server.log()
+
+
+def test_a_workers_children_stay_in_its_slice_and_do_not_keep_its_lease() -> None:
+    archive = archives.facts("parent")
+    with TorchServe(archive, workers=1, properties=PINNED) as server:
+        answer = ask(server, "parent", {"child": 600})
+        child = answer["child"]
+        try:
+            server.register(archives.facts("plain"))
+            held = leases(server)[answer["pid"]]
+            assert sorted(os.sched_getaffinity(child)) == sorted(held), "the child followed its parent's slice"
+            server.unregister("parent")
+            assert answer["pid"] not in leases(server)
+            assert Path(f"/proc/{child}").exists()
+        finally:
+            os.kill(child, 9)
+
+
+def test_workers_of_stock_handlers_under_torchrun_are_listed_as_unbound() -> None:
+    config = "parallelType: tp\nparallelLevel: 1\ndeviceType: cpu\ntorchrun:\n  nproc-per-node: 1\n"
+    archive = archives.facts("stock_rank", config=config)
+    with TorchServe(archive, workers=1, properties=PINNED) as server:
+        ask(server, "stock_rank")
+        unbound = server.cores()["unbound"]
+        assert len(unbound) == 1
+        assert "CoreSliceMixin" in unbound[0]["reason"]
