@@ -1,8 +1,8 @@
 """Handler that answers with facts about its own process, for tests that must look inside a worker.
 
 The body of a request is JSON, all of it optional: ``{"work": 256, "sleep": 0.5, "spin": 0.5}`` multiplies two matrices
-of that order (so that the OpenMP threads exist), then sleeps and computes for that many seconds. ``{"child": 600}`` starts
-a child process that sleeps for that long.
+of that order (so that the OpenMP threads exist), then sleeps and computes for that many seconds. ``{"child": 600}``
+starts a child process that sleeps for that long.
 """
 
 import json
