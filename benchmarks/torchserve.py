@@ -327,21 +327,35 @@ class TorchServe:
         Raises:
             RequestError: an answer other than 2xx, or none.
         """
-        return _request("POST", self.prediction_url(name), body=body, timeout=timeout)
+        headers = self._token("inference") | {"Content-Type": "application/octet-stream"}
+        return _request("POST", self.prediction_url(name), headers, body=body, timeout=timeout)
 
     def prediction_url(self, name: str) -> str:
         return f"{self.inference_url}/predictions/{urllib.parse.quote(name)}"
 
-    def management(self, method: str, path: str, query: Mapping[str, Property] | None = None) -> str:
+    def management(
+        self, method: str, path: str, query: Mapping[str, Property] | None = None, *, accept: str = "*/*"
+    ) -> str:
         """Return the text that the management API answers to ``method path?query``."""
         url = self.management_url + path
+        headers = self._token("management") | {"Accept": accept}
         if query:
             url += "?" + urllib.parse.urlencode({key: str(value) for key, value in query.items()})
-        return _request(method, url, timeout=self.timeout).decode()
+        return _request(method, url, headers, timeout=self.timeout).decode()
 
     def metrics(self) -> str:
         """Return ``GET /metrics`` in Prometheus' text format."""
-        return _request("GET", f"{self.properties['metrics_address']}/metrics", timeout=self.timeout).decode()
+        return _request("GET", f"{self.properties['metrics_address']}/metrics", {}, timeout=self.timeout).decode()
+
+    def _token(self, api: str) -> dict[str, str]:
+        """Return the header that lets a request pass where the server wants a token."""
+        if self.properties.get("disable_token_authorization") == "true":
+            return {}
+        try:
+            keys = json.loads((self.working_directory / "key_file.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):  # about to be written
+            return {}
+        return {"Authorization": f"Bearer {keys[api]['key']}"}
 
     @property
     def inference_url(self) -> str:
@@ -380,7 +394,7 @@ class TorchServe:
     def workers(self) -> dict[int, list[str]]:
         """Return pid -> command line of every process of the server's that is a worker, not the wrapper of one."""
         found: dict[int, list[str]] = {}
-        wrappers = set()
+        wrappers: set[int] = set()
         for process in self.tree():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 words = process.cmdline()
@@ -449,10 +463,8 @@ def free_ports(number: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _request(method: str, url: str, *, body: bytes | None = None, timeout: float) -> bytes:
-    request = urllib.request.Request(url, data=body, method=method)
-    if body is not None:
-        request.add_header("Content-Type", "application/octet-stream")
+def _request(method: str, url: str, headers: dict[str, str], *, body: bytes | None = None, timeout: float) -> bytes:
+    request = urllib.request.Request(url, data=body, headers=headers, method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never a proxy to loopback
     try:
         with opener.open(request, timeout=timeout) as answer:

@@ -49,7 +49,7 @@ def take_over(probe: str, directory: Path, answer: str, **properties: str) -> Ou
     python.chmod(0o755)
     config = directory / "config.properties"
     write_properties(config, {"model_store": directory, "cpu_launcher_enable": "true", **properties})
-    home = Path(str(hatch_build.find_model_server())).parents[2]
+    home = hatch_build.find_model_server().parents[2]
     done = subprocess.run(
         ["java", f"-Dmodel_server_home={home}", "-cp", probe, "HookProbe", "-f", str(config), "--python", str(python)],
         cwd=directory,
