@@ -105,7 +105,8 @@ def unbound_workers(state: State) -> list[Unbound]:
             continue
         reason = process.environment(pid).get(UNBOUND_VARIABLE, PAST_LAUNCHER)
         server = server_of(state, pid)
-        found.append(Unbound(pid, reason, server.pid if server else None))
+        # A frontend that could not be entered into the ledger is still the parent of its workers.
+        found.append(Unbound(pid, reason, server.pid if server else process.parent(pid)))
     return found
 
 
