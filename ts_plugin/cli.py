@@ -231,7 +231,13 @@ def _init(options: argparse.Namespace) -> int:
     cores = len(discovery.read_topology().cores_of(discovery.read_allowance().cpus))
     text = Template(
         resources.files("ts_plugin").joinpath("template.properties").read_text(encoding="utf-8")
-    ).substitute(file=target, plugins=_plugins(), store=target.parent / "model_store", workers=min(2, cores))
+    ).substitute(
+        file=target,
+        plugins=_plugins(),
+        metrics=_plugins().with_name("metrics.yaml"),
+        store=target.parent / "model_store",
+        workers=min(2, cores),
+    )
     try:
         (target.parent / "model_store").mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:

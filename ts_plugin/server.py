@@ -18,16 +18,21 @@ LAUNCHER = "ts-cores-python"
 
 
 def main(arguments: list[str]) -> int:
-    """Answer the frontend that is this process's parent: one JSON document on stdout."""
+    """Answer the frontend that is this process's parent: one JSON document, or one page, on stdout."""
     command, *options = arguments or [""]
     server_pid = os.getppid()
     if command == "takeover":
         text = next((option.partition("=")[2] for option in options if option.startswith("--launcher-args=")), "")
         answer = take_over(Ledger(), server_pid, text)
+    elif command == "cores" and "--html" in options:
+        from ts_plugin import picture, view
+
+        print(picture.html(view.look(server_pid), ticks=view.ticks()))
+        return 0
     elif command == "cores":
         answer = {"enabled": "--enabled" in options, **core_map(Ledger().read(), server_pid=server_pid)}
     else:
-        print("usage: python -m ts_plugin.server takeover [--launcher-args=TEXT] | cores [--enabled]", file=sys.stderr)
+        print("usage: python -m ts_plugin.server takeover [--launcher-args=TEXT] | cores [--enabled] [--html]", file=sys.stderr)
         return 2
     print(json.dumps(answer))
     return 0
