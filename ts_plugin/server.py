@@ -27,12 +27,13 @@ def main(arguments: list[str]) -> int:
     elif command == "cores" and "--html" in options:
         from ts_plugin import picture, view
 
-        print(picture.html(view.look(server_pid), ticks=view.ticks()))
+        sys.stdout.buffer.write(picture.html(view.look(server_pid), ticks=view.ticks()).encode())
         return 0
     elif command == "cores":
         answer = {"enabled": "--enabled" in options, **core_map(Ledger().read(), server_pid=server_pid)}
     else:
-        print("usage: python -m ts_plugin.server takeover [--launcher-args=TEXT] | cores [--enabled] [--html]", file=sys.stderr)
+        print("usage: python -m ts_plugin.server takeover [--launcher-args=TEXT]", file=sys.stderr)
+        print("       python -m ts_plugin.server cores [--enabled] [--html]", file=sys.stderr)
         return 2
     print(json.dumps(answer))
     return 0
