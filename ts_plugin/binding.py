@@ -11,7 +11,7 @@ from ts_plugin.cpulist import format_cpulist
 from ts_plugin.planner import Slice
 from ts_plugin.policy import Allocator, Memory, OmpRuntime, Policy
 
-__all__ = ["bind_process", "bind_tree", "bind_memory", "move_pages", "prepare_environment"]
+__all__ = ["bind_process", "bind_tree", "bind_memory", "move_pages", "prepare_environment", "set_thread_count"]
 
 # These make the OpenMP runtime shrink the main thread's mask to one CPU at `import torch`, and children inherit that.
 COLLAPSING = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
@@ -127,6 +127,14 @@ def _syscall(which: int, *arguments: object) -> int:
     return 0 if libc.syscall(ctypes.c_long(numbers[which]), *plain) >= 0 else ctypes.get_errno()
 
 
+def set_thread_count(environment: MutableMapping[str, str], threads: int) -> None:
+    """Let runtimes that are yet to be loaded start with that many intra-op threads."""
+    for name in THREAD_COUNTS:
+        environment[name] = str(threads)
+    # Without it the code that Inductor caches keeps the thread count of its first run.
+    environment["TORCHINDUCTOR_CPP_DYNAMIC_THREADS"] = "1"
+
+
 def prepare_environment(
     environment: MutableMapping[str, str], cores: Slice, policy: Policy, *, library_roots: Iterable[str]
 ) -> list[str]:
@@ -134,10 +142,7 @@ def prepare_environment(
 
     ``library_roots`` are directories such as the interpreter's prefix, below which allocator libraries are looked for.
     """
-    for name in THREAD_COUNTS:
-        environment[name] = str(cores.threads)
-    # Without it the code that Inductor caches keeps the thread count of its first run.
-    environment["TORCHINDUCTOR_CPP_DYNAMIC_THREADS"] = "1"
+    set_thread_count(environment, cores.threads)
     removed = [name for name in COLLAPSING if environment.pop(name, None) is not None]
     notes = [
         f"{name} removed: it would shrink the worker's affinity mask to one CPU at `import torch`" for name in removed

@@ -59,8 +59,7 @@ class Follower:
         wanted = self._wanted
         if wanted is self._applied:
             return
-        for name in binding.THREAD_COUNTS:
-            os.environ[name] = str(wanted.threads)  # an OpenMP runtime that is yet to be loaded reads these
+        binding.set_thread_count(os.environ, wanted.threads)
         torch = sys.modules.get("torch")
         if torch is not None and torch.get_num_threads() != wanted.threads:
             torch.set_num_threads(wanted.threads)
