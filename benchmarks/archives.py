@@ -32,6 +32,7 @@ __all__ = [
 
 SEED = 20240229
 SOURCES = Path(__file__).parent / "models"
+HANDLERS = Path(__file__).parent.parent / "handlers"
 
 
 class ArchiveError(RuntimeError):
@@ -82,9 +83,7 @@ def resnet(
         case Handler.STOCK:
             source = "image_classifier"
         case Handler.OURS:
-            import handlers
-
-            source = (Path(handlers.__file__).parent / "image_classifier.py").read_text()
+            source = (HANDLERS / "image_classifier.py").read_text()
         case Handler.THREADS:
             source = _source("image.py", handler)
     return _archive(name, variant, source, model=model, classes=classes, cache=cache)

@@ -64,8 +64,8 @@ def demonstrate(*, once: bool) -> None:
     """
     archive = build()
     environment = elsewhere(read_properties(CHECKOUT / CONFIG))
-    print(f"$ {' '.join(f'{name}={value}' for name, value in environment.items())} ".lstrip(), end="")
-    print(f"torchserve --ts-config {CONFIG}")
+    moves = [f"{name}={value}" for name, value in environment.items()]
+    print("$", *moves, f"torchserve --ts-config {CONFIG}", flush=True)
     server = TorchServe(
         archive,
         workers=int(read_properties(CHECKOUT / CONFIG)["default_workers_per_model"]),
