@@ -1,18 +1,27 @@
-"""Who gets which cores: topology and demands in, one disjoint slice per worker out. Pure: no I/O, no clock, no chance."""
+"""Who gets which cores: topology and demands in, one disjoint slice per worker out. Pure: no I/O, no clock, no chance.
+
+Demands that may use the same cores under the same rules form a pool. Overlapping pools divide the cores first
+(``allotment``), then every pool is divided among its workers (``pool``) by cutting it into local parts
+(``partition``).
+Where a CFS quota says that strangers use the same CPUs, threads are only counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from ts_plugin.policy import Policy
+from ts_plugin.allotment import Taker, allot, apportion
+from ts_plugin.cpulist import format_cpulist
+from ts_plugin.partition import PlanError
+from ts_plugin.policy import Pin, Policy
+from ts_plugin.pool import Worker, compact, crowd, divide
 from ts_plugin.topology import Topology
 
 __all__ = ["Demand", "Plan", "PlanError", "Slice", "plan"]
 
-
-class PlanError(ValueError):
-    """No plan exists; the message has both numbers and the remedy."""
+LATENCY_CORES = 4  # run_cpu's --latency-mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,7 @@ class Demand:
 class Slice:
     """The cores of one worker: ``cpus`` in its affinity mask, ``threads`` intra-op threads.
 
+    One CPU per core and as many threads as cores; with ``Policy.logical`` all siblings and as many threads as CPUs.
     ``pinned`` is False where only the threads are bounded; ``cpus`` are then all CPUs that it may use.
     """
 
@@ -48,7 +58,10 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One slice per demand, in the same order. ``reserved`` CPUs are part of ``idle``."""
+    """One slice per demand, in the same order. ``reserved`` CPUs are part of ``idle``.
+
+    ``idle`` are the allowed CPUs of cores that no slice touches; SMT siblings of a slice's CPUs are not idle.
+    """
 
     slices: tuple[Slice, ...]
     idle: frozenset[int]
@@ -59,7 +72,329 @@ class Plan:
 def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
     """Return a slice for every demand.
 
+    Always: slices are disjoint sets of whole cores, unless there are more workers than cores; then each core carries
+    about equally many one-thread workers. Nothing is idle that a worker could use, except where a fixed size, a
+    reserve, a quota or ``skip_cross_node_cores`` says so. After that, in this order: no worker gets less than half of
+    the equal share; fewest crossings of core types, NUMA nodes, packages and L3 domains; equal sizes; short distances;
+    few moves. ``Policy.equal`` puts equal sizes (within one core) before the crossings.
+
     Raises:
         PlanError: no plan exists, for example a node that the machine does not have.
     """
-    raise NotImplementedError
+    notes: list[str] = []
+    claims = _claims(topology, demands, notes)
+    reserved = _reserve(topology, claims)
+    bounded, pools = _pools(topology, claims, reserved)
+    slices: dict[int, Slice] = {}
+    for pool in bounded:
+        slices.update(_bound(topology, pool, notes))
+    loads: Counter[int] = Counter()  # workers per core, where cores must be shared
+    for pool, cores in zip(pools, _allot(topology, pools), strict=True):
+        slices.update(_assign(topology, pool, cores, loads, notes))
+    chosen = tuple(slices[place] for place in range(len(demands)))
+    allowed = topology.online.intersection(frozenset().union(*(demand.allowed for demand in demands)))
+    busy = frozenset(cpu for piece in chosen for cpu in piece.cpus)
+    free = {i for i, core in enumerate(topology.cores) if i in reserved or busy.isdisjoint(core.cpus)}
+    return Plan(
+        chosen,
+        idle=allowed & _cpus(topology, free),
+        reserved=allowed & _cpus(topology, reserved),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _cpus(topology: Topology, cores: Iterable[int]) -> frozenset[int]:
+    return frozenset(cpu for i in cores for cpu in topology.cores[i].cpus)
+
+
+def _list(cpus: Iterable[int]) -> str:
+    return format_cpulist(cpus) or "none"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+# What each demand may use. From here on a core is its position in ``topology.cores``.
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A demand on its way to a slice: ``place`` in the order of demands, ``cpus`` and ``cores`` it may use."""
+
+    place: int
+    demand: Demand
+    cpus: frozenset[int]
+    cores: frozenset[int]
+
+    def pinned(self, topology: Topology, cores: Iterable[int], threads: int | None = None) -> Slice:
+        """The slice of ``cores``: one CPU of each, the lowest, or all with ``logical``."""
+        if self.demand.policy.pin is Pin.NEVER:
+            return self.unpinned(topology, threads or len(self._mask(topology, cores)))
+        mask = self._mask(topology, cores)
+        return _slice(topology, mask, threads or len(mask), pinned=True)
+
+    def unpinned(self, topology: Topology, threads: int) -> Slice:
+        return _slice(topology, self.cpus, threads, pinned=False)
+
+    def _mask(self, topology: Topology, cores: Iterable[int]) -> list[int]:
+        mask: list[int] = []
+        for i in cores:
+            usable = [cpu for cpu in topology.cores[i].cpus if cpu in self.cpus]
+            mask += usable if self.demand.policy.logical else usable[:1]
+        return mask
+
+
+def _slice(topology: Topology, cpus: Iterable[int], threads: int, *, pinned: bool) -> Slice:
+    cores = topology.cores_of(cpus)
+    return Slice(
+        cpus=tuple(sorted(cpus)),
+        threads=threads,
+        numa_nodes=tuple(sorted({core.node for core in cores})),
+        l3_domains=tuple(sorted({core.l3 for core in cores})),
+        packages=tuple(sorted({core.package for core in cores})),
+        pinned=pinned,
+    )
+
+
+def _claims(topology: Topology, demands: Sequence[Demand], notes: list[str]) -> list[_Claim]:
+    known: dict[object, tuple[frozenset[int], frozenset[int]]] = {}
+    claims = []
+    for place, demand in enumerate(demands):
+        policy = demand.policy
+        key = (demand.allowed, policy.node_ids, policy.core_list, policy.use_e_cores)
+        if key not in known:
+            cpus = _narrow(topology, demand)
+            cores = _fast(topology, policy, {i for i, core in enumerate(topology.cores) if cpus & {*core.cpus}}, notes)
+            known[key] = cpus, cores
+        claims.append(_Claim(place, demand, *known[key]))
+    return claims
+
+
+def _narrow(topology: Topology, demand: Demand) -> frozenset[int]:
+    """The online CPUs that are allowed, on the nodes and of the list that the policy names, and not isolated.
+
+    Isolated CPUs that a core list names are used, and so are they where nothing else is allowed: the kernel leaves
+    them out of every default mask, so somebody meant it.
+    """
+    policy, online = demand.policy, topology.online
+    cpus = demand.allowed & online
+    if not cpus:
+        raise PlanError(
+            f"no allowed CPU is online: allowed {_list(demand.allowed)}, online {_list(online)}; "
+            "widen the cpuset or the affinity mask"
+        )
+    if policy.core_list is not None:
+        if offline := policy.core_list - online:
+            raise PlanError(
+                f"CPUs {_list(offline)} of --core-list are not online ({_list(online)} are); remove them from the list"
+            )
+        if denied := policy.core_list - cpus:
+            raise PlanError(
+                f"CPUs {_list(denied)} of --core-list are not allowed ({_list(cpus)} are); "
+                "remove them from the list or widen the cpuset"
+            )
+        cpus = policy.core_list
+    if policy.node_ids is not None:
+        there = {core.node for core in topology.cores}
+        if missing := policy.node_ids - there - {node.number for node in topology.nodes}:
+            raise PlanError(
+                f"NUMA node {_list(missing)} does not exist; this machine has {_list(there)}; change --node-id"
+            )
+        within = frozenset(cpu for core in topology.cores if core.node in policy.node_ids for cpu in core.cpus)
+        if not cpus & within:
+            raise PlanError(
+                f"NUMA node {_list(policy.node_ids)} has none of the CPUs {_list(cpus)} that may be used "
+                f"(its own: {_list(within)}); change --node-id or widen the cpuset"
+            )
+        cpus &= within
+    if policy.core_list is None:
+        cpus = cpus - topology.isolated or cpus
+    return cpus
+
+
+def _fast(topology: Topology, policy: Policy, cores: set[int], notes: list[str]) -> frozenset[int]:
+    """Leave out the slowest core type, of two or more, unless it is asked for or named by a core list."""
+    kinds = sorted({topology.cores[i].kind for i in cores})
+    if len(kinds) == 1 or policy.use_e_cores or policy.core_list is not None:
+        return frozenset(cores)
+    slow = {i for i in cores if topology.cores[i].kind == kinds[-1]}
+    notes.append(
+        f"{len(slow)} cores of the slowest type (CPUs {_list(_cpus(topology, slow))}) are left out: one slow core "
+        "holds up all threads of its slice; --use-e-cores uses them"
+    )
+    return frozenset(cores - slow)
+
+
+def _reserve(topology: Topology, claims: Sequence[_Claim]) -> frozenset[int]:
+    """Cores kept free of workers: compact, and out of the NUMA node that has most cores, so that nodes stay equal."""
+    reserved: set[int] = set()
+    asked = {claim.cores: 0 for claim in claims}
+    for claim in claims:
+        asked[claim.cores] = max(asked[claim.cores], claim.demand.policy.reserve_cores)
+    for cores, count in sorted(asked.items(), key=lambda item: (len(item[0]), sorted(item[0]))):
+        if count and count >= len(cores):
+            raise PlanError(
+                f"--reserve-cores {count} leaves none of the {len(cores)} cores that may be used "
+                f"(CPUs {_list(_cpus(topology, cores))}); lower it to {len(cores) - 1}"
+            )
+        while (missing := count - len(reserved & cores)) > 0:
+            nodes: dict[int, set[int]] = {}
+            for i in sorted(cores - reserved):
+                nodes.setdefault(topology.cores[i].node, set()).add(i)
+            largest = max(nodes.values(), key=len)
+            reserved |= compact(topology, largest, [min(missing, len(largest))])[0]
+    return frozenset(reserved)
+
+
+# Claims that may use the same cores under the same rules form a pool.
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """At most ``limit`` of ``cores`` for ``claims``; ``fixed`` is the size each of them insists on, or 0."""
+
+    cores: frozenset[int]
+    limit: int
+    claims: list[_Claim]
+    fixed: tuple[int, ...] = ()
+
+    @property
+    def policy(self) -> Policy:
+        return self.claims[0].demand.policy
+
+
+def _pools(topology: Topology, claims: Sequence[_Claim], reserved: frozenset[int]) -> tuple[list[_Pool], list[_Pool]]:
+    """Sort claims into pools whose threads are only bounded, and pools that own cores.
+
+    A CFS quota belongs to all the claims that have the same allowed CPUs and quota. Below the number of cores it means
+    that strangers use these CPUs too.
+    """
+    bounded: dict[object, _Pool] = {}
+    owning: dict[object, _Pool] = {}
+    for claim in claims:
+        demand, policy = claim.demand, claim.demand.policy
+        cores = claim.cores - reserved
+        if not cores:
+            raise PlanError(
+                f"all cores that may be used (CPUs {_list(_cpus(topology, claim.cores))}) are reserved for another "
+                "server; lower its --reserve-cores"
+            )
+        scarce = demand.quota is not None and demand.quota < len(cores)
+        limit = max(1, int(demand.quota)) if scarce and demand.quota is not None else len(cores)
+        if scarce and policy.pin is Pin.AUTO:
+            key: object = (demand.allowed, demand.quota)
+            bounded.setdefault(key, _Pool(cores, limit, [])).claims.append(claim)
+        else:
+            rules = (policy.equal, policy.skip_cross_node_cores, policy.cores_per_worker, policy.latency)
+            key = (cores, rules, (demand.allowed, demand.quota) if scarce else None)
+            owning.setdefault(key, _Pool(cores, limit, [])).claims.append(claim)
+    sized = [replace(pool, fixed=_fixed(topology, pool)) for pool in owning.values()]
+    return list(bounded.values()), sized
+
+
+def _fixed(topology: Topology, pool: _Pool) -> tuple[int, ...]:
+    """The number of cores that each claim insists on: its own, or what the policy says for all; 0 for none.
+
+    With ``logical``, ``cores_per_worker`` counts CPUs and a slice has the whole cores that hold so many.
+
+    Source: torch/backends/xeon/run_cpu.py: with --use_logical_core the list it cuts is one of logical CPUs.
+    """
+    claims, policy = pool.claims, pool.policy
+    asked = policy.cores_per_worker
+    if not asked:
+        return tuple(claim.demand.cores or (LATENCY_CORES if policy.latency else 0) for claim in claims)
+    if len(asked) > 1 and len(asked) < len(claims):
+        raise PlanError(
+            f"--ncores-per-instance names {len(asked)} sizes but there are {len(claims)} workers; "
+            "give one number for all or one per worker"
+        )
+    per_worker = asked * len(claims) if len(asked) == 1 else asked[: len(claims)]
+    if policy.logical:
+        siblings = max(len(claims[0].cpus.intersection(topology.cores[i].cpus)) for i in pool.cores)
+        per_worker = tuple(-(-cpus // siblings) for cpus in per_worker)
+    sizes = tuple(claim.demand.cores or size for claim, size in zip(claims, per_worker, strict=True))
+    if sum(sizes) > pool.limit:
+        workers = f"{len(claims)} workers x {sizes[0]}" if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
+        fitting = pool.limit // len(claims)
+        raise PlanError(
+            f"need {sum(sizes)} cores ({workers}) but {pool.limit} are allowed "
+            f"({_list(claims[0].cpus & _cpus(topology, pool.cores))}); "
+            + (
+                f"lower --ncores-per-instance to {fitting}"
+                if fitting
+                else f"lower the number of workers to {pool.limit}"
+            )
+        )
+    return sizes
+
+
+def _bound(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice]:
+    """Threads only, as many for all claims together as the CFS quota pays for, rounded down."""
+    claims = pool.claims
+    notes.append(
+        f"a CFS quota of {claims[0].demand.quota:g} CPUs is below the {len(pool.cores)} cores that may be used, so "
+        f"others use them too: {_count(pool.limit, 'thread')} for {_count(len(claims), 'worker')}, CPUs not pinned; "
+        "--pin always pins all the same"
+    )
+    fixed = [claim.demand.cores or 0 for claim in claims]
+    fair = [i for i, size in enumerate(fixed) if not size]
+    threads = [1] * len(claims)
+    if len(claims) <= pool.limit:
+        room = pool.limit - len(claims)
+        for i, size in enumerate(fixed):
+            if size:
+                threads[i] = min(size, 1 + room)
+                room -= threads[i] - 1
+        for i, size in zip(fair, apportion(len(fair) + room, [claims[i].demand.share for i in fair]), strict=True):
+            threads[i] = size
+    return {claim.place: claim.unpinned(topology, count) for claim, count in zip(claims, threads, strict=True)}
+
+
+def _allot(topology: Topology, pools: Sequence[_Pool]) -> list[frozenset[int]]:
+    """The cores of each pool: disjoint unless a pool could not get even one."""
+    if len(pools) == 1 and pools[0].limit == len(pools[0].cores):
+        return [pools[0].cores]
+    shares = allot(
+        [
+            Taker(
+                pool.cores,
+                workers=len(pool.claims),
+                need=sum(pool.fixed),
+                limit=min(pool.limit, sum(pool.fixed)) if all(pool.fixed) else pool.limit,
+                weight=sum(claim.demand.share for claim in pool.claims),
+            )
+            for pool in pools
+        ]
+    )
+    chosen: list[frozenset[int]] = [frozenset()] * len(pools)
+    for cores, counts in shares:
+        for p, part in zip(counts, compact(topology, cores, list(counts.values())), strict=True):
+            chosen[p] |= part
+    return [cores or pool.cores for cores, pool in zip(chosen, pools, strict=True)]
+
+
+def _assign(
+    topology: Topology, pool: _Pool, cores: frozenset[int], loads: Counter[int], notes: list[str]
+) -> dict[int, Slice]:
+    """Divide ``cores`` among the claims of the pool."""
+    claims, policy = pool.claims, pool.policy
+    workers = [
+        Worker(size, claim.demand.share, frozenset(i for i in cores if claim.demand.held & {*topology.cores[i].cpus}))
+        for claim, size in zip(claims, pool.fixed, strict=True)
+    ]
+    if len(claims) > len(cores):
+        notes.append(
+            f"{len(claims)} workers but only {_count(len(cores), 'core')} (CPUs {_list(_cpus(topology, cores))}): "
+            f"cores are shared, one thread each; lower the number of workers to {len(cores)}"
+        )
+        shared = crowd(cores, workers, loads)
+        return {claim.place: claim.pinned(topology, mine, 1) for claim, mine in zip(claims, shared, strict=True)}
+    parts = divide(topology, cores, workers, equal=policy.equal, within_nodes=policy.skip_cross_node_cores)
+    for claim, worker, part in zip(claims, workers, parts, strict=True):
+        if worker.fixed and worker.fixed != len(part):
+            notes.append(
+                f"worker {claim.place} asks for {_count(worker.fixed, 'core')} and gets {len(part)}: "
+                f"{len(cores)} cores are there for {_count(len(claims), 'worker')}, and each needs one"
+            )
+    return {claim.place: claim.pinned(topology, part) for claim, part in zip(claims, parts, strict=True)}
