@@ -1,0 +1,132 @@
+"""The files in config/: read by what will read them, as far as that can be had without a cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from ts_plugin.readback import METRICS
+
+KUBERNETES = "1.30"
+MANIFESTS = sorted((Path(__file__).resolve().parent.parent / "config" / "kubernetes").glob("*.yaml"))
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+
+
+def torchserve() -> Path:
+    """The installed package, not imported: that leaves a file open, and warnings are errors here."""
+    spec = find_spec("ts")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def only(path: Path, kind: str) -> dict[str, Any]:
+    (found,) = [document for document in documents(path) if document["kind"] == kind]
+    return found
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_manifests_match_the_schema(path: Path) -> None:
+    """Strictly: an unknown key is an error. KServe's kinds have no schema there; their pods are checked as pods."""
+    for document in documents(path):
+        if document["apiVersion"].startswith("serving.kserve.io/"):
+            continue
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+def test_the_schema_check_can_fail(checkout: Path) -> None:
+    deployment = only(checkout / "config/kubernetes/guaranteed.yaml", "Deployment")
+    deployment["spec"]["template"]["spec"]["containers"][0]["resource"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, KUBERNETES, strict=True)
+
+
+def test_kserve_runtime(checkout: Path) -> None:
+    path = checkout / "config/kubernetes/kserve.yaml"
+    runtime, service = only(path, "ServingRuntime"), only(path, "InferenceService")
+    spec = runtime["spec"]
+    assert set(spec) == {"annotations", "supportedModelFormats", "protocolVersions", "containers"}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": spec["containers"]}}
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+    model = service["spec"]["predictor"]["model"]
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert model["modelFormat"]["name"] in [known["name"] for known in spec["supportedModelFormats"]]
+    (container,) = spec["containers"]
+    words = shlex.split(container["args"][0])
+    assert container["name"] == "kserve-container"
+    assert "--plugins-path" in words
+    assert "/mnt/models/config/config.properties" in words
+
+
+def test_quality_of_service_is_what_the_name_says(checkout: Path) -> None:
+    """Source: Kubernetes, "Pod Quality of Service Classes"; the static CPU manager wants whole CPUs on top."""
+
+    def resources(name: str) -> dict[str, Any]:
+        pod = only(checkout / f"config/kubernetes/{name}.yaml", "Deployment")["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        found: dict[str, Any] = container["resources"]
+        return found
+
+    own, shared = resources("guaranteed"), resources("burstable")
+    assert own["requests"] == own["limits"]
+    assert own["limits"]["cpu"].isdigit()
+    assert shared["requests"]["cpu"] != shared["limits"]["cpu"]
+
+
+def test_variables_in_manifests_are_torchserves(checkout: Path) -> None:
+    """A misspelt TS_* variable is ignored without a word: every one must be a property that its ConfigManager has."""
+    with zipfile.ZipFile(torchserve() / "frontend" / "model-server.jar") as archive:
+        manager = archive.read("org/pytorch/serve/util/ConfigManager.class")
+    files = [*MANIFESTS, checkout / "config" / "Dockerfile"]
+    names = {name for file in files for name in re.findall(r"\bTS_[A-Z_]+\b", file.read_text(encoding="utf-8"))}
+    assert names >= {"TS_CPU_LAUNCHER_ENABLE", "TS_INFERENCE_ADDRESS"}
+    for name in names - {"TS_CORES_STATE_DIR"}:
+        assert name.encode() in manager, name
+
+
+def test_metrics_file_holds_torchserves_defaults_and_ours(checkout: Path) -> None:
+    ours = yaml.safe_load((checkout / "config" / "metrics.yaml").read_text(encoding="utf-8"))
+    default = yaml.safe_load((torchserve() / "configs" / "metrics.yaml").read_text(encoding="utf-8"))
+    assert ours["ts_metrics"] == default["ts_metrics"]
+    for kind, metrics in default["model_metrics"].items():
+        assert [one for one in metrics if one not in ours["model_metrics"][kind]] == []
+    for name, (unit, kind) in METRICS.items():
+        (found,) = [one for one in ours["model_metrics"][kind] if one["name"] == name]
+        assert found == {"name": name, "unit": unit, "dimensions": ["ModelName", "WorkerName"]}
+
+
+def test_dashboard_asks_for_metrics_that_exist(checkout: Path) -> None:
+    dashboard = json.loads((checkout / "config" / "grafana.json").read_text(encoding="utf-8"))
+    metrics = yaml.safe_load((checkout / "config" / "metrics.yaml").read_text(encoding="utf-8"))
+    known = {
+        one["name"] for group in ("ts_metrics", "model_metrics") for kind in metrics[group].values() for one in kind
+    }
+    asked = set()
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            asked |= set(re.findall(r"([A-Za-z_]\w+)\{", target["expr"]))
+    assert asked <= known
+    assert set(METRICS) <= asked
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    places = [panel["gridPos"] for panel in dashboard["panels"]]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+
+
+def test_dockerfile_copies_and_starts_what_exists(checkout: Path) -> None:
+    text = (checkout / "config" / "Dockerfile").read_text(encoding="utf-8")
+    entry = json.loads(re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)[0])
+    assert entry[:4] == ["tini", "-g", "--", "torchserve"]
+    assert "--foreground" in entry
+    assert re.findall(r"^USER (.*)$", text, re.MULTILINE)[-1] == "1000"
