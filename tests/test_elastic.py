@@ -202,7 +202,7 @@ def test_children_and_threads_of_a_worker_stay_in_its_slice(server: TorchServe) 
 
 def test_two_servers_share_the_machine_and_hard_death_frees_it(archive: Path) -> None:
     with TorchServe(archive, workers=1, properties=PINNED) as first:
-        assert divided(first)
+        assert eventually(lambda: divided(first))
         with TorchServe(archive, workers=1, properties=PINNED, state_directory=first.state_directory) as second:
             assert eventually(lambda: divided(first, second))
             assert len(first.cores()["slices"]) == 1, "each frontend tells of its own workers"

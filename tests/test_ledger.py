@@ -111,19 +111,25 @@ def test_a_damaged_ledger_is_rebuilt_from_the_workers_that_run(ledger: Ledger, d
     script = 'export TS_CORES_LEASE=$(printf "$LEASE" $$ $(cut -d" " -f22 /proc/$$/stat)); exec sleep 600'
     template = json.dumps(json.loads(pack_lease(lease)) | {"pid": 111, "start_time": 222})
     template = template.replace("111", "%d").replace("222", "%d")
-    with subprocess.Popen(["sh", "-c", script], env={**os.environ, "LEASE": template}) as worker:
+    settings = {"LEASE": template, "TS_CORES_STATE_DIR": ledger.directory}
+    with (
+        subprocess.Popen(["sh", "-c", script], env={**os.environ, **settings}) as worker,
+        subprocess.Popen(["sh", "-c", script], env={**os.environ, "LEASE": template}) as stranger,
+    ):
         try:
-            while LEASE_VARIABLE not in process.environment(worker.pid):
-                assert worker.poll() is None
+            for started in (worker, stranger):
+                while LEASE_VARIABLE not in process.environment(started.pid):
+                    assert started.poll() is None
             os.sched_setaffinity(worker.pid, {max(os.sched_getaffinity(0))})
             Path(ledger.path).write_bytes(damage)
             assert ledger.read() == State()
             with ledger.locked() as state:
-                found = [lease for lease in state.leases if lease.pid == worker.pid]
-            assert len(found) == 1
+                found = state.leases
+            assert [lease.pid for lease in found] == [worker.pid], "not the one with another state directory"
             assert found[0].slice.cpus == (max(os.sched_getaffinity(0)),), "the mask in force is the slice"
         finally:
             worker.kill()
+            stranger.kill()
 
 
 def test_the_directory_is_made_for_this_user_alone(ledger: Ledger) -> None:

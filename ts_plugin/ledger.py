@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -107,12 +107,12 @@ class State:
         return next((lease for lease in self.leases if lease.pid == pid), None)
 
 
-def state_directory() -> str:
+def state_directory(environment: Mapping[str, str] = os.environ) -> str:
     """Return the directory of the ledger: TS_CORES_STATE_DIR, or a place that follows from the user id alone.
 
     It follows neither TMPDIR nor XDG_RUNTIME_DIR: two servers started from different sessions must meet there.
     """
-    chosen = os.environ.get("TS_CORES_STATE_DIR")
+    chosen = environment.get("TS_CORES_STATE_DIR")
     if chosen:
         return os.path.abspath(chosen)
     base = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
@@ -166,7 +166,7 @@ class Ledger:
         try:
             self._wait_for(lock)
             state = self._load()
-            yield (_recover() if state is None else state).living()
+            yield (_recover(self.directory) if state is None else state).living()
         finally:
             # A child forked meanwhile shares the lock: closing alone would leave it locked.
             fcntl.flock(lock, fcntl.LOCK_UN)
@@ -245,15 +245,16 @@ class Ledger:
         return LedgerError(f"{self.directory}: {reason}; set TS_CORES_STATE_DIR to a directory that is yours alone")
 
 
-def _recover() -> State:
+def _recover(directory: str) -> State:
     """Rebuild the leases of the workers that the launcher bound: each carries its own in its environment.
 
     Workers that claimed their slice themselves enter it again by themselves when they see it gone.
     """
     leases = []
     for pid in process.pids():
-        text = process.environment(pid).get(LEASE_VARIABLE)
-        if text is None:
+        environment = process.environment(pid)
+        text = environment.get(LEASE_VARIABLE)
+        if text is None or state_directory(environment) != directory:
             continue
         try:
             lease = unpack_lease(text)
