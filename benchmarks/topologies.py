@@ -34,8 +34,9 @@ __all__ = [
     "WORKERS",
     "Case",
     "Machine",
-    "fewest_crossings_of_any",
+    "fewest_crossings",
     "fewest_crossings_of_equal",
+    "fewest_crossings_within",
     "Slicer",
     "cases",
     "contest",
@@ -85,6 +86,7 @@ class Machine:
     lscpu: str | None
     possible: frozenset[int]
     allowed: frozenset[int]
+    isolated: frozenset[int]
     core_of: Mapping[int, Any]
     node_of: Mapping[int, Any]
     l3_of: Mapping[int, Any]
@@ -144,6 +146,7 @@ def _machine(file: Path, document: dict[str, Any], kinds: dict[tuple[str, str], 
         lscpu=_lscpu(base / "lscpu" / f"{file.stem}.txt", document),
         possible=present | parse_cpulist(document["masks"].get("possible") or ""),
         allowed=parse_cpulist(document["allowed_cpus"]),
+        isolated=parse_cpulist(document["masks"].get("isolated") or ""),
         core_of=_by_cpu(document, "core"),
         node_of=_by_cpu(document, "node"),
         l3_of=_by_cpu(document, "llc"),
@@ -254,7 +257,7 @@ def score(case: Case) -> Counter[str]:
     # From here on only what the kernel leaves of a mask: the CPUs that are online and allowed.
     slices = [cpus & machine.allowed for cpus in pinned]
     held = [frozenset(machine.core_of[cpu] for cpu in cpus) for cpus in slices]
-    usable = {machine.core_of[cpu] for cpu in machine.allowed}
+    usable = {machine.core_of[cpu] for cpu in machine.allowed - machine.isolated}
     if case.chooses_kinds:
         kinds = {machine.core_of[cpu]: kind for cpu, kind in machine.kind_of.items()}
         touched = {kinds[core] for cores in held for core in cores}
@@ -267,14 +270,28 @@ def score(case: Case) -> Counter[str]:
     if not count["unpinned"]:
         count["idle"] = len(usable.difference(*held))
         count["idle_avoidable"] = max(0, count["idle"] - len(usable) % workers)
-    for column, group_of in (("numa", machine.node_of), ("l3", machine.l3_of), ("mixed", machine.kind_of)):
-        groups = {machine.core_of[cpu]: group for cpu, group in group_of.items()}
+    node, l3, kind = (
+        {machine.core_of[cpu]: group for cpu, group in group_of.items() if machine.core_of[cpu] in usable}
+        for group_of in (machine.node_of, machine.l3_of, machine.kind_of)
+    )
+    reachable = {
+        "numa": fewest_crossings(list(Counter(node.values()).values()), workers),
+        "l3": fewest_crossings_within(
+            [list(Counter(l3[core] for core in l3 if node[core] == one).values()) for one in set(node.values())],
+            workers,
+        ),
+        "mixed": fewest_crossings(list(Counter(kind.values()).values()), workers),
+    }
+    for column, group_of, groups in (
+        ("numa", machine.node_of, node),
+        ("l3", machine.l3_of, l3),
+        ("mixed", machine.kind_of, kind),
+    ):
         crossings = sum(len({group_of[cpu] for cpu in cpus}) > 1 for cpus in slices)
-        sizes = list(Counter(groups[core] for core in usable).values())
-        bound = fewest_crossings_of_equal(sizes, workers)
+        bound = fewest_crossings_of_equal(list(Counter(groups.values()).values()), workers)
         count[f"{column}_crossings"] = crossings
         count[f"{column}_over_bound"] = max(0, crossings - bound)
-        count[f"{column}_avoidable"] = max(0, crossings - max(bound, fewest_crossings_of_any(sizes, workers)))
+        count[f"{column}_avoidable"] = max(0, crossings - max(bound, reachable[column]))
     return count
 
 
@@ -284,19 +301,45 @@ def fewest_crossings_of_equal(groups: Sequence[int], workers: int) -> int:
     return max(0, workers - sum(group // size for group in groups)) if size else 0
 
 
-def fewest_crossings_of_any(groups: Sequence[int], workers: int) -> int:
+def fewest_crossings(groups: Sequence[int], workers: int, least: int | None = None) -> int:
     """Return the number of slices that must cross groups of these sizes if nothing is idle.
 
-    Sizes are free down to half of the equal share. One slice may swallow whatever the others leave, so what counts is
-    how many fit into the groups, and whether every group has one.
+    Sizes are free from ``least`` upwards, by default half of the equal share. One slice may swallow whatever the
+    others leave, so what counts is how many fit into the groups, and whether every group has one.
     """
-    cores = sum(groups)
-    if cores < workers:
+    if sum(groups) < workers:
         return 0
-    least = max(1, -(-cores // (2 * workers)))
+    least = least or _least(sum(groups), workers)
     fitting = sum(group // least for group in groups)
     homeless = len(groups) > workers or any(group < least for group in groups)
     return max(0, workers - fitting, int(homeless))
+
+
+def fewest_crossings_within(nodes: Sequence[Sequence[int]], workers: int) -> int:
+    """Return the number of slices that must cross L3 domains if nothing is idle and as few as possible cross a node.
+
+    ``nodes`` has the sizes of the L3 domains in each NUMA node.
+    """
+    cores = sum(map(sum, nodes))
+    if cores < workers:
+        return 0
+    if fewest_crossings([sum(domains) for domains in nodes], workers):  # some cross anyway, and their domains with it
+        return fewest_crossings([domain for domains in nodes for domain in domains], workers)
+    least = _least(cores, workers)
+    fewest = {0: 0}  # workers in the nodes so far: crossings
+    for domains in nodes:
+        grown: dict[int, int] = {}
+        for placed, crossings in fewest.items():
+            for more in range(1, min(sum(domains) // least, workers - placed) + 1):
+                total = crossings + fewest_crossings(domains, more, least)
+                grown[placed + more] = min(total, grown.get(placed + more, total))
+        fewest = grown
+    return fewest[workers]
+
+
+def _least(cores: int, workers: int) -> int:
+    """Return half of the equal share: nobody gets less."""
+    return max(1, -(-cores // (2 * workers)))
 
 
 def _table(totals: Mapping[str, Counter[str]], *, markdown: bool) -> str:

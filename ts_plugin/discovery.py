@@ -20,7 +20,6 @@ __all__ = ["DiscoveryError", "read_allowance", "read_topology"]
 
 _CPU = "sys/devices/system/cpu"
 _NODE = "sys/devices/system/node"
-_PMU = "sys/devices/cpu_"
 
 _Value = TypeVar("_Value")
 _PackageName = tuple[int | None, int | None, int | None, frozenset[int]]  # id, book, drawer, or siblings without them
@@ -290,14 +289,12 @@ def _kinds(tree: Tree, cpus: list[int], *, several_packages: bool) -> dict[int, 
     Known: the kernel's own lists of a hybrid x86 processor, capacities, ARM's main id. Inferred, in one package only:
     equal cores have equal L1 data caches. A frequency alone tells nothing, since equal cores are binned differently.
 
-    Source: Documentation/scheduler/sched-capacity.rst; arch/x86/events/intel/core.c (cpu_core, cpu_atom,
-        cpu_lowpower); Arm ARM, MIDR_EL1.
+    Source: Documentation/scheduler/sched-capacity.rst; arch/x86/events/intel/core.c (cpu_core, cpu_atom); Arm
+        Architecture Reference Manual, MIDR_EL1.
     """
-    fast = tree.cpulist(f"{_PMU}core/cpus")
-    slow = tree.cpulist(f"{_PMU}atom/cpus")
-    if fast and slow:
-        slowest = tree.cpulist(f"{_PMU}lowpower/cpus") or frozenset()
-        return {cpu: 0 if cpu in fast else 1 if cpu in slow - slowest else 2 for cpu in cpus}
+    fast = tree.cpulist("sys/devices/cpu_core/cpus")
+    if fast and tree.cpulist("sys/devices/cpu_atom/cpus"):
+        return {cpu: 0 if cpu in fast else 1 for cpu in cpus}  # some low-power E-cores are in neither list
     capacity = _of_every(cpus, lambda cpu: tree.number(f"{_CPU}/cpu{cpu}/cpu_capacity"))
     if capacity:
         return _kinds_by_capacity(capacity)
