@@ -12,7 +12,7 @@ from itertools import combinations
 
 from ts_plugin import partition
 from ts_plugin.allotment import apportion
-from ts_plugin.partition import Cell, Part
+from ts_plugin.cells import Cell, Part, Score, least, score
 from ts_plugin.topology import Topology
 
 __all__ = ["Worker", "compact", "crowd", "divide"]
@@ -51,8 +51,8 @@ class _Ground:
         """How many of ``cores`` lie in which cell."""
         return Counter(self.home[core] for core in cores if core in self.home)
 
-    def score(self, parts: Sequence[Part]) -> tuple[int, ...]:
-        return partition.score(self.cells, parts, self.distance)
+    def score(self, parts: Sequence[Part]) -> Score:
+        return score(self.cells, parts, self.distance)
 
 
 def compact(topology: Topology, cores: Iterable[int], sizes: Sequence[int]) -> list[frozenset[int]]:
@@ -157,7 +157,9 @@ def _cut(
         if len(set(weights)) > 1:
             cut.sort(key=lambda part: -sum(count for _, count in part))
     else:
-        cut = partition.pack(rest, apportion(sum(room), weights)) if fair else []
+        due = apportion(sum(room), weights) if fair else []
+        lows = [-(-size // 2) for size in due]
+        cut = partition.repair(rest, partition.pack(rest, due), lows, sum(room), ground.distance)
     for w, part in zip(fair, cut, strict=True):
         parts[w] = tuple((open_cells[i], count) for i, count in part)
     return [parts[w] for w in range(len(workers))]
@@ -180,7 +182,7 @@ def _may_stay(
     total = sum(new)
     for workers in classes:
         had, gets = sorted(len(held[w]) for w in workers), sorted(new[w] for w in workers)
-        if had != gets and (equal or len(workers) != len(held) or had[0] < partition.least(total, len(workers))):
+        if had != gets and (equal or len(workers) != len(held) or had[0] < least(total, len(workers))):
             return False
     stays = [tuple(sorted(ground.counts(mine).items())) for mine in held]
     return ground.score(stays) <= ground.score(parts)
