@@ -42,8 +42,10 @@ def probe(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{classes}:{path}"
 
 
-def take_over(probe: str, directory: Path, answer: str, **properties: str) -> Outcome:
-    """Construct the hook where ``answer``, a shell script, is the server's python."""
+def take_over(
+    probe: str, directory: Path, answer: str, *, environment: dict[str, str] | None = None, **properties: str | None
+) -> Outcome:
+    """Construct the hook where ``answer``, a shell script, is the server's python; None removes a property."""
     python, calls = directory / "python", directory / "calls"
     python.write_text(f'#!/bin/sh\nfor word; do echo "$word" >>{calls}; done\n{answer}\n')
     python.chmod(0o755)
@@ -53,6 +55,7 @@ def take_over(probe: str, directory: Path, answer: str, **properties: str) -> Ou
     done = subprocess.run(
         ["java", f"-Dmodel_server_home={home}", "-cp", probe, "HookProbe", "-f", str(config), "--python", str(python)],
         cwd=directory,
+        env=os.environ | (environment or {}),
         capture_output=True,
         text=True,
         check=True,
@@ -82,10 +85,27 @@ def test_stock_launcher_stays_off_in_every_snapshot(probe: str, tmp_path: Path) 
     assert again == Outcome(LAUNCHER, outcome.enable, again.log, outcome.calls * 2)
 
 
-@pytest.mark.parametrize("value", ["false", "", "typo"])
-def test_not_enabled(probe: str, tmp_path: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ["false", "", "typo", None])
+def test_not_enabled(probe: str, tmp_path: Path, value: str | None) -> None:
     outcome = take_over(probe, tmp_path, GOOD, cpu_launcher_enable=value)
-    assert outcome == Outcome(str(tmp_path / "python"), value, (), ())
+    assert outcome == Outcome(str(tmp_path / "python"), value or "", (), ())
+
+
+@pytest.mark.parametrize(
+    ("file", "variable", "listens", "expected"),
+    [
+        pytest.param(None, "true", "true", LAUNCHER, id="on"),
+        pytest.param("true", "false", "true", "", id="off"),
+        pytest.param("ts-cores", "false", "true", "", id="off-over-a-snapshot"),
+        pytest.param(None, "true", "false", "", id="not-listened-to"),
+    ],
+)
+def test_environment(probe: str, tmp_path: Path, file: str | None, variable: str, listens: str, expected: str) -> None:
+    switch = {"TS_CPU_LAUNCHER_ENABLE": variable}
+    outcome = take_over(
+        probe, tmp_path, GOOD, environment=switch, cpu_launcher_enable=file, enable_envvars_config=listens
+    )
+    assert outcome.python == (expected or str(tmp_path / "python"))
 
 
 def test_launcher_args_reach_python_as_they_are(probe: str, tmp_path: Path) -> None:

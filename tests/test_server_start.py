@@ -142,9 +142,8 @@ def test_snapshot_without_plugin_serves(server: TorchServe, tmp_path: Path) -> N
         assert "run_cpu" not in again.log()
 
 
-@pytest.mark.parametrize("line", [{"cpu_launcher_enable": False}, {}], ids=["false", "no-line"])
-def test_not_enabled_is_stock(line: dict[str, bool]) -> None:
-    with TorchServe(archives.facts(), properties={"plugins_path": FRONTEND, **line}) as server:
+def test_not_enabled_is_stock() -> None:
+    with TorchServe(archives.facts(), properties={**PINNED, "cpu_launcher_enable": False}) as server:
         assert_stock(server)
         cores = server.cores()
         assert (cores["enabled"], cores["slices"]) == (False, [])
