@@ -211,9 +211,12 @@ class Search:
         return best
 
     def _ways(self, sizes: Sequence[int], parts: int) -> Iterator[list[_Partition]]:
-        """Partitions of the groups in batches, those that join the fewest first; strict: all in one batch."""
+        """Partitions of the groups in batches, those that join the fewest first.
+
+        Where fewer crossing parts go before fewer boundaries it is one batch: the fewest joined into 1, 2, ... heaps.
+        """
         count = len(sizes)
-        everything: list[_Partition] = []
+        by_heaps: dict[int, list[_Partition]] = {}
         for joined in range(max(1, count - parts), count):
             if count <= _FEW:
                 ways = _set_partitions(count, count - joined)
@@ -222,12 +225,16 @@ class Search:
             else:
                 ways = _heaps(sizes, joined)
             batch = [way for way in ways if self.limits.fits([sum(sizes[i] for i in block) for block in way], parts)]
-            if self.costs.strict:
-                everything += batch
-            elif batch:
-                yield batch
-        if everything:
-            yield everything
+            if not self.costs.strict:
+                if batch:
+                    yield batch
+                continue
+            found: dict[int, list[_Partition]] = {}
+            for way in batch:
+                found.setdefault(sum(len(block) > 1 for block in way), []).append(way)
+            by_heaps = found | by_heaps
+        if by_heaps:
+            yield [way for ways in by_heaps.values() for way in ways]
 
     def _try(
         self,
