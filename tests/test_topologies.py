@@ -1,0 +1,234 @@
+"""The score of captured machines: what it counts, that its minima are exact, and that it agrees with others' counts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+
+from benchmarks import topologies
+from benchmarks.topologies import (
+    COLUMNS,
+    Case,
+    Machine,
+    fewest_crossings,
+    fewest_crossings_of_equal,
+    fewest_crossings_within,
+    machines,
+    score,
+)
+from ts_plugin.cpulist import parse_cpulist
+
+CAPTURES = Path(__file__).resolve().parents[2] / "shared" / "topologies"
+needs_captures = pytest.mark.skipif(not CAPTURES.is_dir(), reason=f"no captured machines in {CAPTURES}")
+
+# Two NUMA nodes of two L3 domains of two cores, SMT siblings apart; CPU 15 is offline, so CPU 7 is a core alone.
+ONLINE = range(15)
+MACHINE = Machine(
+    name="2n2l2c2t",
+    arch="x86_64",
+    archive=Path(),
+    lscpu=None,
+    possible=frozenset(range(16)),
+    allowed=frozenset(ONLINE),
+    isolated=frozenset(),
+    core_of={cpu: cpu % 8 for cpu in ONLINE},
+    node_of={cpu: cpu % 8 // 4 for cpu in ONLINE},
+    l3_of={cpu: cpu % 8 // 2 for cpu in ONLINE},
+    kind_of=dict.fromkeys(ONLINE),
+)
+
+COUNTS = [
+    pytest.param("0-3 4-7", {}, id="nothing wrong"),
+    pytest.param("0-5 6-7", {"numa_crossings": 1, "numa_avoidable": 1, "l3_crossings": 1}, id="an avoidable crossing"),
+    pytest.param("0-1 2-4 5-7", {"numa_crossings": 1, "numa_avoidable": 1}, id="28 + 14 + 14 is possible"),
+    pytest.param("0-3 4-5 6-7", {"l3_crossings": 1}, id="... and wanted"),
+    pytest.param("0,8 1-7", {"smt_inside": 1}, id="both siblings of a core"),
+    pytest.param("0-3,4 4-7", {"smt_between": 1, "overlapping": 2}, id="one core twice"),
+    pytest.param("0-3 4-7,11", {"smt_between": 1, "overlapping": 2}, id="a core through its other sibling"),
+    pytest.param("0-3 4-6", {"idle": 1, "idle_avoidable": 1}, id="an idle core"),
+    pytest.param("0-1 2-3 4-5", {"idle": 2}, id="a remainder that equal slices leave over"),
+    pytest.param("0-3 4-7,15,99", {"offline": 1, "nonexistent": 1}, id="CPUs that are not there"),
+    pytest.param("0-3 -", {"dead": 1, "idle": 4}, id="a worker without CPUs"),
+    pytest.param("0-3 *", {"unpinned": 1}, id="a worker without pinning"),
+]
+
+
+def case(text: str, machine: Machine = MACHINE) -> Case:
+    """Name slices by CPU lists: ``-`` is a dead worker, ``*`` one that is not pinned."""
+    words = text.split()
+    slices = tuple(None if word == "*" else parse_cpulist(word) for word in words if word != "-")
+    return Case(machine, "test", slices, len(words))
+
+
+@pytest.mark.parametrize(("slices", "expected"), COUNTS)
+def test_counts(slices: str, expected: dict[str, int]) -> None:
+    counts = score(case(slices))
+    assert {key: counts[key] for key in expected} == expected
+    if not expected:
+        assert not any(counts[key] for key in COLUMNS if not key.endswith("_crossings"))
+
+
+def test_what_is_not_allowed_is_counted_and_then_cut_away() -> None:
+    counts = score(case("0-3 4-7", replace(MACHINE, allowed=frozenset({0, 1, 2, 3}))))
+    assert (counts["not_allowed"], counts["idle"]) == (4, 0)
+
+
+def test_isolated_cpus_are_not_idle() -> None:
+    assert score(case("0-3 4-5", replace(MACHINE, isolated=frozenset({6, 14, 7}))))["idle"] == 0
+
+
+def test_core_types_that_nobody_touches_may_be_left_out_on_purpose() -> None:
+    hybrid = replace(MACHINE, kind_of={cpu: cpu % 8 >= 4 for cpu in ONLINE})
+    accidental = case("0-1 2-3", hybrid)
+    assert score(accidental)["idle"] == 4
+    assert score(replace(accidental, chooses_kinds=True))["idle"] == 0
+    assert score(case("0-2 3-7", hybrid))["mixed_avoidable"] == 1
+
+
+def test_more_workers_than_cores_must_share() -> None:
+    counts = score(case(" ".join(str(rank % 8) for rank in range(10))))
+    assert not any(counts[key] for key in COLUMNS)
+
+
+def compositions(total: int, parts: int, least: int) -> Iterator[tuple[int, ...]]:
+    """Yield every way to write ``total`` as ``parts`` ordered numbers from ``least``."""
+    if parts == 1:
+        if total >= least:
+            yield (total,)
+        return
+    for first in range(least, total + 1):
+        for rest in compositions(total - first, parts - 1, least):
+            yield (first, *rest)
+
+
+def fewest_by_trying(groups: tuple[int, ...], workers: int, least: int) -> int:
+    """Try every division of every group among the workers."""
+
+    @cache
+    def best(group: int, held: tuple[tuple[int, int], ...]) -> int:
+        if group == len(groups):
+            return sum(touched > 1 for _, touched in held) if all(size >= least for size, _ in held) else workers + 1
+        return min(
+            best(
+                group + 1, tuple(sorted((s + more, t + (more > 0)) for (s, t), more in zip(held, shares, strict=True)))
+            )
+            for shares in compositions(groups[group], workers, 0)
+        )
+
+    return best(0, ((0, 0),) * workers)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [(2, 2, 2, 2), (4, 4), (3, 5), (1, 1, 1, 5), (1, 2, 3), (7,), (1, 1, 1, 1, 1), (6, 1), (2, 1, 2, 1)],
+    ids=str,
+)
+def test_the_fewest_crossings_are_exact(groups: tuple[int, ...]) -> None:
+    for workers in range(1, min(5, sum(groups)) + 1):
+        least = max(1, -(-sum(groups) // (2 * workers)))
+        assert fewest_crossings(groups, workers) == fewest_by_trying(groups, workers, least), workers
+
+
+@pytest.mark.parametrize(
+    ("groups", "workers", "equal", "reachable"),
+    [
+        pytest.param([28, 28], 2, 0, 0, id="a node each"),
+        pytest.param([28, 28], 3, 1, 0, id="28 + 14 + 14"),
+        pytest.param([2, 2, 2, 2], 3, 0, 1, id="four nodes of two cores: equal slices leave two cores idle"),
+        pytest.param([8, 8, 8], 2, 2, 1, id="fewer workers than nodes"),
+        pytest.param([1] * 8, 5, 0, 1, id="private caches"),
+        pytest.param([4, 4], 16, 0, 0, id="more workers than cores"),
+    ],
+)
+def test_the_bound_for_equal_slices(groups: list[int], workers: int, equal: int, reachable: int) -> None:
+    assert fewest_crossings_of_equal(groups, workers) == equal
+    assert fewest_crossings(groups, workers) == reachable
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected"),
+    [
+        pytest.param([[4, 4], [4, 4]], 4, 0, id="an L3 domain each"),
+        pytest.param([[4, 4], [4, 4]], 2, 2, id="a node each"),
+        pytest.param([[1, 1, 1, 1], [1, 1, 1, 1]], 5, 1, id="four slices of one core and one of a node"),
+        pytest.param([[2, 1], [2, 1]], 3, 1, id="one node divided, the other whole"),
+        pytest.param([[2], [2], [2], [2]], 3, 1, id="a node must be crossed anyway"),
+    ],
+)
+def test_the_fewest_l3_crossings_within_nodes(nodes: list[list[int]], workers: int, expected: int) -> None:
+    assert fewest_crossings_within(nodes, workers) == expected
+
+
+@needs_captures
+def test_run_cpu_is_driven_as_it_was_when_the_captures_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with the counts that came with the captures, on machines of which nothing is forbidden."""
+    pytest.importorskip("torch", reason="run_cpu is part of torch")
+    monkeypatch.setattr(topologies, "WORKERS", (2, 3, 4, 8))
+    with open(CAPTURES / "native_score.csv", newline="") as file:
+        rows = {(row["name"], int(row["W"])): row for row in csv.DictReader(file)}
+    columns = {
+        "smt_inside": "smt_cores",
+        "smt_between": "overlap_cores",
+        "overlapping": "overlap_workers",
+        "numa_crossings": "numa_cross",
+        "numa_over_bound": "numa_avoidable",
+        "l3_crossings": "l3_cross",
+        "idle": "idle_cores",
+        "idle_avoidable": "idle_avoidable",
+    }
+    compared = 0
+    for machine in machines(CAPTURES):
+        odd = machine.name in ("hwloc-8ia64-2s2c2t", "hwloc-fakeheterocpunuma")  # an L3 per CPU; CPUs without node
+        if odd or machine.lscpu is None or machine.allowed - machine.isolated != machine.core_of.keys():
+            continue
+        for played in topologies.contest(machine, "run_cpu", partial(topologies.run_cpu, machine.lscpu)):
+            row = rows.get((machine.name, played.workers))
+            if row and row["status"] == "ok" and not played.error:
+                counts = score(played)
+                assert {key: counts[key] for key in columns} == {
+                    key: int(row[theirs]) for key, theirs in columns.items()
+                }, (machine.name, played.workers)
+                compared += 1
+            elif row and row["status"] == "infeasible":
+                assert played.error
+    assert compared > 200
+
+
+HARD = (
+    "smt_inside",
+    "smt_between",
+    "overlapping",
+    "offline",
+    "nonexistent",
+    "not_allowed",
+    "idle",
+    "mixed_avoidable",
+    "dead",
+)
+
+
+@needs_captures
+@pytest.mark.parametrize("name", ["flux-ipa20", "nri-sample1", "hwloc-16amd64-8n2c-cpusets", "nri-server"])
+def test_the_command_scores_a_directory(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, suffix in (("json", "json"), ("sysfs", "tar.xz"), ("lscpu", "txt")):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"{name}.{suffix}").symlink_to(CAPTURES / kind / f"{name}.{suffix}")
+    assert topologies.main([str(tmp_path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["machines"] == 1
+    assert document["totals"]["ts-cores"]["cases"] == len(topologies.WORKERS)
+    assert not [case for case in document["cases"] if case["contestant"] == "ts-cores" and case["error"]]
+    assert {key: document["totals"]["ts-cores"].get(key, 0) for key in HARD} == dict.fromkeys(HARD, 0)
+    assert topologies.main([str(tmp_path), "--markdown"]) == 0
+    assert "| cases | 7 |" in capsys.readouterr().out
+
+
+def test_a_directory_without_captures_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert topologies.main([str(tmp_path)]) == 1
+    assert f"{tmp_path}/json: no captured machine" in capsys.readouterr().err
