@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, cast
+from typing import IO, Self, cast
 
 from ts_plugin.topology import Core
 
@@ -111,8 +112,8 @@ class Bare:
     def work(self, seconds: float, *, what: str = "handle") -> list[float]:
         """Let all processes work at once for that long and return the seconds that each piece of work took.
 
-        ``what`` is "handle" (all that the handler does for a request) or "forward" (its ``inference`` on input that was
-        preprocessed once; no seconds at all for a handler without that method).
+        ``what`` is "handle" (all that a worker does for a request except reading and writing its socket) or "forward"
+        (its ``inference`` on input that was preprocessed once; no seconds at all for a handler without that method).
 
         Raises:
             BareError: a process failed.
@@ -150,7 +151,7 @@ def main() -> None:
         print(json.dumps(took), file=answers, flush=True)
 
 
-def _load(model: Path, body: bytes) -> dict[str, Any]:
+def _load(model: Path, body: bytes) -> dict[str, Callable[[], object]]:
     """Load the handler as ts/model_service_worker.py does and return the kinds of work that it can do."""
     import ts
     from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
@@ -164,14 +165,19 @@ def _load(model: Path, body: bytes) -> dict[str, Any]:
     metrics.model_name = manifest["modelName"]
     loader = ModelLoaderFactory.get_model_loader()
     service = loader.load(manifest["modelName"], str(model), manifest["handler"], None, 1, None, True, metrics)
-    context, entry = service.context, service._entry_point
-    context.request_ids = metrics.request_ids = {0: "bare"}
-    request = [{"body": bytearray(body)}]
-    work: dict[str, Any] = {"handle": lambda: entry(request, context)}
-    handler: Any = getattr(entry, "__self__", None)
-    if hasattr(handler, "preprocess") and hasattr(handler, "inference"):
-        work["handle"]()  # BaseHandler learns its context from the first request
-        prepared = handler.preprocess(request)
+    service.set_cl_socket(None)
+    message = [{"requestId": b"bare", "parameters": [{"name": "body", "contentType": "", "value": bytearray(body)}]}]
+
+    def handle() -> None:
+        status: int = struct.unpack("!i", service.predict(message)[:4])[0]
+        if status != 200:
+            raise BareError(f"the handler answered {status}")
+
+    work: dict[str, Callable[[], object]] = {"handle": handle}
+    handler = getattr(service._entry_point, "__self__", None)
+    if handler is not None and hasattr(handler, "preprocess") and hasattr(handler, "inference"):
+        handle()  # BaseHandler learns its context from the first request
+        prepared = handler.preprocess([{"body": bytearray(body)}])
         work["forward"] = lambda: handler.inference(prepared)
     return work
 

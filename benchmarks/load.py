@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-__all__ = ["Answer", "Load", "LoadError", "OpenLoop", "ab", "closed_loop", "parse_ab", "percentile"]
+__all__ = ["FEWEST_REQUESTS", "Answer", "Load", "LoadError", "OpenLoop", "ab", "closed_loop", "parse_ab", "percentile"]
 
 CONTENT_TYPE = "application/octet-stream"
+FEWEST_REQUESTS = 51
 ANSWER_SECONDS = 120  # how long any client waits for one answer: TorchServe's own default_response_timeout
 
 
@@ -50,8 +51,11 @@ def ab(url: str, body: Path, *, requests: int, concurrency: int) -> Load:
     ``closed_loop`` there. ``-l``: answers may differ in length, floats have more or fewer digits.
 
     Raises:
+        ValueError: fewer than 51 requests; ab then looks for its 99th percentile behind the end of its array.
         LoadError: ab is not installed, or it gave up.
     """
+    if requests < FEWEST_REQUESTS:
+        raise ValueError(f"{requests} requests are too few for ab's 99th percentile; send at least {FEWEST_REQUESTS}")
     program = shutil.which("ab")
     if program is None:
         raise LoadError("ab is not installed: apt-get install apache2-utils")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Sequence
@@ -18,10 +19,15 @@ from benchmarks.results import Cell, Config, Figures
 from benchmarks.torchserve import Property, TorchServe
 from ts_plugin.topology import Core
 
-__all__ = ["Observed", "Setting", "Wish", "ceiling", "serve", "setting"]
+__all__ = ["UnboundError", "Observed", "Setting", "Wish", "ceiling", "serve", "setting"]
 
 PLUGINS = Path(ts_plugin.__file__).parent / "frontend"
-SATURATED = 3.0  # an open loop whose p50 is this many times its interval per worker, or that fails, is over capacity
+WARM_UP = 5  # requests per worker: TorchScript optimises during the first ones
+SATURATED = 3.0  # intervals between two requests by which latency may grow during an open loop
+
+
+class UnboundError(RuntimeError):
+    """A configuration that should bind its workers did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +88,22 @@ class Observed(NamedTuple):
     unavailable: dict[str, str]
 
 
-def serve(archive: Path, body: Path, given: Setting, wish: Wish, cores: Sequence[Core]) -> Observed:
+def serve(config: Config, archive: Path, body: Path, given: Setting, wish: Wish, cores: Sequence[Core]) -> Observed:
     """Measure one served configuration.
 
     Raises:
         TorchServeError: the server or its workers did not come up.
         LoadError: the client gave up.
+        UnboundError: the workers are not bound as the configuration says.
     """
     workers = wish.cell.workers
     with TorchServe(archive, workers=workers, properties=given.properties, environment=given.environment) as server:
         url = server.prediction_url(archive.stem)
         pids = sorted(server.workers())
-        _load(url, body, wish, requests=max(4 * workers, min(wish.requests // 10, 20 * workers)))  # warm-up
+        closed_loop(url, body.read_bytes(), requests=WARM_UP * workers, concurrency=workers)
+        _require_bound(config, server, pids, cores)
         with Watch([process.pid for process in server.tree()], pids, cores) as watch:
-            load = _load(url, body, wish, requests=wish.requests)
+            load = _load(url, body, wish)
         figures = watch.figures(load, [process.pid for process in server.tree()])
         figures = replace(figures, ready_seconds=server.ready_seconds)
         if wish.rate:
@@ -195,10 +203,23 @@ class Watch:
         return sum(shares) / len(shares) if shares else None
 
 
-def _load(url: str, body: Path, wish: Wish, *, requests: int) -> Load:
+def _load(url: str, body: Path, wish: Wish) -> Load:
     if wish.keep_alive:
-        return ab(url, body, requests=requests, concurrency=wish.cell.concurrency)
-    return closed_loop(url, body.read_bytes(), requests=requests, concurrency=wish.cell.concurrency)
+        return ab(url, body, requests=wish.requests, concurrency=wish.cell.concurrency)
+    return closed_loop(url, body.read_bytes(), requests=wish.requests, concurrency=wish.cell.concurrency)
+
+
+def _require_bound(config: Config, server: TorchServe, pids: Sequence[int], cores: Sequence[Core]) -> None:
+    """Refuse to measure a configuration under the name of one that it is not.
+
+    Raises:
+        UnboundError: ts-cores left a worker unbound, or TorchServe's launcher pinned none.
+    """
+    if config is Config.TS_CORES and (unbound := server.cores()["unbound"]):
+        raise UnboundError(f"{len(unbound)} of {len(pids)} workers are unbound: {unbound[0]['reason']}")
+    everywhere = {cpu for core in cores for cpu in core.cpus}
+    if config is Config.LAUNCHER and len(pids) > 1 and all(os.sched_getaffinity(pid) == everywhere for pid in pids):
+        raise UnboundError("TorchServe's launcher came up without pinning anything: see its log")
 
 
 def _at_rate(figures: Figures, url: str, body: bytes, wish: Wish) -> Figures:

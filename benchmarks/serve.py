@@ -1,0 +1,310 @@
+"""The benchmark run: every configuration of every cell, interleaved and in rotated order, then the two exercises."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks import archives, exercises, report, scaling
+from benchmarks.archives import Handler
+from benchmarks.bare import BareError
+from benchmarks.load import FEWEST_REQUESTS, LoadError
+from benchmarks.machine import allowed_cores, describe, summary
+from benchmarks.measure import Observed, UnboundError, Wish, ceiling, serve, setting
+from benchmarks.results import Cell, Config, Row
+from benchmarks.torchserve import TorchServeError
+from ts_plugin.discovery import read_allowance, read_topology
+from ts_plugin.topology import Core
+
+__all__ = ["Job", "jobs", "main", "rotated"]
+
+MODELS = ("resnet18", "resnet50", "transformer")
+SCALED = (Config.DEFAULT, Config.LAUNCHER, Config.TS_CORES)
+RATE_SHARE = 0.7  # of the throughput of the cell's first good row: default's, which is hardly ever the fastest
+FAILURES = (TorchServeError, LoadError, BareError, UnboundError, FileNotFoundError)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row to be measured."""
+
+    config: Config
+    cell: Cell
+    repetition: int
+
+
+def rotated(configs: Sequence[Config], repetition: int) -> list[Config]:
+    """Return the configurations in the order of one repetition: each starts one further, so none is always first."""
+    start = repetition % len(configs)
+    return [*configs[start:], *configs[:start]]
+
+
+def jobs(configs: Sequence[Config], cells: Sequence[Cell], repetitions: int) -> Iterator[Job]:
+    """Yield every row to measure: within a repetition all configurations of a cell are neighbours in time."""
+    for repetition in range(repetitions):
+        for cell in cells:
+            for config in rotated(configs, repetition):
+                yield Job(config, cell, repetition)
+
+
+@dataclass(slots=True)
+class Run:
+    """What was asked for, and what has been found so far."""
+
+    options: argparse.Namespace
+    body: Path
+    rows: list[Row] = field(default_factory=list)
+    traces: list[dict[str, Any]] = field(default_factory=list)
+    scaled: list[dict[str, Any]] = field(default_factory=list)
+    single: list[dict[str, Any]] = field(default_factory=list)
+    rates: dict[Cell, float] = field(default_factory=dict)  # requests per second of each cell's open loops
+    machine: dict[str, Any] = field(default_factory=describe)
+    cores: Sequence[Core] = field(default_factory=lambda: allowed_cores(read_topology(), read_allowance()))
+    interrupted: bool = False
+
+    def archive(self, model: str, handler: Handler) -> Path:
+        if self.options.mar is not None:
+            return Path(self.options.mar)
+        if model == "transformer":
+            return archives.transformer(handler=handler)
+        return archives.resnet(model, handler=handler)
+
+    def measure(self, job: Job) -> Row:
+        """Measure one row; a configuration that cannot run becomes a row that says so."""
+        cell, options = job.cell, self.options
+        rate = options.rate or self.rates.get(cell)
+        wish = Wish(cell, options.requests, options.seconds, rate, job.repetition == 0, not options.no_keep_alive)
+        try:
+            if job.config is Config.CEILING:
+                found = ceiling(self.archive(cell.model, Handler.STOCK), self.body, wish, self.cores)
+            else:
+                given = setting(
+                    job.config, workers=cell.workers, cores=len(self.cores), launcher_args=options.launcher_args
+                )
+                mar = self.archive(cell.model, given.handler)
+                found = serve(job.config, mar, self.body, given, wish, self.cores)
+        except FAILURES as error:
+            row = Row(job.config, cell, job.repetition, error=str(error))
+        else:
+            row = Row(job.config, cell, job.repetition, found.figures)
+            self.rates.setdefault(cell, RATE_SHARE * found.figures.requests_per_second)
+            self.machine["unavailable"] |= found.unavailable
+            if job.repetition == 0:
+                self.traces.append(_trace(job, found, {cpu: core.node for core in self.cores for cpu in core.cpus}))
+        self.rows.append(row)
+        return row
+
+    def scale(self, config: Config) -> None:
+        model = self.options.models[0]
+        given = setting(config, workers=2, cores=len(self.cores), launcher_args=self.options.launcher_args)
+        try:
+            found = scaling.scale(
+                self.archive(model, given.handler),
+                self.body.read_bytes(),
+                str(config),
+                given,
+                rate=self.options.scaling_rate,
+                hold=self.options.hold,
+            )
+        except FAILURES as error:
+            self.scaled.append({"config": str(config), "error": str(error)})
+        else:
+            self.scaled.append(found.to_json())
+
+    def exercise(self, one: exercises.Exercise) -> None:
+        model = "resnet18" if self.options.quick else "resnet50"
+        try:
+            found = exercises.run(
+                one,
+                self.archive(model, Handler.STOCK),
+                self.body.read_bytes(),
+                repetitions=self.options.repetitions,
+                seconds=self.options.seconds,
+            )
+        except FAILURES as error:
+            found = {"title": one.title, "error": str(error)}
+        self.single.append(found)
+
+    def save(self) -> None:
+        """Write results.json and traces.json; called after every row, so that an end at any time keeps them."""
+        out: Path = self.options.out
+        out.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Any] = {
+            "machine": self.machine,
+            "rows": [row.to_json() for row in self.rows],
+            "scaling": self.scaled,
+            "exercises": self.single,
+            "command": self.options.command,
+        }
+        if self.interrupted:
+            found["interrupted"] = True
+        (out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+        (out / "traces.json").write_text(json.dumps(self.traces) + "\n")
+
+
+def _trace(job: Job, found: Observed, node_of: dict[int, int]) -> dict[str, Any]:
+    workers = {
+        pid: facts | {"node_seconds": found.trace.node_seconds(int(pid), node_of)}
+        for pid, facts in found.bindings.items()
+    }
+    where = [
+        (pid, thread, [place and (place[0], round(place[1], 2)) for place in places])
+        for (pid, thread), places in found.trace.where.items()
+        if any(places)
+    ]
+    return {
+        "config": str(job.config),
+        "model": job.cell.model,
+        "workers_wanted": job.cell.workers,
+        "concurrency": job.cell.concurrency,
+        "workers": workers,
+        "trace": {
+            "times": [round(moment, 2) for moment in found.trace.times],
+            "usage": {cpu: [round(share, 2) for share in shares] for cpu, shares in found.trace.usage.items()},
+            "where": where,
+        },
+    }
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Measure everything that was asked for; Ctrl-C ends it early with what there is."""
+    with tempfile.TemporaryDirectory(prefix="ts-cores-") as scratch:
+        body = options.body
+        if body is None:
+            body = Path(scratch) / "grace_hopper.jpg"
+            body.write_bytes(archives.photograph())
+        state = Run(options, body)
+        console.print(summary(state.machine))
+        todo = list(jobs(options.configs, _cells(options), options.repetitions))
+        scaled = [config for config in SCALED if config in options.configs and not options.no_scaling]
+        single = [] if options.no_exercises else list(exercises.exercises(state.cores))
+        columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn())
+        progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        try:
+            with progress:
+                task = progress.add_task("archives", total=len(todo) + len(scaled) + len(single))
+                for job in todo:
+                    progress.update(task, description=_label(job))
+                    progress.console.print(_line(state.measure(job)))
+                    state.save()
+                    progress.advance(task)
+                for config in scaled:
+                    progress.update(task, description=f"scaling 1 -> 2 -> 1: {config}")
+                    state.scale(config)
+                    state.save()
+                    progress.advance(task)
+                for one in single:
+                    progress.update(task, description=one.title)
+                    state.exercise(one)
+                    state.save()
+                    progress.advance(task)
+        except KeyboardInterrupt:
+            state.interrupted = True
+            console.print("interrupted; no server is left, what was measured is kept")
+        state.save()
+    files = report.write(options.out)
+    console.print((options.out / "results.md").read_text(), markup=False, highlight=False, soft_wrap=True)
+    console.print("written: " + ", ".join(str(file) for file in files), soft_wrap=True)
+    return 130 if state.interrupted else 0
+
+
+def _cells(options: argparse.Namespace) -> list[Cell]:
+    return [Cell(model, workers, options.concurrency) for model in options.models for workers in options.workers]
+
+
+def _label(job: Job) -> str:
+    return f"{job.cell.model}, {job.cell.workers} workers, {job.config} #{job.repetition}"
+
+
+def _line(row: Row) -> str:
+    what = _label(Job(row.config, row.cell, row.repetition))
+    if row.figures is None:
+        return f"{what}: could not run: {(row.error or '').splitlines()[0]}"
+    void = f", VOID: {row.figures.failed} failed" if not row.valid else ""
+    figures = row.figures
+    return f"{what}: {figures.requests_per_second:.1f} requests/s, p50 {figures.p50_ms:.0f} ms{void}"
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options; what --quick and --sweep leave open is the tutorial's exercise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks serve",
+        description="Measure TorchServe's ways to place workers on this machine's cores, and draw what was found.",
+        epilog="Without options this is the tutorial's exercise: ResNet-50, 4 workers, 100 concurrent requests, 10,000 "
+        "requests per row, three repetitions. On a small machine that takes hours; --quick takes about 5 minutes.",
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="ResNet-18, 2 workers, 100 requests per row, two repetitions")
+    add("--sweep", action="store_true", help=f"{', '.join(MODELS)} with 1, 2 and 4 workers; 400 requests per row")
+    add("--config", action="append", type=Config, choices=list(Config), metavar="NAME", help=", ".join(Config))
+    add("--model", action="append", metavar="NAME", help=f"{', '.join(MODELS)} or another torchvision ResNet")
+    add("--mar", type=Path, help="your own archive instead of --model")
+    add("--body", type=Path, help="the file that is sent in every request (default: a JPEG photograph)")
+    add("--workers", action="append", type=_positive, metavar="N", help="workers of the model; repeat for several")
+    add("--repetitions", type=_positive, metavar="N")
+    add("--requests", type=_positive, metavar="N", help=f"per row, at least {FEWEST_REQUESTS}")
+    add("--concurrency", type=_positive, metavar="N", help="requests under way at any time")
+    add("--seconds", type=float, metavar="S", help="length of the fixed-rate load and of the ceiling's loop")
+    add(
+        "--rate",
+        type=float,
+        metavar="R",
+        help="requests/s of the fixed-rate load (default: 0.7 of the cell's first row)",
+    )
+    add("--scaling-rate", type=float, default=5.0, metavar="R", help="requests/s while scaling (default: 5)")
+    add("--launcher-args", default="", metavar="ARGS", help="cpu_launcher_args for launcher and ts-cores alike")
+    add("--no-keep-alive", action="store_true", help="a new connection per request; by our own client, ab cannot")
+    add("--no-scaling", action="store_true", help="leave out scaling under load")
+    add("--no-exercises", action="store_true", help="leave out the single-process exercises")
+    add("--out", type=Path, default=Path("benchmark-results"), metavar="DIR", help="default: benchmark-results")
+    options = parser.parse_args(arguments)
+    options.command = shlex.join(["python", "-m", "benchmarks", "serve", *arguments])
+    small, many = options.quick, options.sweep
+    options.configs = list(dict.fromkeys(options.config or Config))
+    options.models = [options.mar.stem] if options.mar else options.model or _models(options)
+    options.workers = list(dict.fromkeys(options.workers or ([2] if small else [1, 2, 4] if many else [4])))
+    options.repetitions = options.repetitions or (2 if small else 3)
+    options.requests = options.requests or (100 if small else 400 if many else 10_000)
+    options.concurrency = options.concurrency or (10 if small else 20 if many else 100)
+    options.seconds = options.seconds or (4.0 if small else 15.0)
+    options.hold = 8.0 if small else 15.0
+    if options.requests < FEWEST_REQUESTS:
+        parser.error(f"--requests {options.requests}: ab needs at least {FEWEST_REQUESTS} for its 99th percentile")
+    for file in (options.mar, options.body):
+        if file is not None and not file.is_file():
+            parser.error(f"{file}: no such file")
+    return options
+
+
+def _models(options: argparse.Namespace) -> list[str]:
+    if options.sweep:
+        return list(MODELS)
+    return ["resnet18"] if options.quick else ["resnet50"]
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, _terminated)  # like Ctrl-C: the server is stopped, the rows are kept
+    return run(options, Console(stderr=False))
