@@ -13,8 +13,9 @@ class Core:
     """One physical core, named by its lowest CPU, because the kernel's core ids repeat across packages.
 
     ``cpus`` are all its online SMT siblings in ascending order, for example ``(3, 59)``.
-    ``l3`` numbers the L3 domain (the highest unified cache; an L2 cluster where there is no L3), ``kind`` the core type
-    of a hybrid from the fastest (0) to the slowest; a machine of one type has only kind 0.
+    ``l3`` numbers the L3 domain: what shares the highest cache, usually L3, else L2; where the kernel shows no such
+    cache a cluster or package. ``kind`` is the core type of a hybrid from the fastest (0) to the slowest; a machine
+    of one type has only kind 0.
     """
 
     cpus: tuple[int, ...]
@@ -32,6 +33,7 @@ class Core:
 class NumaNode:
     """One NUMA node; ``cpus`` is empty for a memory-only node, ``memory_kib`` is None where the kernel does not say.
 
+    CPUs that no node lists make up a node of their own, with 0 KiB and the lowest free number.
     ``distances`` maps node ids to the firmware's relative distance, 10 being the node itself.
     """
 
