@@ -45,7 +45,7 @@ STYLE = """
 .ts-cores .shared{fill:#cfe3f1;stroke:#7fa8c4}.ts-cores .resting{fill:#fff;opacity:.88}
 .ts-cores .cell text{text-anchor:middle}
 .ts-cores .elsewhere{fill:#b9c1ca}.ts-cores text.on-reserved{fill:#fff}.ts-cores text.on-barred{fill:#8a94a0}
-.ts-cores .load{fill:#000;opacity:.3;transform-box:fill-box;transform-origin:bottom;transform:scaleY(0)}
+.ts-cores .load{fill:#000;opacity:.7;transform-box:fill-box;transform-origin:left;transform:scaleX(0)}
 @media(prefers-color-scheme:dark){
 .ts-cores .page{fill:#12161c}.ts-cores .package{fill:#1a2028;stroke:#343d49}.ts-cores .node{fill:#12161c;stroke:#343d49}
 .ts-cores .l3{stroke:#46515e}.ts-cores text{fill:#e6e9ed}.ts-cores .label{fill:#9aa6b4}
@@ -64,7 +64,7 @@ class _Scale:
 
     @classmethod
     def of(cls, cores: Sequence[Core]) -> _Scale:
-        steps = ((16, 64), (64, 46), (144, 34), (400, 24), (len(cores), 17))
+        steps = ((4, 88), (16, 64), (64, 46), (144, 34), (400, 24), (len(cores), 17))
         size = next(size for most, size in steps if len(cores) <= most)
         widest = max(len(core.cpus) * len(str(core.cpus[-1])) for core in cores)
         digits = min(size * 0.24, 1.4 * size / widest)
@@ -210,7 +210,7 @@ def _tile(view: View, core: Core, x: float, y: float, scale: _Scale) -> str:
         left = x + n * column
         if owners and not view.in_slice(cpu):
             shapes.append(f'<rect class="resting" {_at(left, y + size - strip, column - 1.5, strip - 1.5)} rx="2"/>')
-        shapes.append(f'<rect class="load" data-cpu="{cpu}" {_at(left, y, column, size)}/>')
+        shapes.append(f'<rect class="load" data-cpu="{cpu}" {_at(left, y + size * 0.93, column, size * 0.07)}/>')
     who = " ".join(tag(index) for index in owners)
     return (
         f'<g class="cell" data-tags="{who}"><title>{escape(title)}</title>'

@@ -1,0 +1,1 @@
+"""The tests: one module for each module, and for each file in config/ and docs/."""

@@ -1,0 +1,122 @@
+"""A real Chromium, driven over its debugging pipe: no driver program, no package."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+
+__all__ = ["Browser"]
+
+OPTIONS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+)
+
+
+class Browser:
+    """One tab from ``__enter__`` to ``__exit__``; skips the test where no Chromium is installed.
+
+    Source: https://chromedevtools.github.io/devtools-protocol/; messages end with a NUL byte on descriptors 3 and 4.
+    """
+
+    def __init__(self, profile: Path, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
+        found = shutil.which("chromium") or shutil.which("google-chrome")
+        if found is None:
+            pytest.skip("no Chromium here: apt-get install chromium")
+        place = (f"--user-data-dir={profile}", f"--window-size={width},{height}")
+        self._command = [found, *OPTIONS, *place, "about:blank"]
+        self._dark = dark
+        self._numbers = itertools.count(1)
+        self._rest = b""
+
+    def __enter__(self) -> Self:
+        to_browser, self._out = os.pipe()
+        self._in, from_browser = os.pipe()
+        # The two ends must be 3 and 4 in Chromium; bash moves them there. Every descriptor but these is closed.
+        move = ["bash", "-c", f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"', "bash"]
+        self._process = subprocess.Popen(
+            [*move, *self._command], pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        (tab,) = [one for one in self._ask("Target.getTargets")["targetInfos"] if one["type"] == "page"]
+        self._session = self._ask("Target.attachToTarget", targetId=tab["targetId"], flatten=True)["sessionId"]
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if self._dark else "light"}
+        self.tell("Emulation.setEmulatedMedia", features=[scheme])
+        self.tell("Network.enable")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._out)
+        os.close(self._in)
+
+    def tell(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send one command of the protocol to the tab and return its result."""
+        return self._ask(method, self._session, **parameters)
+
+    def open(self, address: str, **headers: str) -> None:
+        """Go to ``address``; ``headers`` go with this and every later request."""
+        self.tell("Network.setExtraHTTPHeaders", headers=headers)
+        self.tell("Page.navigate", url=address)
+        self.wait("document.readyState === 'complete'")
+
+    def run(self, script: str) -> Any:
+        """Return the value of a JavaScript expression in the page."""
+        answer = self.tell("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait(self, script: str, seconds: float = 30.0) -> None:
+        """Wait until a JavaScript expression is true."""
+        deadline = time.monotonic() + seconds
+        while not self.run(script):
+            assert time.monotonic() < deadline, f"still not: {script}"
+            time.sleep(0.1)
+
+    def screenshot(self, file: Path) -> bytes:
+        """Write what the tab shows as PNG, and return it."""
+        image = base64.b64decode(self.tell("Page.captureScreenshot")["data"])
+        file.write_bytes(image)
+        return image
+
+    def _ask(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": parameters} | ({"sessionId": session} if session else {})
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                result: dict[str, Any] = answer["result"]
+                return result
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            part = os.read(self._in, 1 << 16)
+            assert part, "Chromium has gone"
+            self._rest += part
+        text, _, self._rest = self._rest.partition(b"\0")
+        message: dict[str, Any] = json.loads(text)
+        return message

@@ -1,0 +1,294 @@
+"""The command, as a user runs it: a process, its output and its exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ts_plugin import discovery, process
+from ts_plugin.ledger import Lease, Ledger, State
+from ts_plugin.planner import Demand, plan
+from ts_plugin.policy import parse_launcher_args
+
+RUN = [sys.executable, "-c", "import sys; from ts_plugin.cli import main; sys.exit(main())"]
+ALLOWED = discovery.read_allowance().cpus
+
+
+def ts_cores(*words: str | Path, status: int = 0, cwd: Path | None = None) -> tuple[str, str]:
+    """Run the command and return its stdout and stderr."""
+    done = subprocess.run([*RUN, *map(str, words)], capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+def answer(*words: str | Path, status: int = 0) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(ts_cores(*words, "--json", status=status)[0])
+    return document
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A machine of 2 packages x 4 cores x 2 SMT siblings, as a sysfs tree."""
+    cpu = tmp_path / "sys/devices/system/cpu"
+    for number in range(16):
+        topology = cpu / f"cpu{number}" / "topology"
+        topology.mkdir(parents=True)
+        core = number % 8
+        (topology / "core_cpus_list").write_text(f"{core},{core + 8}\n")
+        (topology / "physical_package_id").write_text(f"{core // 4}\n")
+        (topology / "core_id").write_text(f"{core % 4}\n")
+    (cpu / "online").write_text("0-15\n")
+    for node in range(2):
+        directory = tmp_path / f"sys/devices/system/node/node{node}"
+        directory.mkdir(parents=True)
+        (directory / "cpulist").write_text(f"{node * 4}-{node * 4 + 3},{node * 4 + 8}-{node * 4 + 11}\n")
+    (tmp_path / "sys/devices/system/node/online").write_text("0-1\n")
+    return tmp_path
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A ledger of its own with two sleeping processes that hold a slice each; their pids."""
+    monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "state"))
+    sleepers = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)]
+    try:
+        demand = Demand(ALLOWED)
+        slices = plan(discovery.read_topology(), [demand, demand]).slices
+        leases = []
+        for number, (sleeper, piece) in enumerate(zip(sleepers, slices, strict=True)):
+            identity = process.identify(sleeper.pid)
+            assert identity is not None
+            name = f"model{number}"
+            started = identity.start_time
+            leases.append(Lease(sleeper.pid, started, name, "1.0", str(9000 + number), 70 + number, demand, piece))
+        ledger = Ledger()
+        with ledger.locked():
+            ledger.write(State(generation=1, leases=tuple(leases)))
+        yield [sleeper.pid for sleeper in sleepers]
+    finally:
+        for sleeper in sleepers:
+            sleeper.communicate()
+
+
+def test_plan_contract(tree: Path) -> None:
+    document = answer("plan", "--workers", "2", "--sys-root", tree)
+    assert set(document) == {"workers", "idle_cpus", "notes"}
+    first, second = document["workers"]
+    assert set(first) == {"worker", "cpus", "threads", "numa_nodes", "l3_domains", "packages"}
+    assert (first["worker"], first["cpus"], first["threads"]) == (0, [0, 1, 2, 3], 4)
+    assert (second["worker"], second["cpus"], second["threads"]) == (1, [4, 5, 6, 7], 4)
+    assert (first["numa_nodes"], second["packages"]) == ([0], [1])
+    assert document["idle_cpus"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "cpus"),
+    [
+        pytest.param(["--launcher-args", "--use-logical-core"], [*range(4), *range(8, 12)], id="one word"),
+        pytest.param(["--launcher-args", "--node_id 1 --ncores_per_instance 2"], [4, 5], id="several words"),
+        pytest.param(["--launcher-args=--node-id 1"], [4, 5], id="with ="),
+        pytest.param(["--launcher-args", ""], [0, 1, 2, 3], id="empty"),
+    ],
+)
+def test_plan_takes_launcher_args(tree: Path, words: list[str], cpus: list[int]) -> None:
+    assert answer("plan", "--workers", "2", "--sys-root", tree, *words)["workers"][0]["cpus"] == cpus
+
+
+def test_plan_reports_idle_cpus_and_why(tree: Path) -> None:
+    document = answer("plan", "--workers", "2", "--sys-root", tree, "--launcher-args", "--ncores-per-instance 3")
+    held = [cpu for worker in document["workers"] for cpu in worker["cpus"]]
+    assert len(held) == 6
+    assert set(document["idle_cpus"]).isdisjoint(held)
+    assert document["idle_cpus"]
+    noted = answer("plan", "--workers", "1", "--sys-root", tree, "--launcher-args", "--ninstances 4")
+    assert set(parse_launcher_args("--ninstances 4").notes) <= set(noted["notes"])
+
+
+def test_plan_draws_the_machine(tree: Path) -> None:
+    shown, _ = ts_cores("plan", "--workers", "2", "--sys-root", tree)
+    assert "2 workers on 8 of 8 cores" in shown
+    assert "package 1 · NUMA node 1" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        pytest.param(["--launcher-args", "--node-id 7"], "NUMA node 7 does not exist", id="no such node"),
+        pytest.param(["--launcher-args", "--nodeid 7"], "did you mean --node-id?", id="a typo"),
+        pytest.param(["--sys-root", "/nowhere"], "/nowhere", id="no such machine"),
+    ],
+)
+def test_plan_that_does_not_exist(tree: Path, words: list[str], complaint: str) -> None:
+    root = [] if "--sys-root" in words else ["--sys-root", str(tree)]
+    shown, error = ts_cores("plan", "--workers", "2", *root, *words, status=1)
+    assert shown == ""
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["plan"], ["plan", "--workers", "0"], ["plan", "--workers", "x"], ["plan", "--workers", "-1"], ["nonsense"], []],
+    ids=" ".join,
+)
+def test_bad_usage(words: list[str]) -> None:
+    shown, error = ts_cores(*words, status=2)
+    assert shown == ""
+    assert "usage:" in error
+
+
+def test_show_nothing() -> None:
+    document = answer("show")
+    assert document["slices"] == []
+    assert document["reserved_cpus"] == []
+    assert document["idle_cpus"] == sorted(ALLOWED)
+
+
+def test_show_contract(held: list[int]) -> None:
+    document = answer("show")
+    assert [piece["pid"] for piece in document["slices"]] == held
+    first = document["slices"][0]
+    assert {
+        "model": "model0",
+        "version": "1.0",
+        "worker_id": "9000",
+        "server_pid": 70,
+        "moves": 0,
+    }.items() <= first.items()
+    keys = {"pid", "cpus", "threads", "numa_nodes", "l3_domains", "packages", "pinned", "notes"}
+    assert keys <= set(first)
+    assert document["idle_cpus"] == []
+    only = answer("show", "--server", "71")
+    assert [piece["pid"] for piece in only["slices"]] == held[1:]
+    shown, _ = ts_cores("show")
+    assert "model0" in shown
+    assert str(held[1]) in shown
+
+
+def test_show_writes_pictures(held: list[int], tmp_path: Path) -> None:
+    ts_cores("show", "--svg", tmp_path / "a.svg", "--html", tmp_path / "a.html")
+    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert str(held[0]) in (tmp_path / "a.html").read_text(encoding="utf-8")
+    _, error = ts_cores("show", "--svg", tmp_path / "nowhere" / "a.svg", status=1)
+    assert error.startswith(f"ts-cores: {tmp_path}/nowhere/a.svg: ")
+
+
+def test_show_watch_keeps_a_page_up_to_date(held: list[int], tmp_path: Path) -> None:
+    page = tmp_path / "a.html"
+    watch = subprocess.Popen([*RUN, "show", "--watch", "--html", str(page)])
+    try:
+        seen = set()
+        for _ in range(300):
+            if page.exists():
+                seen.add(page.stat().st_ino)
+            if len(seen) > 1:
+                break
+            time.sleep(0.1)
+        assert len(seen) > 1
+    finally:
+        watch.terminate()
+        watch.wait()
+
+
+def test_show_survives_a_closed_pipe() -> None:
+    """The reader has seen enough: no complaint, with rich's output (which has its own idea of the status) or ours."""
+    for words in (["show"], ["show", "--json"]):
+        piped = ["bash", "-c", '"$@" | true', "bash", *RUN, *words]
+        assert subprocess.run(piped, capture_output=True, text=True, check=True).stderr == ""
+
+
+def test_show_with_an_unusable_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "file"))
+    _, error = ts_cores("show", status=1)
+    assert error.startswith(f"ts-cores: {tmp_path}/file: ")
+    assert error.count("\n") == 1
+
+
+def test_explain(held: list[int]) -> None:
+    by_pid, _ = ts_cores("explain", str(held[1]))
+    by_model, _ = ts_cores("explain", "model1")
+    assert by_pid == by_model
+    assert "worker 9001 of model1 1.0" in by_pid
+    assert "shared with 1 other worker: model0 1.0" in by_pid
+    _, error = ts_cores("explain", "model2", status=1)
+    assert "models with a slice: model0, model1" in error
+
+
+def test_doctor(tmp_path: Path) -> None:
+    config = tmp_path / "config.properties"
+    config.write_text("cpu_launcher_enable=true\n")
+    document = answer("doctor", "--config", config, status=1)
+    assert document["config"] == str(config)
+    found = [one for one in document["findings"] if one["subject"] == "plug-in"]
+    assert found[0]["severity"] == "error"
+    assert found[0]["change"].startswith("plugins_path=")
+    shown, _ = ts_cores("doctor", "--config", config, status=1)
+    assert "no plugins_path" in " ".join(shown.split())
+    _, error = ts_cores("doctor", "--config", tmp_path / "none", status=1)
+    assert "no such file" in error.lower()
+    assert error.count("\n") == 1
+
+
+def test_init_writes_what_the_doctor_accepts(tmp_path: Path) -> None:
+    shown, _ = ts_cores("init", tmp_path)
+    config = tmp_path / "config.properties"
+    assert shown == f"{config}\n"
+    text = config.read_text(encoding="utf-8")
+    properties = dict(line.split("=", 1) for line in text.splitlines() if line and line[0] != "#")
+    assert Path(properties["plugins_path"]) == Path(ts_cores("plugin-path")[0].strip())
+    for name in ("plugins_path", "metrics_config", "model_store"):
+        assert Path(properties[name]).is_absolute()
+        assert Path(properties[name]).exists()
+    errors = [
+        one
+        for one in json.loads(_any_status("doctor", "--config", str(config), "--json"))["findings"]
+        if one["severity"] == "error" and one["subject"] != "worker"
+    ]
+    assert errors == []
+
+
+def _any_status(*words: str) -> str:
+    return subprocess.run([*RUN, *words], capture_output=True, text=True, check=False).stdout
+
+
+def test_init_never_overwrites(tmp_path: Path) -> None:
+    file = tmp_path / "mine"
+    ts_cores("init", file)
+    file.write_text("changed")
+    _, error = ts_cores("init", file, status=1)
+    assert "exists already" in error
+    assert file.read_text() == "changed"
+
+
+def test_init_here_by_default(tmp_path: Path) -> None:
+    ts_cores("init", cwd=tmp_path)
+    assert (tmp_path / "config.properties").is_file()
+
+
+def test_init_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    _, error = ts_cores("init", tmp_path / "file" / "x", status=1)
+    assert "Not a directory" in error
+    assert error.count("\n") == 1
+
+
+def test_plugin_path_has_the_jar() -> None:
+    assert (Path(ts_cores("plugin-path")[0].strip()) / "ts-cores.jar").is_file()
+
+
+def test_light_commands_import_neither_rich_nor_torch(tree: Path) -> None:
+    script = (
+        "import sys; from ts_plugin.cli import main\n"
+        f"main(['plan', '--workers', '2', '--json', '--sys-root', {str(tree)!r}])\n"
+        "assert not {'rich', 'torch'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

@@ -1,0 +1,250 @@
+"""Every check of the doctor on facts that it must find, and on a healthy machine that it must leave alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.machines import machine
+from ts_plugin import process
+from ts_plugin.coordinator import Unbound
+from ts_plugin.doctor import Finding, Severity, examine
+from ts_plugin.facts import JAR, Config, Facts, Interpreter, default_config, gather, read_config
+from ts_plugin.ledger import Lease, Ledger, Server, State
+from ts_plugin.planner import Demand, Slice
+from ts_plugin.policy import Policy
+from ts_plugin.topology import Allowance
+
+EIGHT = frozenset(range(8))
+PROPERTIES = {
+    "cpu_launcher_enable": "true",
+    "plugins_path": "/plugins",
+    "default_workers_per_model": "2",
+    "disable_token_authorization": "true",
+}
+HEALTHY = Facts(
+    java="17.0.15",
+    torchserve="0.12.0",
+    interpreter=Interpreter("/venv/bin/python"),
+    config=Config(Path("/etc/config.properties"), PROPERTIES),
+    plugins=frozenset({JAR}),
+    archives=1,
+    topology=machine(cores=8),
+    allowance=Allowance(EIGHT),
+)
+LEASE = Lease(41, 1, "resnet18", "1.0", "9000", 40, Demand(EIGHT), Slice((0, 1), 2, (0,), (0,), (0,)))
+
+
+def config(**properties: str) -> Config:
+    return Config(Path("/etc/config.properties"), PROPERTIES | properties)
+
+
+def without(*names: str) -> Config:
+    return Config(Path("/etc/config.properties"), {k: v for k, v in PROPERTIES.items() if k not in names})
+
+
+def trouble(facts: Facts) -> list[Finding]:
+    return [one for one in examine(facts) if one.severity is not Severity.NOTE]
+
+
+def test_a_healthy_machine_has_no_trouble() -> None:
+    assert trouble(HEALTHY) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "severity", "subject", "words"),
+    [
+        pytest.param({"system": "Darwin"}, "error", "system", "this is Darwin", id="macOS"),
+        pytest.param({"java": None}, "error", "java", "no java", id="no java"),
+        pytest.param({"java": "1.8.0_292"}, "error", "java", "1.8.0_292", id="java 8"),
+        pytest.param({"java": "11.0.2"}, "error", "java", "11.0.2", id="java 11"),
+        pytest.param({"torchserve": None}, "error", "torchserve", "not installed", id="no torchserve"),
+        pytest.param({"torchserve": "0.11.1"}, "warning", "torchserve", "0.11.1", id="old torchserve"),
+        pytest.param({"interpreter": None}, "error", "python", "no torchserve on PATH", id="no command"),
+        pytest.param(
+            {"interpreter": Interpreter("/p", frozenset({"ts_plugin"}))}, "error", "python", "/p", id="other venv"
+        ),
+        pytest.param(
+            {"interpreter": Interpreter("/p", frozenset({"yaml"}))}, "error", "python", "yaml", id="no PyYAML"
+        ),
+        pytest.param({"config": None}, "warning", "config", "no config.properties", id="no config"),
+        pytest.param(
+            {"config": config(cpu_launcher_enable="false")}, "warning", "config", "not true", id="switched off"
+        ),
+        pytest.param({"config": without("plugins_path")}, "error", "plug-in", "no plugins_path", id="no path"),
+        pytest.param({"plugins": None}, "error", "plug-in", "no directory", id="path is no directory"),
+        pytest.param({"plugins": frozenset({"x.jar"})}, "error", "plug-in", f"no {JAR}", id="jar elsewhere"),
+        pytest.param({"jar": False}, "error", "plug-in", "missing in the installed package", id="no jar"),
+        pytest.param(
+            {"config": config(cpu_launcher_args="--node-idd 0")},
+            "error",
+            "cpu_launcher_args",
+            "did you mean --node-id?",
+            id="a typo",
+        ),
+        pytest.param({"config": config(cpu_launcher_args="--node-id 7")}, "error", "plan", "node 7", id="no such node"),
+        pytest.param(
+            {"config": without("default_workers_per_model")}, "warning", "workers", "no default_", id="no number"
+        ),
+        pytest.param(
+            {"config": config(default_workers_per_model="some")}, "error", "workers", "no number", id="not a number"
+        ),
+        pytest.param(
+            {"config": config(default_workers_per_model="9")}, "warning", "workers", "9 workers", id="too many"
+        ),
+        pytest.param({"archives": 5}, "warning", "workers", "10 workers for 8 cores", id="too many models"),
+        pytest.param({"topology": None}, "error", "topology", "cannot be read", id="no /sys"),
+        pytest.param(
+            {"allowance": Allowance(EIGHT, 2.0), "config": config(cpu_launcher_args="--pin always")},
+            "warning",
+            "quota",
+            "2 CPUs' worth",
+            id="pinned under a quota",
+        ),
+        pytest.param({"environment": {"OMP_PROC_BIND": "true"}}, "warning", "OpenMP", "OMP_PROC_BIND", id="trap"),
+        pytest.param(
+            {"environment": {"LD_PRELOAD": "/x/libiomp5.so"}}, "warning", "OpenMP", "libiomp5", id="two runtimes"
+        ),
+        pytest.param({"preload_notes": ("no lib",)}, "warning", "preload", "no lib", id="no allocator"),
+        pytest.param(
+            {"config": config(management_address="http://0.0.0.0:8081")}, "warning", "token", "0.0.0.0", id="open"
+        ),
+        pytest.param({"ledger_error": "/x: read-only"}, "error", "ledger", "/x: read-only", id="no ledger"),
+        pytest.param(
+            {"state": State(servers=(Server(40, 1, Policy(), EIGHT, "a typo"),))},
+            "error",
+            "server",
+            "typo",
+            id="server",
+        ),
+        pytest.param({"unbound": (Unbound(7, "why"),)}, "error", "worker", "unbound: why", id="unbound"),
+        pytest.param({"astray": ((41, 3),)}, "warning", "worker", "3 threads of worker 41", id="astray"),
+        pytest.param(
+            {"busy": ((9, "make", EIGHT, 0.93),)}, "warning", "neighbours", "make (pid 9) uses 93%", id="busy"
+        ),
+    ],
+)
+def test_finds(change: dict[str, Any], severity: str, subject: str, words: str) -> None:
+    found = [one for one in trouble(replace(HEALTHY, **change)) if one.subject == subject]
+    assert len(found) == 1
+    assert found[0].severity == severity
+    assert words in found[0].what
+    assert found[0].why or found[0].change or subject in ("ledger", "preload")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"config": config(management_address="http://[::1]:8081")}, id="IPv6 loopback"),
+        pytest.param({"config": config(management_address="unix:/tmp/x")}, id="a socket"),
+        pytest.param({"config": without("disable_token_authorization")}, id="tokens"),
+        pytest.param({"allowance": Allowance(EIGHT, 2.0)}, id="a quota"),
+        pytest.param({"environment": {"OMP_NUM_THREADS": "4"}}, id="a thread count"),
+        pytest.param({"java": "21"}, id="java 21"),
+        pytest.param(
+            {"busy": ((9, "make", frozenset({7}), 0.9),), "state": State(leases=(LEASE,))}, id="busy on other cores"
+        ),
+    ],
+)
+def test_leaves_alone(change: dict[str, Any]) -> None:
+    assert trouble(replace(HEALTHY, **change)) == []
+
+
+def test_the_worst_comes_first() -> None:
+    severities = [one.severity for one in examine(replace(HEALTHY, java=None, config=None))]
+    assert severities == sorted(severities, key=list(Severity).index)
+    assert severities[0] is Severity.ERROR
+
+
+def test_read_config(tmp_path: Path) -> None:
+    """The TS_* variables win, where the file says so, and $$NAME$$ is replaced."""
+    file = tmp_path / "config.properties"
+    file.write_text("# a comment\nmodel_store = $$HOME$$/store\nworkers=$$NONE$$\nenable_envvars_config=true\nx=1=2\n")
+    environment = {"HOME": "/home/me", "TS_CPU_LAUNCHER_ENABLE": "true", "TS_X": "3", "OTHER": "4"}
+    properties = read_config(file, environment).properties
+    assert properties == {
+        "model_store": "/home/me/store",
+        "workers": "$$NONE$$",
+        "enable_envvars_config": "true",
+        "x": "3",
+        "cpu_launcher_enable": "true",
+    }
+    file.write_text("x=1\n")
+    assert read_config(file, environment).properties == {"x": "1"}
+
+
+def test_default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TS_CONFIG_FILE", raising=False)
+    assert default_config() is None
+    (tmp_path / "config.properties").write_text("")
+    assert default_config() == Path("config.properties")
+    other = tmp_path / "other"
+    other.write_text("")
+    monkeypatch.setenv("TS_CONFIG_FILE", str(other))
+    assert default_config() == other
+
+
+def test_gather_here(tmp_path: Path, checkout: Path) -> None:
+    """On this machine, with the demo's own config and an installation that works."""
+    (tmp_path / "config.properties").write_text(
+        f"cpu_launcher_enable=true\nplugins_path={checkout}/ts_plugin/frontend\ndefault_workers_per_model=1\n"
+        f"model_store={tmp_path}\nload_models=all\n"
+    )
+    (tmp_path / "a.mar").write_bytes(b"")
+    facts = gather(tmp_path / "config.properties")
+    assert facts.interpreter is not None
+    assert facts.interpreter.missing == frozenset()
+    assert facts.java is not None
+    assert facts.plugins == frozenset({JAR})
+    assert facts.jar
+    assert facts.archives == 1
+    assert facts.topology is not None
+    assert facts.ledger_error is None
+    assert [one for one in trouble(facts) if one.subject not in ("neighbours", "worker", "OpenMP")] == []
+
+
+def test_gather_sees_threads_outside_their_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "state"))
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        cpus = sorted(os.sched_getaffinity(0))
+        identity = process.identify(sleeper.pid)
+        assert identity is not None
+        held = Slice(tuple(cpus[:1]), 1, (0,), (0,), (0,))
+        lease = replace(LEASE, pid=sleeper.pid, start_time=identity.start_time, slice=held)
+        ledger = Ledger()
+        with ledger.locked():
+            ledger.write(State(generation=1, leases=(lease,)))
+        os.sched_setaffinity(sleeper.pid, cpus[:1])
+        assert gather(None).astray == ()
+        os.sched_setaffinity(sleeper.pid, cpus)
+        assert gather(None).astray == (((sleeper.pid, 1),) if len(cpus) > 1 else ())
+    finally:
+        sleeper.communicate()
+
+
+def test_gather_reports_an_unusable_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "file"))
+    error = gather(None).ledger_error
+    assert error is not None
+    assert error.startswith(str(tmp_path / "file"))
+
+
+def test_gather_sees_a_busy_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        for _ in range(10):
+            if neighbour.pid in [pid for pid, *_ in gather(None).busy]:
+                return
+        pytest.fail("a process that computes all the time was never seen")
+    finally:
+        neighbour.kill()
+        neighbour.wait()

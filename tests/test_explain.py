@@ -1,0 +1,76 @@
+"""Why a worker has its cores: the reasons, for the cases that differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.machines import machine
+from ts_plugin.explain import explain, find
+from ts_plugin.ledger import Lease, State
+from ts_plugin.planner import Demand, plan
+from ts_plugin.policy import Policy
+from ts_plugin.topology import Topology
+
+
+def leases(topology: Topology, *demands: Demand) -> tuple[Lease, ...]:
+    slices = plan(topology, demands).slices
+    return tuple(
+        Lease(10 + n, 1, "ab"[n % 2], f"{n}.0", str(9000 + n), 1, demand, piece)
+        for n, (demand, piece) in enumerate(zip(demands, slices, strict=True))
+    )
+
+
+def reasons(topology: Topology, *demands: Demand) -> str:
+    held = leases(topology, *demands)
+    return "\n".join(f"{head}: {text}" for head, text in explain(held[0], State(leases=held), topology))
+
+
+EIGHT = machine(packages=2, cores=4, smt=2)
+ALL = Demand(EIGHT.online)
+
+
+@pytest.mark.parametrize(
+    ("demands", "words"),
+    [
+        pytest.param([ALL], "no other worker is alive", id="alone"),
+        pytest.param([ALL, ALL], "its part of 8 cores is 4; ", id="halves"),
+        pytest.param([ALL, ALL], "inside one NUMA node and one L3 domain", id="local"),
+        pytest.param([ALL], "it spans 2 NUMA nodes", id="spans"),
+        pytest.param([ALL], "SMT siblings 8-15 stay free", id="siblings"),
+        pytest.param([ALL, ALL, ALL], "shared with 2 other workers: a 2.0, b 1.0", id="company"),
+        pytest.param([replace(ALL, cores=3), ALL], "3 cores asked for", id="fixed"),
+        pytest.param([replace(ALL, share=3.0), ALL], "is 6 (cpu: share 3 of 4)", id="share"),
+        pytest.param([ALL] * 9, "more workers than cores", id="crowd"),
+        pytest.param([replace(ALL, policy=Policy(reserve_cores=1))], "all but 1 core", id="reserved"),
+        pytest.param([replace(ALL, policy=Policy(node_ids=frozenset({1})))], "only NUMA nodes 1", id="node"),
+        pytest.param([replace(ALL, policy=Policy(core_list=frozenset({1, 2})))], "only CPUs 1-2", id="list"),
+        pytest.param([replace(ALL, policy=Policy(logical=True))], "on both SMT siblings", id="logical"),
+        pytest.param([replace(ALL, quota=2.0)], "not pinned: a CFS quota", id="quota"),
+    ],
+)
+def test_reasons(demands: list[Demand], words: str) -> None:
+    assert words in reasons(EIGHT, *demands)
+
+
+def test_moves_and_notes() -> None:
+    (lease,) = leases(EIGHT, ALL)
+    lease = replace(lease, moves=2, notes=("no such option",))
+    rows = explain(lease, State(leases=(lease,), notes=("the planner's",)), EIGHT)
+    texts = [text for _, text in rows]
+    assert "it had to change its NUMA node 2 times since it started" in texts
+    assert texts[-2:] == ["no such option", "the planner's"]
+    assert [head for head, _ in rows][-2:] == ["note", ""]
+
+
+def test_hybrids() -> None:
+    topology = machine(cores=6, slow=4)
+    assert "only the fastest core type" in reasons(topology, Demand(topology.online))
+
+
+@pytest.mark.parametrize(
+    ("who", "pids"), [("a", [10, 12]), ("a:2.0", [12]), ("11", [11]), ("c", []), ("a:9", []), ("", [])]
+)
+def test_find(who: str, pids: list[int]) -> None:
+    assert [lease.pid for lease in find(State(leases=leases(EIGHT, ALL, ALL, ALL)), who)] == pids

@@ -1,0 +1,264 @@
+"""The drawings: well-formed, complete, and seen by a real browser, on machines from one core to 1,024 CPUs."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from benchmarks import archives
+from benchmarks.torchserve import Property, TorchServe
+from tests.browser import Browser
+from tests.machines import machine
+from ts_plugin import picture
+from ts_plugin.cpulist import format_cpulist
+from ts_plugin.planner import Demand, plan
+from ts_plugin.policy import Policy
+from ts_plugin.terminal import Map, utilisation
+from ts_plugin.topology import Topology
+from ts_plugin.view import View, Worker, tag
+
+SVG = "{http://www.w3.org/2000/svg}"
+MACHINES = {
+    "one core": machine(cores=1),
+    "two cores": machine(cores=2),
+    "SMT": machine(packages=2, cores=8, smt=2),
+    "hybrid": machine(cores=12, smt=1, slow=8),
+    "SNC": machine(packages=2, nodes=4, l3=2, cores=3, smt=2),
+    "SMT4": machine(packages=2, cores=28, smt=4),
+    "1024 CPUs": machine(packages=4, nodes=4, l3=4, cores=8, smt=2),
+}
+
+
+def drawn(topology: Topology, workers: int, policy: Policy = Policy()) -> View:
+    result = plan(topology, [Demand(topology.online, policy)] * workers)
+    people = tuple(
+        Worker(piece, 4000 + number, "resnet<18>", "1.0", str(9000 + number), notes=("a & b",) if number == 0 else ())
+        for number, piece in enumerate(result.slices)
+    )
+    return View(topology, people, topology.online, result.reserved, notes=result.notes, unbound=((99, "why <not>"),))
+
+
+CASES = [
+    pytest.param(topology, workers, id=f"{name}, {workers} workers")
+    for name, topology in MACHINES.items()
+    for workers in (1, 2, 3, 16)
+] + [pytest.param(MACHINES["1024 CPUs"], 256, id="1024 CPUs, 256 workers")]
+
+
+def attributes(element: ElementTree.Element, *names: str) -> tuple[float, ...]:
+    return tuple(float(element.attrib[name]) for name in names)
+
+
+@pytest.mark.parametrize(("topology", "workers"), CASES)
+def test_svg_shows_every_core_with_its_owners(topology: Topology, workers: int) -> None:
+    view = drawn(topology, workers)
+    root = ElementTree.fromstring(picture.svg(view))
+    cells = [cell for cell in root.iter(f"{SVG}g") if cell.get("class") == "cell" and "data-tags" in cell.attrib]
+    assert len(cells) == len(topology.cores)
+    shown = {}
+    for cell in cells:
+        title = cell.find(f"{SVG}title")
+        assert title is not None
+        assert title.text
+        number = re.match(r"core (\d+), CPUs (\S+):", title.text)
+        assert number is not None
+        shown[int(number[1])] = (number[2], cell.attrib["data-tags"])
+    assert shown == {
+        core.number: (format_cpulist(core.cpus), " ".join(tag(index) for index in view.owners(core)))
+        for core in topology.cores
+    }
+
+
+@pytest.mark.parametrize(("topology", "workers"), CASES)
+def test_svg_stays_inside_its_canvas(topology: Topology, workers: int) -> None:
+    root = ElementTree.fromstring(picture.svg(drawn(topology, workers)))
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    assert width <= 1300
+    for shape in root.iter(f"{SVG}rect"):
+        if "x" in shape.attrib and not any(shape in pattern for pattern in root.iter(f"{SVG}pattern")):
+            x, y, w, h = attributes(shape, "x", "y", "width", "height")
+            assert x >= 0
+            assert y >= 0
+            assert x + w <= width + 0.5
+            assert y + h <= height + 0.5
+    for text in root.iter(f"{SVG}text"):
+        x, y = attributes(text, "x", "y")
+        assert 0 <= x <= width
+        assert 0 <= y <= height
+
+
+def test_tiles_do_not_overlap() -> None:
+    root = ElementTree.fromstring(picture.svg(drawn(MACHINES["SNC"], 3)))
+    places = []
+    for cell in root.iter(f"{SVG}g"):
+        if "data-tags" in cell.attrib:
+            first = next(cell.iter(f"{SVG}rect"))
+            places.append(attributes(first, "x", "y", "width"))
+    for n, (x, y, size) in enumerate(places):
+        for other_x, other_y, _ in places[:n]:
+            assert abs(x - other_x) >= size or abs(y - other_y) >= size
+
+
+def test_workers_beyond_the_palette_have_a_pattern_of_their_own() -> None:
+    view = drawn(MACHINES["1024 CPUs"], 40)
+    root = ElementTree.fromstring(picture.svg(view))
+    known = {pattern.attrib["id"] for pattern in root.iter(f"{SVG}pattern")}
+    used = {fill[5:-1] for shape in root.iter(f"{SVG}rect") if (fill := shape.get("fill", "")).startswith("url(#")}
+    assert used == known == {f"ts-{index}" for index in range(len(picture.PALETTE), 40)}
+
+
+def test_text_can_be_read_on_every_colour() -> None:
+    """Source: WCAG 2.2, success criterion 1.4.3: 4.5:1, or 3:1 for large text. Tags are large."""
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for fill, ink in picture.PALETTE:
+        light, dark = sorted((luminance(fill), luminance(ink)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, fill
+
+
+def test_names_are_escaped_and_nothing_is_fetched() -> None:
+    page = picture.html(drawn(MACHINES["SMT"], 2))
+    assert "resnet<18>" not in page
+    assert "resnet&lt;18&gt;" in page
+    assert "why &lt;not&gt;" in page
+    assert "{{" not in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", page)
+    assert "@import" not in page
+    addresses = set(re.findall(r"https?://[^\"' )]+", page))
+    assert addresses == {"http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.parametrize(("topology", "workers"), CASES)
+@pytest.mark.parametrize("width", [80, 200])
+def test_terminal_shows_every_worker(topology: Topology, workers: int, width: int) -> None:
+    view = drawn(topology, workers)
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(Map(view, dict.fromkeys(topology.online, 0.5)))
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for worker in view.workers:
+        assert str(worker.pid) in text
+    assert "unbound pid 99: why <not>" in text
+
+
+def test_utilisation() -> None:
+    before, after = {0: (10, 100), 1: (0, 100), 2: (5, 50)}, {0: (60, 200), 1: (0, 200), 2: (5, 50), 3: (1, 2)}
+    assert utilisation(before, after) == {0: 0.5, 1: 0.0}
+
+
+def colours(image: bytes) -> set[tuple[int, int, int]]:
+    with Image.open(io.BytesIO(image)) as decoded:
+        found = decoded.convert("RGB").getcolors(1 << 24)
+    assert found is not None
+    return {colour for _, colour in found if isinstance(colour, tuple)}  # type: ignore[misc]
+
+
+def rgb(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
+    page = tmp_path / "cores.html"
+    page.write_text(picture.html(drawn(MACHINES["SNC"], 6)), encoding="utf-8")
+    with Browser(tmp_path / "profile", dark=dark) as browser:
+        browser.open(page.as_uri())
+        seen = colours(browser.screenshot(tmp_path / "cores.png"))
+        assert {rgb(fill) for fill, _ in picture.PALETTE[:6]} <= seen
+        assert rgb("#12161c" if dark else "#ffffff") in seen
+        assert browser.run("document.querySelectorAll('tbody tr').length") == 6
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        browser.run("document.querySelector('tr[data-tag=B]').scrollIntoView()")
+        x, y = browser.run(
+            "(({x, y}) => [x + 9, y + 9])(document.querySelector('tr[data-tag=B]').getBoundingClientRect())"
+        )
+        browser.tell("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        mine = "[...document.querySelectorAll('#map .mine')].every(cell => cell.dataset.tags === 'B')"
+        browser.wait("document.querySelectorAll('#map .mine').length > 0")
+        assert browser.run(mine)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves the page as TorchServe does: behind a token that can change."""
+
+    daemon_threads = True
+    token: str | None = None
+    view: View
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        allowed = self.server.token is None or self.headers["Authorization"] == f"Bearer {self.server.token}"
+        body = picture.html(self.server.view, ticks={0: (1, 2)}).encode() if allowed else b'{"code": 400}'
+        self.send_response(200 if allowed else 400)
+        self.send_header("Content-Type", "text/html; charset=utf-8" if allowed else "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as started:
+        started.view = drawn(MACHINES["SMT"], 2)
+        thread = Thread(target=started.serve_forever)
+        thread.start()
+        yield started
+        started.shutdown()
+        thread.join()
+
+
+def test_the_page_follows_and_asks_for_a_new_token(server: Server, tmp_path: Path) -> None:
+    status = "document.getElementById('status')"
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(f"http://127.0.0.1:{server.server_port}/cores")
+        browser.wait(f"{status}.className === 'live'")
+        server.view = drawn(MACHINES["SMT"], 3)
+        browser.wait("document.querySelectorAll('tbody tr').length === 3")
+        server.token = "new"
+        browser.wait("document.forms[0].className === 'wanted'")
+        assert browser.run(f"{status}.textContent") == "token wanted"
+        browser.run("document.getElementById('token').value = 'new'; document.querySelector('button').click()")
+        browser.wait(f"{status}.className === 'live'")
+        assert browser.run("document.forms[0].className") == ""
+
+
+def test_a_real_server_behind_its_token(tmp_path: Path, checkout: Path) -> None:
+    """TorchServe's own token authorization, its management API, a real page in a real browser."""
+    properties: dict[str, Property] = {
+        "plugins_path": checkout / "ts_plugin" / "frontend",
+        "cpu_launcher_enable": True,
+        "disable_token_authorization": False,
+    }
+    with TorchServe(archives.facts(), workers=2, properties=properties) as running:
+        key = json.loads((running.working_directory / "key_file.json").read_text())["management"]["key"]
+        with Browser(tmp_path / "profile") as browser:
+            browser.open(f"{running.management_url}/cores")
+            assert "Token Authorization failed" in browser.run("document.body.textContent")
+            browser.open(f"{running.management_url}/cores", Authorization=f"Bearer {key}")
+            browser.wait("document.getElementById('status').className === 'live'")
+            pids = browser.run("[...document.querySelectorAll('tbody tr')].map(row => +row.cells[3].textContent)")
+            assert sorted(pids) == sorted(piece["pid"] for piece in running.cores()["slices"])
+            seen = colours(browser.screenshot(tmp_path / "cores.png"))
+            assert {rgb(fill) for fill, _ in picture.PALETTE[:2]} <= seen

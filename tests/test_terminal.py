@@ -1,0 +1,55 @@
+"""What the terminal shows beyond the picture: findings, and the letters that stand for colours."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console, RenderableType
+
+from tests.machines import machine
+from ts_plugin.doctor import Finding, Severity
+from ts_plugin.planner import Demand, plan
+from ts_plugin.terminal import Map, report
+from ts_plugin.view import of_plan
+
+
+def text(shown: RenderableType, width: int = 100) -> str:
+    file = io.StringIO()
+    Console(width=width, file=file, color_system=None).print(shown)
+    return file.getvalue()
+
+
+def test_a_small_machine() -> None:
+    topology = machine(packages=2, cores=2, smt=2)
+    picture = of_plan(topology, plan(topology, [Demand(topology.online)] * 2), topology.online, ())
+    lines = [line.rstrip() for line in text(Map(picture)).splitlines()]
+    assert lines[:7] == [
+        "ts-cores plan  2 workers on 4 of 4 cores",
+        "╭─ package 0 · NUMA node 0 · 64 GiB ─╮",
+        "│  A 0 4   A 1 5                     │",
+        "╰────────────────────────────────────╯",
+        "╭─ package 1 · NUMA node 1 · 64 GiB ─╮",
+        "│  B 2 6   B 3 7                     │",
+        "╰────────────────────────────────────╯",
+    ]
+
+
+def test_a_large_machine_has_a_letter_per_core() -> None:
+    topology = machine(packages=2, l3=8, cores=8)
+    picture = of_plan(topology, plan(topology, [Demand(topology.online)] * 2), topology.online, ())
+    lines = text(Map(picture)).splitlines()
+    assert "AAAAAAAA  0-7" in lines[2]
+    assert "BBBBBBBB  120-127" in lines[-8]
+
+
+def test_report() -> None:
+    findings = (
+        Finding(Severity.ERROR, "java", "no java", "the frontend needs it", "apt-get install java"),
+        Finding(Severity.NOTE, "machine", "2 cores", change="never shown"),
+    )
+    shown = text(report(findings))
+    assert "✗ java    no java" in shown
+    assert "→ apt-get install java" in shown
+    assert "· machine 2 cores" in shown
+    assert "never shown" not in shown
+    assert shown.rstrip().endswith("1 error, 0 warnings")
