@@ -217,7 +217,7 @@ def _archive(
             torch.jit.script(model().eval()).save(  # type: ignore[no-untyped-call]
                 str(work / "model.pt")
             )
-        extra = [SOURCES / "threads.py", SOURCES / "coroutine.py"]
+        extra = [SOURCES / "threads.py"]
         if classes:
             extra.append(work / "index_to_name.json")
             (work / "index_to_name.json").write_text(json.dumps(classes()))
@@ -246,7 +246,7 @@ def _source(name: str, handler: Handler) -> str:
         case Handler.THREADS:
             module, mixin = "threads", "ThreadsMixin"  # models/threads.py: every archive carries it
         case Handler.ASYNC:
-            module, mixin = "coroutine", "CoroutineMixin"  # models/coroutine.py, likewise
+            return text.replace("    def handle(", "    async def handle(")
     return f"from {module} import {mixin}\n{text}".replace("(Base):", f"({mixin}, Base):")
 
 

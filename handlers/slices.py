@@ -1,4 +1,4 @@
-"""The base handler: makes sure of the slice before the model loads, follows it at every request."""
+"""The base handler: makes sure of the slice before the model loads."""
 
 from __future__ import annotations
 
@@ -28,16 +28,10 @@ class CoreSliceMixin:
 
         ``context`` is TorchServe's ts.context.Context.
         """
-        self._slice = follower.current() or _claim(context)
-        if self._slice is not None:
-            self._slice.follow()
+        own = follower.current() or _claim(context)
+        if own is not None:
+            own.follow()
         super().initialize(context)  # type: ignore[misc]
-
-    def handle(self, data: Any, context: Any) -> Any:
-        """Answer a batch with as many threads as the slice has cores now; ``data`` is TorchServe's list of requests."""
-        if self._slice is not None:
-            self._slice.follow()
-        return super().handle(data, context)  # type: ignore[misc]
 
 
 class CoreSliceHandler(CoreSliceMixin, BaseHandler):  # type: ignore[misc]
@@ -60,4 +54,6 @@ def _claim(context: Any) -> follower.Follower | None:
     own = follower.attach(ledger, lease)
     own.loaded(context)
     say(f"{claim.describe(lease)} (claimed by the handler, {repaired} masks set)")
+    for name in binding.collapsing(os.environ):
+        say(f"worker {worker}: {name} is set, and shrank the affinity mask at `import torch`; unset it", problem=True)
     return own

@@ -11,7 +11,15 @@ from ts_plugin.cpulist import format_cpulist
 from ts_plugin.planner import Slice
 from ts_plugin.policy import Allocator, Memory, OmpRuntime, Policy
 
-__all__ = ["bind_process", "bind_tree", "bind_memory", "move_pages", "prepare_environment", "set_thread_count"]
+__all__ = [
+    "bind_process",
+    "bind_tree",
+    "bind_memory",
+    "collapsing",
+    "move_pages",
+    "prepare_environment",
+    "set_thread_count",
+]
 
 # These make the OpenMP runtime shrink the main thread's mask to one CPU at `import torch`, and children inherit that.
 COLLAPSING = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
@@ -135,6 +143,11 @@ def set_thread_count(environment: MutableMapping[str, str], threads: int) -> Non
     environment["TORCHINDUCTOR_CPP_DYNAMIC_THREADS"] = "1"
 
 
+def collapsing(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables in ``environment`` that make an OpenMP runtime bind threads by itself."""
+    return [name for name in COLLAPSING if name in environment]
+
+
 def prepare_environment(
     environment: MutableMapping[str, str], cores: Slice, policy: Policy, *, library_roots: Iterable[str]
 ) -> list[str]:
@@ -143,7 +156,9 @@ def prepare_environment(
     ``library_roots`` are directories such as the interpreter's prefix, below which allocator libraries are looked for.
     """
     set_thread_count(environment, cores.threads)
-    removed = [name for name in COLLAPSING if environment.pop(name, None) is not None]
+    removed = collapsing(environment)
+    for name in removed:
+        del environment[name]
     notes = [
         f"{name} removed: it would shrink the worker's affinity mask to one CPU at `import torch`" for name in removed
     ]

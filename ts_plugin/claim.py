@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ts_plugin import coordinator, discovery, process
+from ts_plugin import binding, coordinator, discovery, process
 from ts_plugin.cpulist import format_cpulist
 from ts_plugin.ledger import Lease, Ledger, Server
 from ts_plugin.planner import Demand, Slice
@@ -69,15 +70,20 @@ def claim(ledger: Ledger, *, archive: Archive, worker: str) -> Lease:
 
 
 def own_mask(server: Server | None) -> frozenset[int]:
-    """Return the CPUs that this process was meant to have: not the mask that a frontend moved aside handed down."""
+    """Return the CPUs that this process was meant to have.
+
+    Not the mask that a frontend moved aside handed down, and not the one CPU that an OpenMP runtime which was told to
+    bind its threads left to the main thread at `import torch`.
+    """
     mask = frozenset(os.sched_getaffinity(0))
-    if server is None:
-        return mask
     try:
-        inherited = mask == os.sched_getaffinity(server.pid)
+        inherited = frozenset(os.sched_getaffinity(os.getppid() if server is None else server.pid))
     except OSError:
-        inherited = False
-    return server.allowed if inherited else mask
+        return mask
+    collapsed = len(mask) == 1 and "torch" in sys.modules and binding.collapsing(os.environ)
+    if mask == inherited or collapsed:
+        return inherited if server is None else server.allowed
+    return mask
 
 
 def worker_id(arguments: Sequence[str]) -> str:

@@ -172,17 +172,30 @@ class Follower:
             self._reported.add(trouble)
 
 
+def attach(ledger: Ledger, lease: Lease) -> Follower:
+    """Follow ``lease`` in this process from now on, at the request boundaries of whatever handler it runs.
+
+    Source: ts/service.py, ts/async_service.py: the synchronous and the asynchronous `predict` both begin with
+    `Service.retrieve_data_for_inference`, in the thread that runs the model.
+    """
+    global _current
+    from ts.service import Service
+
+    own = _current = Follower(ledger, lease)
+    receive = Service.retrieve_data_for_inference
+
+    def follow_and_receive(batch: Any) -> Any:
+        own.follow()
+        return receive(batch)
+
+    Service.retrieve_data_for_inference = staticmethod(follow_and_receive)
+    own.start()
+    return own
+
+
 _current: Follower | None = None
 
 
 def current() -> Follower | None:
     """Return the follower of this process, if it has one."""
-    return _current
-
-
-def attach(ledger: Ledger, lease: Lease) -> Follower:
-    """Follow ``lease`` in this process from now on."""
-    global _current
-    _current = Follower(ledger, lease)
-    _current.start()
     return _current

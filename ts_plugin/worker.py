@@ -21,27 +21,21 @@ from ts_plugin.ledger import LEASE_VARIABLE, Ledger, unpack_lease
 
 
 def attach() -> None:
-    """Follow the lease that the launcher left in the environment, at the request boundaries of every handler.
+    """Follow the lease that the launcher left in the environment; know more of it once TorchServe loads the model.
 
-    Source: ts/service.py. `Service.__init__` runs right before the handler's `initialize`, and both the synchronous and
-    the asynchronous `predict` begin with `Service.retrieve_data_for_inference`, in the thread that runs the model.
+    Source: ts/service.py. `Service.__init__` runs right before the handler's `initialize`.
     """
     own = follower.attach(Ledger(), unpack_lease(os.environ.pop(LEASE_VARIABLE)))
     from ts.service import Service
 
-    begin, receive = Service.__init__, Service.retrieve_data_for_inference
+    begin = Service.__init__
 
     def initialize(self: Any, *arguments: Any, **options: Any) -> None:
         begin(self, *arguments, **options)
         own.loaded(self.context)
         own.follow()
 
-    def retrieve(batch: Any) -> Any:
-        own.follow()
-        return receive(batch)
-
     Service.__init__ = initialize
-    Service.retrieve_data_for_inference = staticmethod(retrieve)
 
 
 if __name__ == "__main__":
