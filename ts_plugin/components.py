@@ -268,11 +268,11 @@ class Search:
         """Cut joined groups as one line of cells, in whichever of a few orders is best."""
         key = "line", tuple(map(len, spans)), self._look(members)
         if key not in self.tables:
-            by_size = sorted(spans, key=self._size)
+            rising = [sorted(span, key=lambda i: self.cells[i].size) for span in sorted(spans, key=self._size)]
             orders = [
                 [i for span in spans for i in span],
-                [i for span in by_size for i in sorted(span, key=lambda i: self.cells[i].size)],
-                [i for span in by_size for i in sorted(span, key=lambda i: -self.cells[i].size)],
+                [i for span in rising for i in span],
+                [*reversed(rising[0]), *(i for span in rising[1:] for i in span)],  # small cells meet in the middle
             ]
             result: _Table = {}
             for order in dict.fromkeys(map(tuple, orders)):
