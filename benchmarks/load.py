@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Self
 
 __all__ = ["FEWEST_REQUESTS", "Answer", "Load", "LoadError", "OpenLoop", "ab", "closed_loop", "parse_ab", "percentile"]
 
@@ -96,9 +97,11 @@ def parse_ab(stdout: str, percentiles: str) -> Load:
     table = {row[0]: float(row[1]) for row in list(csv.reader(io.StringIO(percentiles)))[1:] if len(row) == 2}
     if not {"50", "90", "99"} <= table.keys():
         raise LoadError(f"ab's CSV has no percentiles 50, 90 and 99: {percentiles[:200]!r}")
+    requests = int(number("Complete requests"))
+    failed = int(number("Failed requests") + number("Non-2xx responses", default=0))
     return Load(
-        requests=int(number("Complete requests")),
-        failed=int(number("Failed requests") + number("Non-2xx responses", default=0)),
+        requests=requests,
+        failed=min(failed, requests),  # ab counts one request's connecting, reading and its exception each
         seconds=number("Time taken for tests"),
         requests_per_second=number("Requests per second"),
         p50_ms=table["50"],
@@ -169,8 +172,9 @@ class Answer:
 class OpenLoop:
     """A client that sends a request every ``1 / rate`` seconds, whether or not earlier ones were answered.
 
-    A closed loop slows down with the server and so hides its queue; this one does not. ``start`` returns at once,
-    ``stop`` waits for the outstanding answers. A request without an answer after ``patience`` seconds has failed.
+    A closed loop slows down with the server and so hides its queue; this one does not. It runs from ``with`` on;
+    ``stop`` waits for the outstanding answers, the end of ``with`` does not. A request without an answer after
+    ``patience`` seconds has failed.
     """
 
     def __init__(self, url: str, body: bytes, *, rate: float, patience: float = 60.0) -> None:
@@ -185,12 +189,19 @@ class OpenLoop:
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._answers: list[Answer] = []
         self._ended = threading.Event()
+        self._abandoned = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self.began = 0.0  # time.monotonic() of the first request
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         self.began = time.monotonic()
         self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._abandoned.set()
+        self._ended.set()
+        self._thread.join()
 
     def stop(self) -> list[Answer]:
         """Send no more and return every answer in the order of sending."""
@@ -200,9 +211,9 @@ class OpenLoop:
 
     def run(self, seconds: float) -> list[Answer]:
         """Send for that long and return every answer."""
-        self.start()
-        time.sleep(seconds)
-        return self.stop()
+        with self:
+            time.sleep(seconds)
+            return self.stop()
 
     async def _run(self) -> None:
         sent: set[asyncio.Task[None]] = set()
@@ -215,7 +226,10 @@ class OpenLoop:
                 continue
             sent.add(asyncio.create_task(self._one(due)))
             number += 1
-        await asyncio.gather(*sent)
+        while not self._abandoned.is_set() and any(not task.done() for task in sent):
+            await asyncio.wait(sent, timeout=0.1)
+        for task in sent:
+            task.cancel()
         for _, writer in self._idle:
             writer.close()
 

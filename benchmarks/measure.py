@@ -23,6 +23,7 @@ __all__ = ["UnboundError", "Observed", "Setting", "Wish", "ceiling", "serve", "s
 
 PLUGINS = Path(ts_plugin.__file__).parent / "frontend"
 WARM_UP = 5  # requests per worker: TorchScript optimises during the first ones
+RATE_SHARE = 0.7  # of a closed loop's throughput: below saturation
 SATURATED = 3.0  # intervals between two requests by which latency may grow during an open loop
 
 
@@ -66,7 +67,7 @@ def setting(config: Config, *, workers: int, cores: int, launcher_args: str = ""
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """How much to measure. ``rate``: requests per second of the open loop, None to leave it out.
+    """How much to measure. ``rate``: requests per second of the open loop, None for a share of the row's throughput.
 
     ``seconds`` is the length of the open loop, of a profile, and of the ceiling's loop.
     """
@@ -106,14 +107,11 @@ def serve(config: Config, archive: Path, body: Path, given: Setting, wish: Wish,
             load = _load(url, body, wish)
         figures = watch.figures(load, [process.pid for process in server.tree()])
         figures = replace(figures, ready_seconds=server.ready_seconds)
-        if wish.rate:
-            figures = _at_rate(figures, url, body.read_bytes(), wish)
+        figures = _at_rate(figures, url, body.read_bytes(), wish)
         unavailable: dict[str, str] = {}
         if wish.profile:
-            loop = OpenLoop(url, body.read_bytes(), rate=figures.requests_per_second)
-            loop.start()
-            figures = _profiled(figures, pids, wish.seconds, unavailable)
-            loop.stop()
+            with OpenLoop(url, body.read_bytes(), rate=figures.requests_per_second):
+                figures = _profiled(figures, pids, wish.seconds, unavailable)
         return Observed(figures, watch.trace, _bindings(pids), unavailable)
 
 
@@ -223,20 +221,19 @@ def _require_bound(config: Config, server: TorchServe, pids: Sequence[int], core
 
 
 def _at_rate(figures: Figures, url: str, body: bytes, wish: Wish) -> Figures:
-    if wish.rate is None:
-        return figures
-    answers = OpenLoop(url, body, rate=wish.rate).run(wish.seconds)
+    rate = wish.rate or RATE_SHARE * figures.requests_per_second
+    answers = OpenLoop(url, body, rate=rate).run(wish.seconds)
     good = [1000 * answer.latency for answer in answers if answer.good]
     if not good:
-        raise LoadError(f"no good answer at {wish.rate:g} requests/s")
+        raise LoadError(f"no good answer at {rate:g} requests/s")
     return replace(
         figures,
-        rate_per_second=wish.rate,
+        rate_per_second=rate,
         rate_p50_ms=percentile(good, 50),
         rate_p90_ms=percentile(good, 90),
         rate_p99_ms=percentile(good, 99),
         rate_failed=len(answers) - len(good),
-        rate_saturated=saturated(answers, wish.rate),
+        rate_saturated=saturated(answers, rate),
     )
 
 

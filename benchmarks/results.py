@@ -228,6 +228,6 @@ def _line(rows: Sequence[Row], config: Config, cell: Cell) -> str:
 def _complaint(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.error:
-            return f"could not run: {row.error.splitlines()[0]}"
+            return f"could not run: {row.error.splitlines()[0].replace('|', '/')}"
     failed = sum(row.figures.failed for row in rows if row.figures)
     return f"void: {failed} requests failed"

@@ -66,13 +66,10 @@ def scale(archive: Path, body: bytes, config: str, given: Setting, *, rate: floa
     with TorchServe(archive, workers=1, properties=given.properties, environment=given.environment) as server:
         for _ in range(4):  # warm-up
             server.predict(name, body)
-        loop = OpenLoop(server.prediction_url(name), body, rate=rate)
-        loop.start()
-        try:
+        with OpenLoop(server.prediction_url(name), body, rate=rate) as loop:
             time.sleep(hold / 2)
             up_at, up_ready = _change(server, name, 2, loop.began, hold)
             down_at, down_ready = _change(server, name, 1, loop.began, hold)
-        finally:
             ended = time.monotonic() - loop.began
             answers = loop.stop()
     return Scaling(config, rate, up_at, up_ready, down_at, down_ready, ended, tuple(_plain(answers)))

@@ -31,7 +31,6 @@ __all__ = ["Job", "jobs", "main", "rotated"]
 
 MODELS = ("resnet18", "resnet50", "transformer")
 SCALED = (Config.DEFAULT, Config.LAUNCHER, Config.TS_CORES)
-RATE_SHARE = 0.7  # of the throughput of the cell's first good row: default's, which is hardly ever the fastest
 FAILURES = (TorchServeError, LoadError, BareError, UnboundError, FileNotFoundError)
 
 
@@ -98,7 +97,8 @@ class Run:
             row = Row(job.config, cell, job.repetition, error=str(error))
         else:
             row = Row(job.config, cell, job.repetition, found.figures)
-            self.rates.setdefault(cell, RATE_SHARE * found.figures.requests_per_second)
+            if found.figures.rate_per_second:  # the first served row of a cell sets it for all: default, the slowest
+                self.rates.setdefault(cell, found.figures.rate_per_second)
             self.machine["unavailable"] |= found.unavailable
             if job.repetition == 0:
                 self.traces.append(_trace(job, found, {cpu: core.node for core in self.cores for cpu in core.cpus}))
@@ -260,7 +260,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--rate",
         type=float,
         metavar="R",
-        help="requests/s of the fixed-rate load (default: 0.7 of the cell's first row)",
+        help="requests/s of the fixed-rate load (default: 0.7 of the first row's)",
     )
     add("--scaling-rate", type=float, default=5.0, metavar="R", help="requests/s while scaling (default: 5)")
     add("--launcher-args", default="", metavar="ARGS", help="cpu_launcher_args for launcher and ts-cores alike")
@@ -300,11 +300,12 @@ def _positive(text: str) -> int:
     return number
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, _terminated)  # like Ctrl-C: the server is stopped, the rows are kept
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server is stopped, the rows are kept
+        signal.signal(number, _interrupted)
     return run(options, Console(stderr=False))

@@ -307,7 +307,13 @@ class TorchServe:
             "max_worker": max(minimum, maximum or minimum),
             "synchronous": str(synchronous).lower(),
         }
-        self.management("PUT", _model(name, version), query)
+        for attempt in range(3):
+            try:
+                self.management("PUT", _model(name, version), query)
+                break
+            except RequestError as error:  # TorchServe's own race with whatever else looks at its list of workers
+                if attempt == 2 or "ConcurrentModificationException" not in error.body:
+                    raise
         if wait:
             self.wait_ready(name, minimum, version=version)
 

@@ -1,0 +1,612 @@
+"""The benchmark: its clients on a real socket, its figures on known inputs, its pictures, and one small real run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmarks import archives, perf, pictures, probe, report, scaling
+from benchmarks.bare import Binding, divide
+from benchmarks.exercises import exercises
+from benchmarks.load import Answer, LoadError, OpenLoop, ab, closed_loop, parse_ab, percentile
+from benchmarks.measure import saturated
+from benchmarks.results import Cell, Config, Figures, Row, markdown, ratio, spread, to_csv
+from benchmarks.serve import jobs, parse, rotated
+from ts_plugin.topology import Core
+
+CELL = Cell("resnet18", 2, 10)
+FIGURES = Figures(
+    requests=100,
+    failed=0,
+    requests_per_second=10.0,
+    p50_ms=50.0,
+    p90_ms=90.0,
+    p99_ms=99.0,
+    cpu_seconds_per_request=0.05,
+    pss_mib=900.0,
+    processes=4,
+    threads=50,
+    elsewhere_cpus=0.1,
+)
+
+
+def row(config: Config, repetition: int, **changes: Any) -> Row:
+    return Row(config, CELL, repetition, replace(FIGURES, **changes))
+
+
+# ---- clients
+
+
+@contextmanager
+def answering(answer: Callable[[BaseHTTPRequestHandler], int]) -> Iterator[str]:
+    """A server that reads a POST and answers with the status that ``answer`` returns; yields its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(answer(self))
+            self.send_header("Content-Length", "2")
+            if self.request_version == "HTTP/1.0":  # as ab -k asks
+                self.send_header("Connection", "keep-alive")
+            self.end_headers()
+            self.wfile.write(b"ok")
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/predictions/model"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def body(tmp_path: Path) -> Path:
+    file = tmp_path / "body"
+    file.write_bytes(b"x" * 1000)
+    return file
+
+
+def test_ab_counts_what_the_server_answered(body: Path) -> None:
+    with answering(lambda request: 200) as url:
+        load = ab(url, body, requests=60, concurrency=3)
+    assert (load.requests, load.failed) == (60, 0)
+    assert 0 < load.p50_ms <= load.p90_ms <= load.p99_ms
+    assert load.requests_per_second == pytest.approx(load.requests / load.seconds, rel=0.05)
+
+
+def test_ab_counts_answers_other_than_2xx_as_failed(body: Path) -> None:
+    with answering(lambda request: 503) as url:
+        assert ab(url, body, requests=60, concurrency=3).failed == 60
+
+
+def test_ab_refuses_fewer_requests_than_its_percentiles_need(body: Path) -> None:
+    with pytest.raises(ValueError, match="at least 51"):
+        ab("http://127.0.0.1:1/", body, requests=50, concurrency=1)
+
+
+def test_ab_counts_refused_connections_as_failed(body: Path) -> None:
+    assert ab("http://127.0.0.1:1/predictions/model", body, requests=60, concurrency=1).failed == 60
+
+
+def test_ab_that_gives_up_says_why(body: Path) -> None:
+    with pytest.raises(LoadError, match="invalid URL"):
+        ab("127.0.0.1:1", body, requests=60, concurrency=1)
+
+
+STDOUT = """\
+Time taken for tests:   2.500 seconds
+Complete requests:      100
+Failed requests:        2
+   (Connect: 0, Receive: 0, Length: 2, Exceptions: 0)
+Non-2xx responses:      3
+Requests per second:    40.00 [#/sec] (mean)
+"""
+PERCENTILES = "Percentage served,Time in ms\n0,1.5\n50,20.250\n90,30.5\n99,44.125\n"
+
+
+def test_parse_ab() -> None:
+    load = parse_ab(STDOUT, PERCENTILES)
+    assert (load.requests, load.failed, load.seconds, load.requests_per_second) == (100, 5, 2.5, 40.0)
+    assert (load.p50_ms, load.p90_ms, load.p99_ms) == (20.25, 30.5, 44.125)
+
+
+@pytest.mark.parametrize(
+    ("stdout", "percentiles", "complaint"),
+    [
+        pytest.param("", PERCENTILES, "Complete requests", id="no output"),
+        pytest.param(
+            STDOUT.replace("Requests per second", "X"), PERCENTILES, "Requests per second", id="a line missing"
+        ),
+        pytest.param(STDOUT, "", "no percentiles", id="empty CSV"),
+        pytest.param(STDOUT, "Percentage served,Time in ms\n50,20\n", "no percentiles", id="CSV cut short"),
+    ],
+)
+def test_parse_ab_says_what_is_missing(stdout: str, percentiles: str, complaint: str) -> None:
+    with pytest.raises(LoadError, match=complaint):
+        parse_ab(stdout, percentiles)
+
+
+def test_closed_loop_opens_a_connection_per_request() -> None:
+    peers = set()
+
+    def answer(request: BaseHTTPRequestHandler) -> int:
+        peers.add(request.client_address)
+        return 500 if len(peers) == 3 else 200
+
+    with answering(answer) as url:
+        load = closed_loop(url, b"body", requests=10, concurrency=1)
+    assert (load.requests, load.failed, len(peers)) == (10, 1, 10)
+
+
+def test_open_loop_goes_on_while_an_answer_is_late() -> None:
+    others = threading.Event()
+    numbers = iter(range(1000))
+
+    def answer(request: BaseHTTPRequestHandler) -> int:
+        if next(numbers) == 0:
+            others.wait(30)  # the first answer waits until the fifth request has come
+        elif next(numbers) >= 4:
+            others.set()
+        return 200
+
+    with answering(answer) as url, OpenLoop(url, b"body", rate=50) as loop:
+        assert others.wait(30)
+        answers = loop.stop()
+    assert all(each.good for each in answers)
+    assert [each.due for each in answers] == pytest.approx([number / 50 for number in range(len(answers))])
+    assert answers[0].at > answers[1].at
+
+
+def test_an_abandoned_open_loop_does_not_wait() -> None:
+    never, asked = threading.Event(), threading.Event()
+
+    def answer(request: BaseHTTPRequestHandler) -> int:
+        asked.set()
+        never.wait(60)
+        return 200
+
+    with answering(answer) as url:
+        with OpenLoop(url, b"body", rate=10):
+            assert asked.wait(30)
+        assert not never.is_set()
+        never.set()
+
+
+def test_open_loop_counts_refused_connections_as_failed() -> None:
+    answers = OpenLoop("http://127.0.0.1:1/predictions/model", b"", rate=100).run(0.1)
+    assert answers
+    assert not any(each.good for each in answers)
+
+
+@pytest.mark.parametrize(
+    ("values", "percent", "expected"),
+    [
+        pytest.param([5.0], 50, 5.0, id="one value"),
+        pytest.param([1, 2, 3, 4], 50, 2, id="even"),
+        pytest.param(list(range(1, 101)), 99, 99, id="a hundred"),
+        pytest.param([3, 1, 2], 99, 3, id="unsorted"),
+        pytest.param([1, 2], 0, 1, id="lowest"),
+    ],
+)
+def test_percentile(values: list[float], percent: float, expected: float) -> None:
+    assert percentile(values, percent) == expected
+
+
+def test_percentile_of_nothing() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        percentile([], 50)
+
+
+@pytest.mark.parametrize(
+    ("latencies", "expected"),
+    [
+        pytest.param([0.1] * 40, False, id="keeps up"),
+        pytest.param([0.1 + 0.05 * number for number in range(40)], True, id="a queue that grows"),
+        pytest.param([2.0] * 40, False, id="slow but steady"),
+        pytest.param([0.01] * 30 + [0.03] * 10, False, id="jitter below the interval"),
+    ],
+)
+def test_saturated(latencies: list[float], expected: bool) -> None:
+    answers = [Answer(number / 10, latency, True) for number, latency in enumerate(latencies)]
+    assert saturated(answers, 10) is expected
+
+
+def test_a_failed_request_means_saturated() -> None:
+    assert saturated([Answer(0, 0.1, True), Answer(0.1, 0.1, False)], 10)
+
+
+# ---- figures from /proc and perf
+
+
+def process(proc: Path, pid: int, *, threads: dict[int, dict[str, str]], ticks: int = 100) -> None:
+    """Write what the kernel would say of a process into the tree ``proc``."""
+    for thread, files in threads.items():
+        task = proc / str(pid) / "task" / str(thread)
+        task.mkdir(parents=True)
+        for name, text in files.items():
+            (task / name).write_text(text)
+    (proc / str(pid) / "stat").write_text(f"{pid} (a) b) S 1 1 1 0 -1 0 0 0 0 0 {ticks} 20 3 4 20 0 1 0 5 0 0\n")
+
+
+STATUS = "Name:\tx\nCpus_allowed_list:\t0-3\nvoluntary_ctxt_switches:\t{}\nnonvoluntary_ctxt_switches:\t{}\n"
+SCHED = "x (1, #threads: 1)\nse.nr_migrations                             :     {}\n"
+
+
+def test_snapshots_differ_by_what_happened_in_between(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    process(before, 7, threads={7: {"status": STATUS.format(10, 5), "sched": SCHED.format(3)}}, ticks=100)
+    new = {"status": STATUS.format(4, 2), "sched": SCHED.format(1)}
+    process(after, 7, threads={7: {"status": STATUS.format(30, 6), "sched": SCHED.format(8)}, 9: new}, ticks=300)
+    found = probe.snapshot([7, 4040], proc=after).since(probe.snapshot([7], proc=before))
+    assert found == (200 / os.sysconf("SC_CLK_TCK"), 24, 3, 6)
+
+
+def test_migrations_are_unknown_without_the_scheduler_s_file(tmp_path: Path) -> None:
+    process(tmp_path, 7, threads={7: {"status": STATUS.format(1, 1)}})
+    assert probe.snapshot([7], proc=tmp_path).migrations is None
+
+
+def test_pages_by_node(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "numa_maps").write_text(
+        "7f00 default anon=3 N0=2 N1=1 kernelpagesize_kB=4\n"
+        "7f10 default file=/x N1=1 kernelpagesize_kB=2048\n"
+        "7f20 default\n"
+    )
+    assert probe.pages(7, proc=tmp_path) == {0: 8, 1: 2052}
+    assert probe.pages(8, proc=tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("resident", "ran", "expected"),
+    [
+        pytest.param({0: 100}, {0: 1.0}, 0.0, id="all local"),
+        pytest.param({1: 100}, {0: 1.0}, 1.0, id="all remote"),
+        pytest.param({0: 50, 1: 50}, {0: 2.0, 1: 2.0}, 0.5, id="wandering over both nodes"),
+        pytest.param({0: 75, 1: 25}, {0: 4.0}, 0.25, id="bound, a quarter elsewhere"),
+        pytest.param({}, {0: 1.0}, None, id="no numa_maps"),
+        pytest.param({0: 1}, {}, None, id="never ran"),
+    ],
+)
+def test_remote_share(resident: dict[int, int], ran: dict[int, float], expected: float | None) -> None:
+    assert probe.remote_share(resident, ran) == (None if expected is None else pytest.approx(expected))
+
+
+def test_trace_knows_where_threads_ran() -> None:
+    where: dict[tuple[int, int], list[tuple[int, float] | None]] = {
+        (7, 7): [(0, 0.1), (2, 0.2), None, (2, 0.1)],
+        (7, 8): [None, (3, 0.2), (3, 0.2), (0, 0.1)],
+        (9, 9): [(1, 0.5)] * 4,
+    }
+    trace = probe.Trace([0.1, 0.3, 0.5, 0.7], {}, where)
+    nodes = {0: 0, 1: 0, 2: 1, 3: 1}
+    assert trace.node_seconds(7, nodes) == {0: pytest.approx(0.2), 1: pytest.approx(0.7)}
+    assert trace.moves(nodes) == 2
+    assert trace.moves({cpu: cpu for cpu in range(4)}) == 2
+
+
+def test_the_sampler_sees_this_process_on_a_cpu_it_may_use() -> None:
+    with probe.Sampler([os.getpid()], interval=0.02) as trace:
+        while not any(trace.where.get((os.getpid(), os.getpid()), [])):
+            math.factorial(2000)
+    allowed = os.sched_getaffinity(0)
+    assert {place[0] for place in trace.where[os.getpid(), os.getpid()] if place} <= allowed
+    assert allowed <= trace.usage.keys()
+    lengths = {len(shares) for shares in trace.usage.values()} | {len(places) for places in trace.where.values()}
+    assert lengths == {len(trace.times)}
+    assert all(0 <= share <= 1 for shares in trace.usage.values() for share in shares)
+
+
+REPORT = """\
+    40.00%;libgomp-1.so.1.0.0;[.] 0x0000000000020ab0
+    10.00%;[kernel.kallsyms];[k] do_sched_yield
+    50.00%;libtorch_cpu.so;[.] mkl_blas_avx512_sgemm_kernel_0
+"""
+
+
+def test_spinning_is_time_in_the_openmp_runtime_and_in_sched_yield() -> None:
+    assert perf.parse_spinning(REPORT) == pytest.approx(0.5)
+    with pytest.raises(perf.Unavailable, match="no samples"):
+        perf.parse_spinning("# nothing\n")
+
+
+def test_core_bound() -> None:
+    assert perf.parse_core_bound("12;;x;1;100.00;23.5;%  tma_core_bound\n") == pytest.approx(0.235)
+    with pytest.raises(perf.Unavailable, match="performance counters"):
+        perf.parse_core_bound("<not supported>;;slots;0;100.00;;\n")
+
+
+# ---- rows and their ratios
+
+
+def test_ratios_compare_within_a_repetition() -> None:
+    rows = [
+        row(Config.DEFAULT, 0, requests_per_second=10.0),
+        row(Config.TS_CORES, 0, requests_per_second=30.0),
+        row(Config.DEFAULT, 1, requests_per_second=5.0),  # the machine was busy: both are slower
+        row(Config.TS_CORES, 1, requests_per_second=16.0),
+        row(Config.TS_CORES, 2, requests_per_second=99.0),  # without a partner
+    ]
+    found = ratio(rows, Config.TS_CORES, Config.DEFAULT, CELL, "requests_per_second")
+    assert found is not None
+    assert (found.low, found.high, found.number) == (3.0, 3.2, 2)
+    assert found.text(2) == "3.10 (3.00\N{EN DASH}3.20)"
+
+
+def test_a_void_row_counts_nowhere() -> None:
+    rows = [row(Config.DEFAULT, 0, failed=1), row(Config.TS_CORES, 0)]
+    assert spread(rows, Config.DEFAULT, CELL, "requests_per_second") is None
+    assert ratio(rows, Config.TS_CORES, Config.DEFAULT, CELL, "requests_per_second") is None
+    assert "void: 1 requests failed" in markdown(rows)
+
+
+def test_rows_survive_json_in_the_published_schema() -> None:
+    rows = [row(Config.TS_CORES, 1, ready_seconds=4.5), Row(Config.LAUNCHER, CELL, 0, error="died\nlog")]
+    flat = [each.to_json() for each in rows]
+    assert [Row.from_json(json.loads(json.dumps(each))) for each in flat] == rows
+    names = {"config", "model", "workers", "concurrency", "repetition"}
+    assert names | {"requests_per_second", "p50_ms", "p99_ms", "failed"} <= flat[0].keys()
+    assert flat[1].keys() == names | {"error"}
+
+
+def test_tables() -> None:
+    rows = [row(Config.DEFAULT, 0), row(Config.CEILING, 0), Row(Config.LAUNCHER, CELL, 0, error="died | \nlog")]
+    table = markdown(rows).splitlines()
+    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
+    assert table[0] == "**resnet18, 2 workers, 10 concurrent requests**"
+    assert sum("could not run: died" in line for line in table) == 1
+    lines = to_csv(rows).splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("config,model,workers,concurrency,repetition,error,void,requests,")
+
+
+def test_every_configuration_is_first_once() -> None:
+    configs = list(Config)
+    assert [rotated(configs, repetition)[0] for repetition in range(len(configs))] == configs
+    assert all(sorted(rotated(configs, repetition)) == sorted(configs) for repetition in range(7))
+
+
+def test_configurations_of_a_cell_are_neighbours_in_time() -> None:
+    other = Cell("transformer", 1, 10)
+    order = list(jobs([Config.DEFAULT, Config.TS_CORES], [CELL, other], 2))
+    assert [(job.cell, job.config) for job in order] == [
+        (CELL, Config.DEFAULT),
+        (CELL, Config.TS_CORES),
+        (other, Config.DEFAULT),
+        (other, Config.TS_CORES),
+        (CELL, Config.TS_CORES),
+        (CELL, Config.DEFAULT),
+        (other, Config.TS_CORES),
+        (other, Config.DEFAULT),
+    ]
+
+
+def test_without_options_the_run_is_the_tutorial_s() -> None:
+    options = parse([])
+    assert (options.models, options.workers, options.concurrency, options.requests) == (["resnet50"], [4], 100, 10_000)
+    assert options.configs == list(Config)
+    assert options.command == "python -m benchmarks serve"
+
+
+def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--requests", "10"], ["--workers", "0"], ["--mar", "absent.mar"], ["--config", "fast"]):
+        with pytest.raises(SystemExit) as ended:
+            parse(words)
+        assert ended.value.code == 2
+    assert "at least 51" in capsys.readouterr().err
+
+
+# ---- slices of the ceiling, the exercises, the gaps
+
+
+def cores(packages: int, per_package: int, *, siblings: bool) -> list[Core]:
+    total = packages * per_package
+    return [
+        Core((n, n + total) if siblings else (n,), package=n // per_package, node=n // per_package, l3=n // per_package)
+        for n in range(total)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        pytest.param(1, [(0, 1, 2, 3)], id="one"),
+        pytest.param(2, [(0, 1), (2, 3)], id="two, a node each"),
+        pytest.param(3, [(0,), (1,), (2, 3)], id="three"),
+        pytest.param(6, [(0,), (1,), (2,), (3,), (0,), (1,)], id="more than cores"),
+    ],
+)
+def test_the_ceiling_s_bindings(workers: int, expected: list[tuple[int, ...]]) -> None:
+    assert divide(cores(2, 2, siblings=True), workers) == [Binding(cpus, len(cpus)) for cpus in expected]
+
+
+def test_the_exercises_say_why_they_are_missing() -> None:
+    found = list(exercises(cores(1, 2, siblings=False)))
+    assert ["no SMT" in (one.missing or "") for one in found] == [True, False]
+    assert "one NUMA node" in (found[1].missing or "")
+
+
+def test_the_exercises_compare_the_same_cores() -> None:
+    smt, numa = exercises(cores(2, 2, siblings=True))
+    assert [binding for _, binding in smt.bindings] == [Binding((0, 4, 1, 5), 4), Binding((0, 1), 2)]
+    assert [binding for _, binding in numa.bindings] == [Binding(None, 2), Binding((0, 1), 2)]
+
+
+@pytest.mark.parametrize(
+    ("answered", "expected"),
+    [
+        pytest.param([], 10.0, id="silence"),
+        pytest.param([2, 4, 6, 8], 2.0, id="even"),
+        pytest.param([1, 9], 8.0, id="in the middle"),
+        pytest.param([7, 9], 7.0, id="at the start"),
+        pytest.param([-1, 1, 12], 9.0, id="answers outside do not count"),
+        pytest.param([8, 1, 4], 4.0, id="unsorted"),
+    ],
+)
+def test_longest_gap(answered: list[float], expected: float) -> None:
+    assert scaling.longest_gap(answered, 0, 10) == expected
+
+
+# ---- pictures and reports
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """A directory with results.json and traces.json of a made-up run on two CPUs."""
+    rows = [
+        row(
+            config,
+            repetition,
+            requests_per_second=speed + repetition,
+            rate_per_second=5.0,
+            rate_p50_ms=20.0,
+            rate_p99_ms=40.0,
+        )
+        for repetition in range(2)
+        for config, speed in ((Config.DEFAULT, 9.0), (Config.TS_CORES, 31.0), (Config.CEILING, 36.0))
+    ]
+    rows.append(Row(Config.LAUNCHER, CELL, 0, error="workers keep dying <&>"))
+    worker = {"masks": {"7": "0-1"}, "pages": {"0": 1024}, "node_seconds": {"0": 1.0}}
+    trace = {
+        "times": [0.1, 0.3, 0.5],
+        "usage": {"0": [0.5, 1.0, 1.0], "1": [0.1, 0.0, 0.9]},
+        "where": [[7, 7, [[0, 0.2], None, [1, 0.1]]], [8, 8, [[1, 0.2], [1, 0.2], [1, 0.2]]]],
+    }
+    traces = [
+        {
+            "config": config,
+            "model": "resnet18",
+            "workers_wanted": 2,
+            "workers": {"7": worker, "8": worker},
+            "trace": trace,
+        }
+        for config in ("default", "ts-cores")
+    ]
+    answers = tuple((n / 5, 0.1, n != 7) for n in range(40))
+    run = scaling.Scaling("ts-cores", 5.0, 2.0, 3.0, 5.0, 5.1, 8.0, answers)
+    machine = {
+        "cpu_model": "Test",
+        "packages": 1,
+        "numa_nodes": 1,
+        "cores": 2,
+        "cpus": 2,
+        "allowed_cpus": "0-1",
+        "cgroup_cpu_quota": None,
+        "memory_mib": 1024,
+        "kernel": "6.1",
+        "virtual_machine": True,
+        "versions": {"torch": "2"},
+        "topology": [{"cpus": "0", "package": 0, "numa_node": 0, "l3_domain": 0}],
+        "unavailable": {"core_bound_share": "no PMU"},
+    }
+    found = {
+        "machine": machine,
+        "rows": [each.to_json() for each in rows],
+        "scaling": [run.to_json(), {"config": "launcher", "error": "did not start\nlog"}],
+        "exercises": [{"title": "SMT", "missing": "no SMT"}],
+        "command": "python -m benchmarks serve",
+    }
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    (tmp_path / "traces.json").write_text(json.dumps(traces))
+    return tmp_path
+
+
+def test_report_files(measured: Path) -> None:
+    made = {file.name for file in report.write(measured)}
+    assert made == {file.name for file in measured.iterdir()} - {"traces.json"}
+    drawn = [file for file in measured.iterdir() if file.suffix == ".png"]
+    assert len(drawn) == 7
+    for file in drawn:
+        head = file.read_bytes()[:24]
+        assert head[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
+        assert (width, height > 100) == (pictures.WIDTH * pictures.DPI, True)
+    page = (measured / "report.html").read_text()
+    assert page.count("src='data:image/png;base64,") == 7
+    assert not re.search(r"\b(src|href)=(?!'data:)", page)
+    assert "workers keep dying &lt;&amp;&gt;" in page
+    text = (measured / "results.md").read_text()
+    assert "| default | 9.5 (9.0\N{EN DASH}10.0) |" in text
+    assert "no SMT" in text
+    assert "core_bound_share: no PMU" in text
+    assert len((measured / "results.csv").read_text().splitlines()) == 8
+
+
+def test_report_of_a_run_that_measured_nothing(measured: Path) -> None:
+    found = json.loads((measured / "results.json").read_text())
+    (measured / "results.json").write_text(json.dumps(found | {"rows": [], "scaling": [], "exercises": []}))
+    (measured / "traces.json").unlink()
+    made = {file.name for file in report.write(measured)}
+    assert made == {"results.json", "results.csv", "results.md", "report.html"}
+
+
+def test_the_palette_tells_every_configuration_apart() -> None:
+    assert pictures.COLOURS.keys() == set(Config)
+    assert len(set(pictures.COLOURS.values())) == len(Config)
+
+
+# ---- one real run
+
+
+def test_a_real_run_interrupted_keeps_its_rows_and_leaves_no_process(tmp_path: Path, checkout: Path) -> None:
+    archives.transformer()
+    out = tmp_path / "out"
+    words = (
+        "--model transformer --workers 2 --requests 51 --concurrency 2 --seconds 1 --config ceiling --config ts-cores"
+    )
+    command = [sys.executable, "-m", "benchmarks", "serve", *words.split(), "--repetitions", "50", "--out", str(out)]
+    running = subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        results = out / "results.json"
+        deadline = time.monotonic() + 240
+        while running.poll() is None and time.monotonic() < deadline:
+            if results.exists() and results.read_text().count('"config"') >= 2:
+                break
+            time.sleep(0.2)
+        time.sleep(1)  # into the middle of a row
+        descendants = psutil.Process(running.pid).children(recursive=True)
+        running.send_signal(signal.SIGINT)
+        output, _ = running.communicate(timeout=120)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 130, output
+    assert not [each for each in descendants if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    found = json.loads(results.read_text())
+    assert found["interrupted"]
+    rows = [Row.from_json(flat) for flat in found["rows"]]
+    assert [each.config for each in rows[:2]] == [Config.CEILING, Config.TS_CORES]
+    assert all(each.valid for each in rows[:2]), output
+    served = rows[1].figures
+    assert served is not None
+    assert (served.requests, served.failed, served.processes) == (51, 0, 4)
+    assert served.pss_mib > 100
+    assert (out / "report.html").exists()
+    assert (out / "throughput.png").exists()
