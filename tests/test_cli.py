@@ -116,6 +116,8 @@ def test_plan_draws_the_machine(tree: Path) -> None:
     shown, _ = ts_cores("plan", "--workers", "2", "--sys-root", tree)
     assert "2 workers on 8 of 8 cores" in shown
     assert "package 1 · NUMA node 1" in shown
+    ts_cores("plan", "--workers", "2", "--sys-root", tree, "--svg", tree / "plan.svg")
+    assert "2 workers on 8 of 8 cores" in (tree / "plan.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import time
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from benchmarks import archives
+from benchmarks.torchserve import Property, TorchServe
 from ts_plugin.readback import METRICS
 
 KUBERNETES = "1.30"
@@ -105,6 +108,27 @@ def test_metrics_file_holds_torchserves_defaults_and_ours(checkout: Path) -> Non
     for name, (unit, kind) in METRICS.items():
         (found,) = [one for one in ours["model_metrics"][kind] if one["name"] == name]
         assert found == {"name": name, "unit": unit, "dimensions": ["ModelName", "WorkerName"]}
+
+
+def test_metrics_are_visible_to_prometheus(checkout: Path) -> None:
+    """A real server in Prometheus mode, with the metrics file as it is."""
+    properties: dict[str, Property] = {
+        "plugins_path": checkout / "ts_plugin" / "frontend",
+        "cpu_launcher_enable": True,
+        "metrics_mode": "prometheus",
+        "metrics_config": checkout / "config" / "metrics.yaml",
+    }
+    with TorchServe(archives.facts(), workers=1, properties=properties) as server:
+        deadline = time.monotonic() + 60
+        while "SliceCores{" not in server.metrics():
+            server.predict("facts", b"{}")
+            assert time.monotonic() < deadline, server.metrics()
+            time.sleep(0.2)
+        (piece,) = server.cores()["slices"]
+        text = server.metrics()
+        (value,) = re.findall(r'^SliceCores\{ModelName="facts",WorkerName="W-\S+".*\} (\S+)$', text, re.MULTILINE)
+        assert float(value) == piece["threads"]
+        assert "ts_inference_requests_total{" in text
 
 
 def test_dashboard_asks_for_metrics_that_exist(checkout: Path) -> None:

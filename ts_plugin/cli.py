@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument("--workers", type=_positive, required=True, metavar="N")
     planning.add_argument("--launcher-args", default="", metavar='"..."', help="as in cpu_launcher_args")
     planning.add_argument("--sys-root", default="/", metavar="DIR", help="read DIR/sys and DIR/proc instead of / ")
+    planning.add_argument("--svg", type=Path, metavar="FILE", help="write the picture for a document")
     planning.add_argument("--json", action="store_true")
     planning.set_defaults(run=_plan)
 
@@ -118,9 +119,15 @@ def _plan(options: argparse.Namespace) -> int:
         workers = [{"worker": number, **_document(piece)} for number, piece in enumerate(result.slices)]
         print(json.dumps({"workers": workers, "idle_cpus": sorted(result.idle), "notes": list(notes)}))
         return 0
+    planned = view.of_plan(topology, result, allowance.cpus, tuple(notes))
+    if options.svg:
+        from ts_plugin import picture
+
+        _write(options.svg, picture.svg(planned))
+        return 0
     from ts_plugin.terminal import Map
 
-    _console().print(Map(view.of_plan(topology, result, allowance.cpus, tuple(notes))))
+    _console().print(Map(planned))
     return 0
 
 
@@ -159,18 +166,20 @@ def _write_pictures(options: argparse.Namespace) -> None:
 
     now = view.look(options.server)
     reload = LOOK_EVERY if options.watch else None
-    for file, text in (
-        (options.svg, picture.svg(now) if options.svg else ""),
-        (options.html, picture.html(now, ticks=view.ticks(), reload=reload) if options.html else ""),
-    ):
-        if file is None:
-            continue
-        try:
-            draft = file.with_name(f".{file.name}.{os.getpid()}")  # a browser may be reading the old one
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(file)
-        except OSError as error:
-            raise CommandError(f"{file}: {error.strerror}") from error
+    if options.svg:
+        _write(options.svg, picture.svg(now))
+    if options.html:
+        _write(options.html, picture.html(now, ticks=view.ticks(), reload=reload))
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file whole or not at all: a browser may be reading the old one."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(file)
+    except OSError as error:
+        raise CommandError(f"{file}: {error.strerror}") from error
 
 
 def _watch(server_pid: int | None) -> None:

@@ -51,7 +51,7 @@ STYLE = """
 .ts-cores .l3{stroke:#46515e}.ts-cores text{fill:#e6e9ed}.ts-cores .label{fill:#9aa6b4}
 .ts-cores .idle{fill:#12161c;stroke:#6b7785}.ts-cores .reserved{fill:#8a96a5}.ts-cores .barred{fill:#252c36}
 .ts-cores .shared{fill:#24384a;stroke:#4d7390}.ts-cores .resting{fill:#12161c}.ts-cores text.on-reserved{fill:#12161c}
-.ts-cores text.on-barred{fill:#6b7785}.ts-cores .elsewhere{fill:#46515e}}
+.ts-cores text.on-barred{fill:#6b7785}.ts-cores .load.bare{fill:#fff}.ts-cores .elsewhere{fill:#46515e}}
 """
 
 
@@ -210,7 +210,9 @@ def _tile(view: View, core: Core, x: float, y: float, scale: _Scale) -> str:
         left = x + n * column
         if owners and not view.in_slice(cpu):
             shapes.append(f'<rect class="resting" {_at(left, y + size - strip, column - 1.5, strip - 1.5)} rx="2"/>')
-        shapes.append(f'<rect class="load" data-cpu="{cpu}" {_at(left, y + size * 0.93, column, size * 0.07)}/>')
+        ground = "load bare" if not view.in_slice(cpu) else "load"
+        place = _at(left + 1, y + size * 0.92, column - 2, size * 0.07)
+        shapes.append(f'<rect class="{ground}" data-cpu="{cpu}" {place}/>')
     who = " ".join(tag(index) for index in owners)
     return (
         f'<g class="cell" data-tags="{who}"><title>{escape(title)}</title>'
