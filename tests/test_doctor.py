@@ -123,7 +123,9 @@ def test_a_healthy_machine_has_no_trouble() -> None:
             "typo",
             id="server",
         ),
-        pytest.param({"unbound": (Unbound(7, "why"),)}, "error", "worker", "unbound: why", id="unbound"),
+        pytest.param(
+            {"unbound": (Unbound(7, "why"),)}, "error", "worker", "1 worker unbound (pid 7): why", id="unbound"
+        ),
         pytest.param({"astray": ((41, 3),)}, "warning", "worker", "3 threads of worker 41", id="astray"),
         pytest.param(
             {"busy": ((9, "make", EIGHT, 0.93),)}, "warning", "neighbours", "make (pid 9) uses 93%", id="busy"

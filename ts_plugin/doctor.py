@@ -15,6 +15,7 @@ from ts_plugin.cpulist import format_cpulist
 from ts_plugin.facts import JAR, Facts
 from ts_plugin.planner import Demand, PlanError, plan
 from ts_plugin.policy import LauncherArgsError, Pin, Policy, parse_launcher_args
+from ts_plugin.view import count
 
 __all__ = ["CHECKS", "Finding", "Severity", "examine"]
 
@@ -224,8 +225,11 @@ def _machine(facts: Facts) -> Iterator[Finding]:
         yield Finding(Severity.ERROR, "topology", "the machine cannot be read from /sys", "workers serve unbound")
         return
     cores = facts.topology.cores
-    words = [f"{len(cores)} cores", f"{len({core.package for core in cores})} packages"]
-    words += [f"{len({core.node for core in cores})} NUMA nodes", f"{len({core.l3 for core in cores})} L3 domains"]
+    words = [count(len(cores), "core"), count(len({core.package for core in cores}), "package")]
+    words += [
+        count(len({core.node for core in cores}), "NUMA node"),
+        count(len({core.l3 for core in cores}), "L3 domain"),
+    ]
     smt = max((len(core.cpus) for core in cores), default=1)
     words.append(f"{smt} SMT siblings per core" if smt > 1 else "no SMT")
     words += [f"{len({core.kind for core in cores})} core types"] if any(core.kind for core in cores) else []
@@ -303,12 +307,13 @@ def _ledger(facts: Facts) -> Iterator[Finding]:
 
 
 def _workers(facts: Facts) -> Iterator[Finding]:
-    for worker in facts.unbound:
+    for reason in dict.fromkeys(worker.reason for worker in facts.unbound):
+        pids = [str(worker.pid) for worker in facts.unbound if worker.reason == reason]
         yield Finding(
             Severity.ERROR,
             "worker",
-            f"worker {worker.pid} serves unbound: {worker.reason}",
-            "it runs on everybody's cores with as many threads as the machine has cores",
+            f"{count(len(pids), 'worker')} unbound (pid {', '.join(pids)}): {reason}",
+            "they run on everybody's cores with as many threads as the machine has cores",
         )
     for pid, threads in facts.astray:
         yield Finding(

@@ -137,6 +137,7 @@ def gather(path: Path | None) -> Facts:
         state = ledger.read()
     except LedgerError as error:
         ledger_error = str(error)
+    unbound = tuple(coordinator.unbound_workers(state))
     here = Path(__file__).resolve().parent
     return Facts(
         system=platform.system(),
@@ -153,9 +154,9 @@ def gather(path: Path | None) -> Facts:
         preload_notes=tuple(_preload_notes(environment, config)),
         state=state,
         ledger_error=ledger_error,
-        unbound=tuple(coordinator.unbound_workers(state)),
+        unbound=unbound,
         astray=tuple(_astray(state)),
-        busy=tuple(_busy(state)),
+        busy=tuple(_busy(state, unbound)),
     )
 
 
@@ -237,9 +238,9 @@ def _mask(tid: int) -> frozenset[int]:
         return frozenset()
 
 
-def _busy(state: State) -> Iterator[tuple[int, str, frozenset[int], float]]:
+def _busy(state: State, unbound: tuple[Unbound, ...]) -> Iterator[tuple[int, str, frozenset[int], float]]:
     """Yield processes that belong to no server, to no worker and not to this one, with the CPU time that they take."""
-    ours = {os.getpid(), os.getppid()}
+    ours = {os.getpid(), os.getppid(), *(worker.pid for worker in unbound)}
     for root in (*(server.pid for server in state.servers), *(lease.pid for lease in state.leases)):
         ours.update(process.tree(root))
     others = [other for other in psutil.process_iter() if other.pid not in ours]
