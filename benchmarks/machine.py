@@ -18,6 +18,14 @@ from ts_plugin.topology import Allowance, Core, Topology
 
 __all__ = ["allowed_cores", "describe", "has_smt", "numa_nodes", "summary"]
 
+TUNING = (
+    "OMP_",
+    "KMP_",
+    "GOMP_",
+    "MKL_",
+    "LD_PRELOAD",
+    "MALLOC_",
+)  # every configuration inherits these from the caller
 PACKAGES = ("ts-cores", "torch", "torchvision", "torchserve", "torch-model-archiver", "numpy")
 
 
@@ -65,6 +73,7 @@ def describe() -> dict[str, Any]:
             "ab": _output("ab", "-V", pattern=r"Version (\S+)"),
         },
         "load_average": os.getloadavg()[0],
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(TUNING)},
         "notes": [*topology.notes, *allowance.notes],
         "unavailable": {},
     }

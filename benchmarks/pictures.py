@@ -59,7 +59,7 @@ def draw(out: Path, rows: Sequence[Row], traces: Traces, scaling: Sequence[dict[
         ),
         (
             "cpu_usage.png",
-            "CPU usage per CPU over time while ab runs: what htop shows, all at once.",
+            "CPU usage per CPU over the first seconds of load: what htop shows, all at once.",
             lambda: cpu_usage(traces),
         ),
         (
@@ -83,7 +83,7 @@ def draw(out: Path, rows: Sequence[Row], traces: Traces, scaling: Sequence[dict[
             lambda: scaling_runs(scaling),
         ),
     ]
-    traces = one_cell(traces)
+    traces = same_length(one_cell(traces))
     made = {}
     out.mkdir(parents=True, exist_ok=True)
     with pyplot.rc_context(STYLE):
@@ -104,6 +104,23 @@ def one_cell(traces: Traces) -> Traces:
     order = list(Config)
     largest = max(by_cell.values(), key=lambda cell: len(cell), default=[])
     return sorted(largest, key=lambda one: order.index(Config(one["config"])))
+
+
+def same_length(traces: Traces) -> Traces:
+    """Return the traces cut to the shortest one, so that their time axes can be compared."""
+    number = min((len(one["trace"]["times"]) for one in traces), default=0)
+    return [
+        one
+        | {
+            "trace": {
+                "times": one["trace"]["times"][:number],
+                "usage": {cpu: shares[:number] for cpu, shares in one["trace"]["usage"].items()},
+                "where": [(pid, thread, places[:number]) for pid, thread, places in one["trace"]["where"]],
+            }
+        }
+        for one in traces
+        if number
+    ]
 
 
 def throughput(rows: Sequence[Row]) -> Figure | None:
@@ -128,7 +145,7 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
             axes.annotate(f"  {found.median:.1f}", (max(values), height), va="center")
         _name_rows(axes, names)
         axes.margins(x=0.12)
-        axes.set_title(_title(cell), loc="left")
+        axes.set_title(f"{_title(cell)}, {cell.concurrency} concurrent requests", loc="left")
         axes.set_xlabel("requests per second")
     return figure
 
@@ -261,13 +278,14 @@ def core_map(traces: Traces) -> Figure | None:
     for axes, one in zip(panels, shown, strict=True):
         cpus = sorted(int(cpu) for cpu in one["trace"]["usage"])
         for worker, facts in enumerate(one["workers"].values()):
-            allowed = sorted(set().union(*(parse_cpulist(mask) for mask in facts["masks"].values())))
-            axes.plot(
-                [cpus.index(cpu) for cpu in allowed if cpu in cpus],
-                [worker] * len([cpu for cpu in allowed if cpu in cpus]),
-                "s",
-                color=WORKERS[worker % len(WORKERS)],
-                markersize=max(2.0, min(11.0, 300 / len(cpus))),
+            allowed = set().union(*(parse_cpulist(mask) for mask in facts["masks"].values()))
+            colour = WORKERS[worker % len(WORKERS)]
+            axes.bar(
+                range(len(cpus)),
+                0.8,
+                bottom=worker - 0.4,
+                width=0.92 if len(cpus) <= 64 else 1,
+                color=[colour if cpu in allowed else "#EEEEEE" for cpu in cpus],
             )
         axes.set_xlim(-0.5, len(cpus) - 0.5)
         axes.set_ylim(len(one["workers"]) - 0.5, -0.5)

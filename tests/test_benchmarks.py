@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
@@ -382,9 +384,10 @@ def test_tables() -> None:
     assert len({line.count("|") for line in table if line.startswith("|")}) == 1
     assert table[0] == "**resnet18, 2 workers, 10 concurrent requests**"
     assert sum("could not run: died" in line for line in table) == 1
-    lines = to_csv(rows).splitlines()
-    assert len(lines) == 4
-    assert lines[0].startswith("config,model,workers,concurrency,repetition,error,void,requests,")
+    lines = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [line["config"] for line in lines] == ["default", "ceiling", "launcher"]
+    assert [line["requests_per_second"] for line in lines] == ["10.0", "10.0", ""]
+    assert lines[2]["error"] == "died | \nlog"
 
 
 def test_every_configuration_is_first_once() -> None:
