@@ -49,6 +49,9 @@ class Worker:
         script = directory / "ts" / "model_service_worker.py"
         script.parent.mkdir(exist_ok=True)
         script.write_text(WORKER)
+        manifest = directory / "MAR-INF" / "MANIFEST.json"
+        manifest.parent.mkdir(exist_ok=True)
+        manifest.write_text('{"model": {"modelName": "stand-in"}}')
         self.process = subprocess.Popen(
             [str(LAUNCHER), str(script), "--sock-type", "unix", "--sock-name", f"/x/.ts.sock.{9000 + number}"],
             cwd=directory,
@@ -112,7 +115,7 @@ def guest() -> int:
 
 
 def planned(workers: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "ts_plugin.cli", "plan", "--workers", str(workers), "--json"]
+    command = [str(LAUNCHER.with_name("ts-cores")), "plan", "--workers", str(workers), "--json"]
     answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return answer
 
