@@ -173,13 +173,13 @@ def test_never_two_openmp_runtimes(prefix: Path) -> None:
 
 
 def test_memory_policy_on_one_node_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "_single_node", lambda: True)
+    monkeypatch.setattr(binding, "_memory_nodes", lambda: frozenset({0}))
     assert binding.bind_memory(Memory.PREFERRED, [0]) is None
     assert binding.bind_memory(Memory.NONE, [0, 1]) is None
 
 
 def test_a_memory_policy_that_the_kernel_refuses_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "_single_node", lambda: False)
+    monkeypatch.setattr(binding, "_memory_nodes", lambda: frozenset({0, 1023}))
     note = binding.bind_memory(Memory.BIND, [1023])  # no machine here has such a node
     assert note is not None
     assert "memory policy bind for nodes 1023" in note
@@ -190,7 +190,7 @@ def test_a_memory_policy_is_set_and_inherited(monkeypatch: pytest.MonkeyPatch) -
     code = """
 from ts_plugin import binding
 from ts_plugin.policy import Memory
-binding._single_node = lambda: False
+binding._memory_nodes = lambda: frozenset({0, 1})
 assert binding.bind_memory(Memory.PREFERRED, [0]) is None
 print(open("/proc/self/numa_maps").readline().split()[1])
 """

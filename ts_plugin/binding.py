@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, MutableMapping
 
 from ts_plugin import process
-from ts_plugin.cpulist import format_cpulist
+from ts_plugin.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.planner import Slice
 from ts_plugin.policy import Allocator, Memory, OmpRuntime, Policy
 
@@ -72,8 +72,9 @@ def bind_memory(kind: Memory, nodes: Iterable[int]) -> str | None:
     Returns a note where the kernel refuses (containers often answer EPERM): first touch under the mask decides then.
     Source: man 2 set_mempolicy; MPOL_PREFERRED_MANY needs Linux 5.15.
     """
-    wanted = sorted(set(nodes))
-    if kind is Memory.NONE or not wanted or _single_node():
+    present = _memory_nodes()
+    wanted = sorted(present.intersection(nodes))
+    if kind is Memory.NONE or not wanted or len(present) < 2:
         return None
     modes: tuple[int, ...]
     if kind is Memory.LOCAL:
@@ -102,13 +103,15 @@ def move_pages(pid: int, sources: Iterable[int], targets: Iterable[int]) -> str 
     return f"pages of {pid} stay where they are: {os.strerror(failure)}" if failure else None
 
 
-def _single_node() -> bool:
-    """Tell whether there is no choice of memory: ctypes, which every worker start would pay for, is not needed then."""
-    try:
-        with open("/sys/devices/system/node/online", encoding="ascii") as file:
-            return file.read().strip().isdigit()
-    except OSError:
-        return True
+def _memory_nodes() -> frozenset[int]:
+    """Return the NUMA nodes that have memory; with fewer than two there is nothing to choose, and no ctypes to load."""
+    for name in ("has_memory", "has_normal_memory", "online"):
+        try:
+            with open(f"/sys/devices/system/node/{name}", encoding="ascii") as file:
+                return parse_cpulist(file.read())
+        except OSError:
+            continue
+    return frozenset()
 
 
 def _node_mask(nodes: Iterable[int]) -> tuple[object, int]:
