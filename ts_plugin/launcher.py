@@ -6,6 +6,7 @@ is already local. This runs at every worker start, so it imports little; torch l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> NoReturn:
         reason = " ".join(f"{error}".split()) or type(error).__name__
         environment[coordinator.UNBOUND_VARIABLE] = reason
         say(f"worker {claim.worker_id(arguments)} serves UNBOUND: {reason}", problem=True)
+        _unbind()
         starter = []
     os.execve(sys.executable, [sys.executable, *starter, *arguments], environment)
 
@@ -47,6 +49,14 @@ def _bind(arguments: list[str], environment: dict[str, str]) -> str:
     for note in notes:
         say(f"worker {lease.worker_id}: {note}", problem=True)
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
+
+
+def _unbind() -> None:
+    """Let this process use what its frontend could use before that was moved aside."""
+    with contextlib.suppress(OSError):
+        server = coordinator.server_of(Ledger().read(), os.getpid())
+        if server is not None:
+            os.sched_setaffinity(0, server.allowed)
 
 
 def say(text: str, *, problem: bool = False) -> None:
