@@ -77,7 +77,9 @@ def grpc_predict(server: TorchServe, model: str) -> bytes:
 
     request = field(1, model.encode()) + field(3, field(1, b"data") + field(2, b"{}"))
     with grpc.insecure_channel(f"127.0.0.1:{server.properties['grpc_inference_port']}") as channel:
-        call = channel.unary_unary("/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions")
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
+        )
         answer: bytes = call(request, timeout=60)
     assert answer[0] == 1 << 3 | 2
     return answer[answer.index(b"{") :]
