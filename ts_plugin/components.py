@@ -153,16 +153,16 @@ class Search:
         if self.spare_nodes and (spare or "node" in rest):
             return result
         for p in wanted:
-            if p not in result and (entry := self._join(members, positions, tables, p)):
+            if p not in result and (entry := self._join(members, level, positions, tables, p)):
                 result[p] = entry
         return result
 
     def _with_moves(self, table: _Table, members: Sequence[int], level: str) -> _Table:
-        """Add the moves that follow where fewer parts than are at home in a group stay there."""
+        """Add the moves that follow where fewer parts than are at home in a group stay there; far ones count more."""
         here = sum(self.homes[i] for i in members)
-        if not here or level not in ("node", "l3"):
+        if not here:
             return table
-        unit = self.costs.weight["move"] << (12 if level == "node" else 0)
+        unit = self.costs.weight["move"] << (0 if level == "l3" else 12)
         return {p: (cost + max(0, here - p) * unit, recipe) for p, (cost, recipe) in table.items()}
 
     @staticmethod
@@ -196,21 +196,27 @@ class Search:
         return result
 
     def _join(
-        self, members: tuple[int, ...], groups: Sequence[tuple[int, ...]], tables: Sequence[_Table], parts: int
+        self,
+        members: tuple[int, ...],
+        level: str,
+        groups: Sequence[tuple[int, ...]],
+        tables: Sequence[_Table],
+        parts: int,
     ) -> _Entry | None:
         """So many parts although some groups must be joined: join the fewest."""
         sizes = [self._size([members[i] for i in positions]) for positions in groups]
+        homes = [sum(self.homes[members[i]] for i in positions) for positions in groups]
         best: _Entry | None = None
-        for batch in self._ways(sizes, parts):
+        for batch in self._ways(sizes, homes, parts):
             for partition in batch:
-                entry = self._try(members, groups, tables, partition, parts)
+                entry = self._try(members, level, groups, tables, partition, parts)
                 if entry and (best is None or entry[0] < best[0]):
                     best = entry
             if best:
                 break
         return best
 
-    def _ways(self, sizes: Sequence[int], parts: int) -> Iterator[list[_Partition]]:
+    def _ways(self, sizes: Sequence[int], homes: Sequence[int], parts: int) -> Iterator[list[_Partition]]:
         """Partitions of the groups in batches, those that join the fewest first.
 
         Where fewer crossing parts go before fewer boundaries it is one batch: the fewest joined into 1, 2, ... heaps.
@@ -223,7 +229,7 @@ class Search:
             elif self.limits.bounded:
                 ways = iter([[list(range(count))]] if joined == count - 1 else [])
             else:
-                ways = _heaps(sizes, joined)
+                ways = _heaps(sizes, homes, joined)
             batch = [way for way in ways if self.limits.fits([sum(sizes[i] for i in block) for block in way], parts)]
             if not self.costs.strict:
                 if batch:
@@ -239,6 +245,7 @@ class Search:
     def _try(
         self,
         members: tuple[int, ...],
+        level: str,
         groups: Sequence[tuple[int, ...]],
         tables: Sequence[_Table],
         partition: _Partition,
@@ -261,7 +268,7 @@ class Search:
                 spans = [[members[i] for i in groups[g]] for g in block]
                 table |= {p: entry for p, entry in self._line(joined, spans).items() if p > 1}
             blocks.append(positions)
-            options.append(table)
+            options.append(self._with_moves(table, joined, level))
         return self._combine(blocks, options, range(parts, parts + 1)).get(parts)
 
     def _line(self, members: tuple[int, ...], spans: Sequence[Sequence[int]]) -> _Table:
@@ -352,19 +359,27 @@ def _set_partitions(count: int, blocks: int) -> Iterator[_Partition]:
             yield [*partition[:i], [*block, count - 1], *partition[i + 1 :]]
 
 
-def _heaps(sizes: Sequence[int], joined: int) -> Iterator[_Partition]:
-    """Ways to get ``joined`` components fewer than groups: the smallest groups in 1, 2, ... heaps of about one size."""
-    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+def _heaps(sizes: Sequence[int], homes: Sequence[int], joined: int) -> Iterator[_Partition]:
+    """Ways to get ``joined`` components fewer than groups: the smallest groups in 1, 2, ... heaps of about one size.
+
+    Of equal groups those with the fewest workers at home are joined, and not two with workers if it can be helped.
+    Neighbours stay together.
+    """
+    groups = range(len(sizes))
+    order = sorted(groups, key=lambda i: (sizes[i], homes[i], i))
     for heaps in range(1, len(sizes) - joined + 1):
         taken, alone = order[: joined + heaps], order[joined + heaps :]
-        blocks: _Partition = [[] for _ in range(heaps)]
+        blocks: list[list[tuple[int, int]]] = [[] for _ in range(heaps)]
         lightest = [(0, block) for block in range(heaps)]
-        for i in sorted(taken, key=lambda i: (-sizes[i], i)):
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i in sorted(taken, key=lambda i: (-sizes[i], -homes[i], i)):
             size, block = lightest[0]
-            blocks[block].append(i)
+            blocks[block].append((sizes[i], homes[i]))
+            alike.setdefault((sizes[i], homes[i]), []).append(i)
             heapreplace(lightest, (size + sizes[i], block))
         if all(len(block) > 1 for block in blocks):
-            yield sorted([*map(sorted, blocks), *([i] for i in alone)])
+            named = [sorted(alike[look].pop(0) for look in block) for block in blocks]
+            yield sorted([*named, *([i] for i in alone)])
     if joined == 1 and len(sizes) <= _PAIRS:
-        for a, b in combinations(range(len(sizes)), 2):
-            yield [[a, b], *([i] for i in range(len(sizes)) if i not in (a, b))]
+        for a, b in combinations(groups, 2):
+            yield [[a, b], *([i] for i in groups if i not in (a, b))]

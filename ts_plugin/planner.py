@@ -17,7 +17,7 @@ from ts_plugin.cpulist import format_cpulist
 from ts_plugin.partition import PlanError
 from ts_plugin.policy import Pin, Policy
 from ts_plugin.pool import Worker, compact, crowd, divide
-from ts_plugin.topology import Topology
+from ts_plugin.topology import Core, Topology
 
 __all__ = ["Demand", "Plan", "PlanError", "Slice", "plan"]
 
@@ -127,26 +127,22 @@ class _Claim:
     cpus: frozenset[int]
     cores: frozenset[int]
 
-    def pinned(self, topology: Topology, cores: Iterable[int], threads: int | None = None) -> Slice:
-        """The slice of ``cores``: one CPU of each, the lowest, or all with ``logical``."""
-        if self.demand.policy.pin is Pin.NEVER:
-            return self.unpinned(topology, threads or len(self._mask(topology, cores)))
-        mask = self._mask(topology, cores)
-        return _slice(topology, mask, threads or len(mask), pinned=True)
-
-    def unpinned(self, topology: Topology, threads: int) -> Slice:
-        return _slice(topology, self.cpus, threads, pinned=False)
-
-    def _mask(self, topology: Topology, cores: Iterable[int]) -> list[int]:
+    def slice(self, topology: Topology, cores: Iterable[int], threads: int | None = None) -> Slice:
+        """The slice of ``cores``: one CPU of each, the lowest, or all with ``logical``; unpinned with --pin never."""
         mask: list[int] = []
         for i in cores:
             usable = [cpu for cpu in topology.cores[i].cpus if cpu in self.cpus]
             mask += usable if self.demand.policy.logical else usable[:1]
-        return mask
+        if self.demand.policy.pin is Pin.NEVER:
+            return self.unpinned(topology, threads or len(mask))
+        return _slice((topology.cores[i] for i in cores), mask, threads or len(mask), pinned=True)
+
+    def unpinned(self, topology: Topology, threads: int) -> Slice:
+        return _slice(topology.cores_of(self.cpus), self.cpus, threads, pinned=False)
 
 
-def _slice(topology: Topology, cpus: Iterable[int], threads: int, *, pinned: bool) -> Slice:
-    cores = topology.cores_of(cpus)
+def _slice(cores: Iterable[Core], cpus: Iterable[int], threads: int, *, pinned: bool) -> Slice:
+    cores = tuple(cores)
     return Slice(
         cpus=tuple(sorted(cpus)),
         threads=threads,
@@ -389,7 +385,7 @@ def _assign(
             f"cores are shared, one thread each; lower the number of workers to {len(cores)}"
         )
         shared = crowd(cores, workers, loads)
-        return {claim.place: claim.pinned(topology, mine, 1) for claim, mine in zip(claims, shared, strict=True)}
+        return {claim.place: claim.slice(topology, mine, 1) for claim, mine in zip(claims, shared, strict=True)}
     parts = divide(topology, cores, workers, equal=policy.equal, within_nodes=policy.skip_cross_node_cores)
     for claim, worker, part in zip(claims, workers, parts, strict=True):
         if worker.fixed and worker.fixed != len(part):
@@ -397,4 +393,4 @@ def _assign(
                 f"worker {claim.place} asks for {_count(worker.fixed, 'core')} and gets {len(part)}: "
                 f"{len(cores)} cores are there for {_count(len(claims), 'worker')}, and each needs one"
             )
-    return {claim.place: claim.pinned(topology, part) for claim, part in zip(claims, parts, strict=True)}
+    return {claim.place: claim.slice(topology, part) for claim, part in zip(claims, parts, strict=True)}
