@@ -11,7 +11,6 @@ from ts.torch_handler.base_handler import BaseHandler
 from ts_plugin import binding, claim, follower
 from ts_plugin.launcher import say
 from ts_plugin.ledger import Ledger
-from ts_plugin.planner import PlanError
 
 __all__ = ["CoreSliceHandler", "CoreSliceMixin"]
 
@@ -47,13 +46,17 @@ def _claim(context: Any) -> follower.Follower | None:
         lease = claim.claim(ledger, archive=archive, worker=worker)
         # torch is here already, and so are its threads: all move, and masks that OMP_PROC_BIND shrank are repaired.
         repaired = binding.bind_tree(lease.pid, lease.slice.cpus, before=os.sched_getaffinity(0))
-        binding.bind_memory(lease.demand.policy.memory, lease.slice.numa_nodes)
-    except (OSError, PlanError, claim.CannotBind) as error:
-        say(f"worker {worker} serves UNBOUND: {error}", problem=True)
+        note = binding.bind_memory(lease.demand.policy.memory, lease.slice.numa_nodes) if lease.slice.pinned else None
+        own = follower.attach(ledger, lease)
+        own.loaded(context)
+    except Exception as error:  # noqa: BLE001 - a pinning plug-in never takes serving down, whatever went wrong
+        say(f"worker {worker} serves UNBOUND: {' '.join(str(error).split())}", problem=True)
         return None
-    own = follower.attach(ledger, lease)
-    own.loaded(context)
     say(f"{claim.describe(lease)} (claimed by the handler, {repaired} masks set)")
-    for name in binding.collapsing(os.environ):
-        say(f"worker {worker}: {name} is set, and shrank the affinity mask at `import torch`; unset it", problem=True)
+    traps = [
+        f"{name} is set, and shrank the affinity mask at `import torch`; unset it"
+        for name in binding.collapsing(os.environ)
+    ]
+    for problem in [*lease.notes, *([note] if note else []), *traps]:
+        say(f"worker {worker}: {problem}", problem=True)
     return own

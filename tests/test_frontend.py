@@ -72,7 +72,7 @@ def test_take_over(probe: str, tmp_path: Path) -> None:
     outcome = take_over(probe, tmp_path, GOOD)
     assert outcome.python == LAUNCHER
     # Once, although TorchServe constructs the class once per endpoint type.
-    assert outcome.calls == ("-I", "-m", "ts_plugin.server", "takeover", "--launcher-args=")
+    assert outcome.calls == ("-P", "-m", "ts_plugin.server", "takeover", "--launcher-args=")
     assert [re.sub(r".* - ", "", line) for line in outcome.log] == [
         "ts-cores: every worker gets its own cores; see GET /cores on the management API"
     ]

@@ -1,4 +1,4 @@
-"""What the Java hook asks Python: `python -I -m ts_plugin.server takeover|cores`. All policy is on this side."""
+"""What the Java hook asks Python: `python -P -m ts_plugin.server takeover|cores`. All policy is on this side."""
 
 from __future__ import annotations
 

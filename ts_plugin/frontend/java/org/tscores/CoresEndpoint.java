@@ -139,7 +139,7 @@ public final class CoresEndpoint extends ModelServerEndpoint {
      * @throws IOException it did not start, failed, or took longer than the given seconds; the message names the remedy
      */
     private static String ask(int seconds, String... question) throws IOException, InterruptedException {
-        List<String> command = new ArrayList<>(List.of(python, "-I", "-m", "ts_plugin.server"));
+        List<String> command = new ArrayList<>(List.of(python, "-P", "-m", "ts_plugin.server"));
         command.addAll(List.of(question));
         Process process;
         try {
