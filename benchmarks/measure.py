@@ -101,7 +101,8 @@ def serve(config: Config, archive: Path, body: Path, given: Setting, wish: Wish,
     with TorchServe(archive, workers=workers, properties=given.properties, environment=given.environment) as server:
         url = server.prediction_url(archive.stem)
         pids = sorted(server.workers())
-        closed_loop(url, body.read_bytes(), requests=WARM_UP * workers, concurrency=workers)
+        for _ in range(WARM_UP):  # as many at once as there are workers: the one that still optimises gets its share
+            closed_loop(url, body.read_bytes(), requests=workers, concurrency=workers)
         _require_bound(config, server, pids, cores)
         with Watch([process.pid for process in server.tree()], pids, cores) as watch:
             load = _load(url, body, wish)

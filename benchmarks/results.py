@@ -152,13 +152,15 @@ def _spread(values: Sequence[float]) -> Spread | None:
 
 
 def to_csv(rows: Iterable[Row]) -> str:
-    """Return all rows as CSV with a header; an unknown figure is an empty field."""
+    """Return all rows as CSV with a header; an unknown figure is an empty field, an error its first line."""
     names = ["config", *(field.name for field in dataclasses.fields(Cell)), "repetition", "error", "void"]
     names += [field.name for field in dataclasses.fields(Figures)]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row.to_json() for row in rows)
+    for row in rows:
+        flat = row.to_json()
+        writer.writerow(flat | {"error": row.error.splitlines()[0]} if row.error else flat)
     return text.getvalue()
 
 

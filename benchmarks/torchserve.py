@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +20,12 @@ from typing import Any, Self
 
 import psutil
 
+from benchmarks.client import RequestError, TorchServeError, request
+from benchmarks.properties import LOOPBACK, PORTS, Property, free_ports, read_properties, write_properties
+
 __all__ = [
     "PORTS",
+    "Property",
     "RequestError",
     "TorchServe",
     "TorchServeError",
@@ -32,25 +34,8 @@ __all__ = [
     "write_properties",
 ]
 
-LOOPBACK = "127.0.0.1"
 WORKER_SCRIPT = "model_service_worker.py"
 RETRY = "Retry worker: "  # org.pytorch.serve.wlm.WorkerThread, once per worker process that ended by itself
-PORTS = ("inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port")
-
-Property = str | int | float | bool | Path
-
-
-class TorchServeError(RuntimeError):
-    """The server did not do what it was asked; the message ends with the tail of its log."""
-
-
-class RequestError(TorchServeError):
-    """An HTTP answer other than 2xx; ``status`` is its code (0: no answer at all), ``body`` its text."""
-
-    def __init__(self, request: str, status: int, body: str) -> None:
-        super().__init__(f"{request}: HTTP {status}: {body.strip()[:2000]}")
-        self.status = status
-        self.body = body
 
 
 class TorchServe:
@@ -220,7 +205,7 @@ class TorchServe:
                 if len(model["workers"]) == wanted and all(state == "READY" for state in seen):
                     return
                 if self.log().count(RETRY) - retries >= 3 * max(wanted, 1):
-                    raise TorchServeError(f"the workers of {name} keep dying{self._tail()}")
+                    raise TorchServeError(f"the workers of {name} keep dying: {self._complaint()}{self._tail()}")
             self._require_alive(deadline, f"the workers of {name} are not all READY (wanted {workers}, see {seen})")
             time.sleep(0.1)
 
@@ -334,7 +319,7 @@ class TorchServe:
             RequestError: an answer other than 2xx, or none.
         """
         headers = self._token("inference") | {"Content-Type": "application/octet-stream"}
-        return _request("POST", self.prediction_url(name), headers, body=body, timeout=timeout)
+        return request("POST", self.prediction_url(name), headers, body=body, timeout=timeout)
 
     def prediction_url(self, name: str) -> str:
         return f"{self.inference_url}/predictions/{urllib.parse.quote(name)}"
@@ -347,11 +332,11 @@ class TorchServe:
         headers = self._token("management") | {"Accept": accept}
         if query:
             url += "?" + urllib.parse.urlencode({key: str(value) for key, value in query.items()})
-        return _request(method, url, headers, timeout=self.timeout).decode()
+        return request(method, url, headers, timeout=self.timeout).decode()
 
     def metrics(self) -> str:
         """Return ``GET /metrics`` in Prometheus' text format."""
-        return _request("GET", f"{self.properties['metrics_address']}/metrics", {}, timeout=self.timeout).decode()
+        return request("GET", f"{self.properties['metrics_address']}/metrics", {}, timeout=self.timeout).decode()
 
     def _token(self, api: str) -> dict[str, str]:
         """Return the header that lets a request pass where the server wants a token."""
@@ -435,51 +420,15 @@ class TorchServe:
         """Return the snapshots that the server has written, oldest first."""
         return sorted((self.log_directory / "config").glob("*.cfg"), key=lambda file: file.stat().st_mtime_ns)
 
+    def _complaint(self) -> str:
+        """Return the last exception that a worker died of, as far as the log tells."""
+        found: list[str] = re.findall(r" MODEL_LOG - ([\w.]*(?:Error|Exception): .*)", self.log())
+        return found[-1] if found else "no exception in the log"
+
     def _tail(self, lines: int = 60) -> str:
         """Return the log's last lines without those about our own polling."""
         told = [line for line in self.log().splitlines() if "ACCESS_LOG" not in line and "TS_METRICS" not in line]
         return "\n--- last lines of the server's log\n" + "\n".join(told[-lines:])
-
-
-def write_properties(file: Path, properties: Mapping[str, Property | None]) -> None:
-    """Write a config.properties; booleans in Java's spelling, None left out."""
-    lines = []
-    for name, value in properties.items():
-        if value is not None:
-            lines.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}\n")
-    file.write_text("".join(lines))
-
-
-def read_properties(file: Path) -> dict[str, str]:
-    """Return the properties of a config file or snapshot; a backslash before ``:`` or ``=`` is Java's escape."""
-    found = {}
-    for line in file.read_text().splitlines():
-        name, equals, value = line.partition("=")
-        if equals and not line.lstrip().startswith(("#", "!")):
-            found[name.strip()] = value.strip().replace("\\:", ":").replace("\\=", "=")
-    return found
-
-
-def free_ports(number: int) -> list[int]:
-    """Return that many different free loopback ports (free now: only the server's bind can tell for sure)."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind((LOOPBACK, 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-def _request(method: str, url: str, headers: dict[str, str], *, body: bytes | None = None, timeout: float) -> bytes:
-    request = urllib.request.Request(url, data=body, headers=headers, method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never a proxy to loopback
-    try:
-        with opener.open(request, timeout=timeout) as answer:
-            content: bytes = answer.read()
-            return content
-    except urllib.error.HTTPError as error:
-        raise RequestError(f"{method} {url}", error.code, error.read().decode(errors="replace")) from None
-    except OSError as error:  # refused, reset, timed out
-        raise RequestError(f"{method} {url}", 0, str(error)) from None
 
 
 def _model(name: str, version: str | None) -> str:

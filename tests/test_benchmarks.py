@@ -387,7 +387,7 @@ def test_tables() -> None:
     lines = list(csv.DictReader(io.StringIO(to_csv(rows))))
     assert [line["config"] for line in lines] == ["default", "ceiling", "launcher"]
     assert [line["requests_per_second"] for line in lines] == ["10.0", "10.0", ""]
-    assert lines[2]["error"] == "died | \nlog"
+    assert lines[2]["error"] == "died | "
 
 
 def test_every_configuration_is_first_once() -> None:
