@@ -279,7 +279,8 @@ class Search:
             orders = [
                 [i for span in spans for i in span],
                 [i for span in rising for i in span],
-                [*reversed(rising[0]), *(i for span in rising[1:] for i in span)],  # small cells meet in the middle
+                [*rising[0][::-1], *(i for span in rising[1:] for i in span)],  # small cells meet in the middle
+                [*rising[0], *(i for span in rising[1:] for i in span[::-1])],  # a small one meets a large one
             ]
             result: _Table = {}
             for order in dict.fromkeys(map(tuple, orders)):

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import permutations
 
-from ts_plugin.cells import LEVELS, Cell, Costs, Distance, Part, Score, group, least, score
+from ts_plugin.cells import LEVELS, SCORE, Cell, Costs, Distance, Part, Score, group, least, score
 from ts_plugin.components import Limits, Search, draw
 
 __all__ = ["PlanError", "cut", "pack", "repair"]
 
-# Orders of search. The first is right where packages hold whole NUMA nodes, the second where nodes hold whole packages.
-_ORDERS = (("kind", "package", "node", "l3"), ("kind", "node", "package", "l3"))
-_NEAR, _WIDE = 2, 32
-_CROSSED = {"kind": 1, "node": 3, "package": 4, "l3": 6}  # places in a score
-_AVOIDABLE = {"node": 2, "l3": 5}
-_ABOVE_L3 = 5
+# Orders of search: right where packages hold whole NUMA nodes; where nodes hold whole packages; where neither holds.
+_ORDERS = (("kind", "package", "node", "l3"), ("kind", "node", "package", "l3"), ("kind", "node", "l3", "package"))
+_NEAR, _WIDE = 1, 32
 _EXCHANGES = 1000  # looked at to repair what the search missed
 
 
@@ -65,7 +62,7 @@ def cut(
             ).run()
             if parts and (found is None or score(cells, parts, distance) < best):
                 found, best = parts, score(cells, parts, distance)
-            if found and (workers > _WIDE or not any(best[:_ABOVE_L3])):
+            if found and (workers > _WIDE or not any(best[: SCORE.index("l3")])):
                 return
 
     search(_NEAR)
@@ -78,19 +75,22 @@ def cut(
         return found
     if not equal:
         search(_WIDE)
-    if found and (strict := frozenset(level for level, place in _AVOIDABLE.items() if best[place])):
+    if found and (strict := frozenset(level for level in ("node", "l3") if _entry(best, f"{level}_avoidable"))):
         search(_WIDE, strict)
     parts = found or list(draw(range(len(cells)), [cell.size for cell in cells], workers))
     repaired = repair(cells, parts, [limits.least] * workers, limits.most, distance)
     return min(parts, repaired, key=lambda parts: score(cells, parts, distance))
 
 
+def _entry(found: Score, name: str) -> int:
+    return found[SCORE.index(name)]
+
+
 def _perfect(found: Score, cells: Sequence[Cell], workers: int) -> bool:
     """Whether no level is crossed more often than ``workers`` parts of so many groups must."""
-    return all(
-        found[place] <= max(0, len(group(cells, range(len(cells)), level)) - workers)
-        for level, place in _CROSSED.items()
-    ) and not any(found[place] for place in _AVOIDABLE.values())
+    return not (_entry(found, "node_avoidable") or _entry(found, "l3_avoidable")) and all(
+        _entry(found, level) <= max(0, len(group(cells, range(len(cells)), level)) - workers) for level in LEVELS
+    )
 
 
 def _cut_nodes_equally(cells: Sequence[Cell], workers: int) -> list[Part]:

@@ -375,8 +375,9 @@ def _assign(
 ) -> dict[int, Slice]:
     """Divide ``cores`` among the claims of the pool."""
     claims, policy = pool.claims, pool.policy
+    core_of = {cpu: i for i in cores for cpu in topology.cores[i].cpus}
     workers = [
-        Worker(size, claim.demand.share, frozenset(i for i in cores if claim.demand.held & {*topology.cores[i].cpus}))
+        Worker(size, claim.demand.share, frozenset(core_of[cpu] for cpu in claim.demand.held & core_of.keys()))
         for claim, size in zip(claims, pool.fixed, strict=True)
     ]
     if len(claims) > len(cores):
