@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -12,15 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
 
-from benchmarks.client import RequestError, TorchServeError, request
+from benchmarks.client import Client, RequestError, TorchServeError, model_path
 from benchmarks.properties import LOOPBACK, PORTS, Property, free_ports, read_properties, write_properties
 
 __all__ = [
@@ -38,7 +36,7 @@ WORKER_SCRIPT = "model_service_worker.py"
 RETRY = "Retry worker: "  # org.pytorch.serve.wlm.WorkerThread, once per worker process that ended by itself
 
 
-class TorchServe:
+class TorchServe(Client):
     """A server from ``__enter__`` to ``__exit__``, with the given archives loaded and every worker READY.
 
         with TorchServe(mar, workers=2, properties={"cpu_launcher_enable": True, "plugins_path": plugins}) as server:
@@ -257,7 +255,7 @@ class TorchServe:
         self._command = None
         self._seen.clear()
 
-    # ---- the server's APIs
+    # ---- its models; Client has the requests that wait for nothing
 
     def register(self, archive: Path, *, workers: int = 1, name: str | None = None, **parameters: Property) -> str:
         """Load another archive, wait until its workers are READY and return the model's name.
@@ -272,9 +270,6 @@ class TorchServe:
         self.management("POST", "/models", query)
         self.wait_ready(name or archive.stem, workers)
         return name or archive.stem
-
-    def unregister(self, name: str, *, version: str | None = None) -> None:
-        self.management("DELETE", _model(name, version))
 
     def scale(
         self,
@@ -294,67 +289,13 @@ class TorchServe:
         }
         for attempt in range(3):
             try:
-                self.management("PUT", _model(name, version), query)
+                self.management("PUT", model_path(name, version), query)
                 break
             except RequestError as error:  # TorchServe's own race with whatever else looks at its list of workers
                 if attempt == 2 or "ConcurrentModificationException" not in error.body:
                     raise
         if wait:
             self.wait_ready(name, minimum, version=version)
-
-    def describe(self, name: str, *, version: str | None = None) -> dict[str, Any]:
-        """Return ``GET /models/NAME``: the default version, or the given one."""
-        answer: list[dict[str, Any]] = json.loads(self.management("GET", _model(name, version)))
-        return answer[0]
-
-    def cores(self) -> dict[str, Any]:
-        """Return ``GET /cores``, the ts-cores hook's core map."""
-        answer: dict[str, Any] = json.loads(self.management("GET", "/cores"))
-        return answer
-
-    def predict(self, name: str, body: bytes, *, timeout: float = 120.0) -> bytes:
-        """Return the model's answer to ``body``.
-
-        Raises:
-            RequestError: an answer other than 2xx, or none.
-        """
-        headers = self._token("inference") | {"Content-Type": "application/octet-stream"}
-        return request("POST", self.prediction_url(name), headers, body=body, timeout=timeout)
-
-    def prediction_url(self, name: str) -> str:
-        return f"{self.inference_url}/predictions/{urllib.parse.quote(name)}"
-
-    def management(
-        self, method: str, path: str, query: Mapping[str, Property] | None = None, *, accept: str = "*/*"
-    ) -> str:
-        """Return the text that the management API answers to ``method path?query``."""
-        url = self.management_url + path
-        headers = self._token("management") | {"Accept": accept}
-        if query:
-            url += "?" + urllib.parse.urlencode({key: str(value) for key, value in query.items()})
-        return request(method, url, headers, timeout=self.timeout).decode()
-
-    def metrics(self) -> str:
-        """Return ``GET /metrics`` in Prometheus' text format."""
-        return request("GET", f"{self.properties['metrics_address']}/metrics", {}, timeout=self.timeout).decode()
-
-    def _token(self, api: str) -> dict[str, str]:
-        """Return the header that lets a request pass where the server wants a token."""
-        if self.properties.get("disable_token_authorization") == "true":
-            return {}
-        try:
-            keys = json.loads((self.working_directory / "key_file.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):  # about to be written
-            return {}
-        return {"Authorization": f"Bearer {keys[api]['key']}"}
-
-    @property
-    def inference_url(self) -> str:
-        return self.properties["inference_address"]
-
-    @property
-    def management_url(self) -> str:
-        return self.properties["management_address"]
 
     # ---- its processes and files
 
@@ -429,11 +370,6 @@ class TorchServe:
         """Return the log's last lines without those about our own polling."""
         told = [line for line in self.log().splitlines() if "ACCESS_LOG" not in line and "TS_METRICS" not in line]
         return "\n--- last lines of the server's log\n" + "\n".join(told[-lines:])
-
-
-def _model(name: str, version: str | None) -> str:
-    path = f"/models/{urllib.parse.quote(name)}"
-    return f"{path}/{urllib.parse.quote(version)}" if version else path
 
 
 def _name(process: psutil.Process) -> str:
