@@ -11,15 +11,33 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
 
-__all__ = ["LEVELS", "Cell", "Costs", "Distance", "Part", "Score", "group", "least", "score", "size"]
+__all__ = [
+    "LEVELS",
+    "SCORE",
+    "Cell",
+    "Costs",
+    "Distance",
+    "Part",
+    "PlanError",
+    "Score",
+    "group",
+    "least",
+    "score",
+    "size",
+]
 
 LEVELS = ("kind", "node", "package", "l3")  # the most expensive to cross comes first
-FIELDS = ("move", "distance", "square", "l3", "l3_parts", "package", "node", "node_parts", "kind", "idle")
+FIELDS = ("move", "distance", "square", "l3", "package", "l3_parts", "node", "node_parts", "kind", "idle")
 BITS = 32
+SCORE = ("idle", "kind", "node_avoidable", "node", "l3_avoidable", "package", "l3", "square", "distance")
 
 Part = tuple[tuple[int, int], ...]  # (index of the cell, cores taken from it), ascending
 Distance = Callable[[int, int], int]  # between two NUMA nodes, as the firmware says
 Score = tuple[int, ...]
+
+
+class PlanError(ValueError):
+    """No plan exists; the message has both numbers and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +109,19 @@ class Costs:
 def score(cells: Sequence[Cell], parts: Sequence[Part], distance: Distance) -> Score:
     """How good a division is; smaller is better, and the first entries count most.
 
-    Cores left idle; boundaries crossed (groups touched minus one, over all parts) on every level; the sum of squared
-    sizes; the distances between joined nodes. Ahead of the boundaries of NUMA nodes and of L3 domains: whether more
-    parts cross them than equal shares must, which is the number of parts minus those that fit whole into the groups.
+    ``SCORE`` names the entries: cores left idle; boundaries crossed (groups touched minus one, over all parts) on every
+    level; avoidable crossings: how many more parts cross than with equal shares, where all parts cross that do not fit
+    whole into the groups; the sum of squared sizes; distances between joined nodes.
     """
-    used = sum(map(size, parts))
-    share = max(1, used // len(parts))
-    result = [sum(cell.size for cell in cells) - used]
-    costs = Costs(cells, distance)
+    sizes = list(map(size, parts))
+    share = max(1, sum(sizes) // len(parts))
+    found = {"idle": sum(cell.size for cell in cells) - sum(sizes), "square": sum(size**2 for size in sizes)}
     for level in LEVELS:
         crossed = [len({getattr(cells[i], level) for i, _ in part}) - 1 for part in parts]
-        if level in ("node", "l3"):
-            groups = group(cells, range(len(cells)), level).values()
-            fitting = sum(sum(cells[i].size for i in members) // share for members in groups)
-            result.append(sum(map(bool, crossed)) > max(0, len(parts) - fitting))
-        result.append(sum(crossed))
-    total = sum(map(costs.part, parts))
-    lowest = (1 << BITS) - 1
-    result += [total >> (BITS * FIELDS.index(name)) & lowest for name in ("square", "distance")]
-    return tuple(result)
+        groups = group(cells, range(len(cells)), level).values()
+        fitting = sum(sum(cells[i].size for i in members) // share for members in groups)
+        found[level] = sum(crossed)
+        found[f"{level}_avoidable"] = max(0, sum(map(bool, crossed)) - max(0, len(parts) - fitting))
+    pairs = (pair for part in parts for pair in combinations(sorted({cells[i].node for i, _ in part}), 2))
+    found["distance"] = sum(distance(a, b) for a, b in pairs)
+    return tuple(found[name] for name in SCORE)

@@ -9,19 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import permutations
 
-from ts_plugin.cells import LEVELS, SCORE, Cell, Costs, Distance, Part, Score, group, least, score
+from ts_plugin.cells import LEVELS, SCORE, Cell, Costs, Distance, Part, PlanError, Score, group, least, score
 from ts_plugin.components import Limits, Search, draw
 
-__all__ = ["PlanError", "cut", "pack", "repair"]
+__all__ = ["cut", "pack", "repair"]
 
 # Orders of search: right where packages hold whole NUMA nodes; where nodes hold whole packages; where neither holds.
 _ORDERS = (("kind", "package", "node", "l3"), ("kind", "node", "package", "l3"), ("kind", "node", "l3", "package"))
 _NEAR, _WIDE = 1, 32
 _EXCHANGES = 1000  # looked at to repair what the search missed
-
-
-class PlanError(ValueError):
-    """No plan exists; the message has both numbers and the remedy."""
 
 
 def cut(
@@ -41,55 +37,59 @@ def cut(
     """
     total = sum(cell.size for cell in cells)
     share = total // workers
-    limits = Limits(share, -(-total // workers), bounded=True) if equal else Limits(least(total, workers), total)
     if within_nodes and equal:
         return _cut_nodes_equally(cells, workers)
-    found: list[Part] | None = None
-    best: Score = ()
+    limits = Limits(share, -(-total // workers), bounded=True) if equal else Limits(least(total, workers), total)
 
-    def search(near: int, strict: frozenset[str] = frozenset()) -> None:
-        nonlocal found, best
+    def search(near: int, strict: frozenset[str] = frozenset()) -> list[Part] | None:
+        best: list[Part] | None = None
         for levels in _ORDERS:
-            parts = Search(
+            costs = Costs(cells, distance, strict)
+            one = Search(
                 cells,
                 workers,
                 limits=limits,
                 levels=levels,
-                costs=Costs(cells, distance, strict),
+                costs=costs,
                 near=near,
                 spare_nodes=within_nodes,
                 homes=homes or [0] * len(cells),
-            ).run()
-            if parts and (found is None or score(cells, parts, distance) < best):
-                found, best = parts, score(cells, parts, distance)
-            if found and (workers > _WIDE or not any(best[: SCORE.index("l3")])):
-                return
+            )
+            best = better(best, one.run())
+            if best and (workers > _WIDE or not any(score(cells, best, distance)[: SCORE.index("l3")])):
+                break
+        return best
 
-    search(_NEAR)
+    def better(one: list[Part] | None, other: list[Part] | None) -> list[Part] | None:
+        if one and other:
+            return min(one, other, key=lambda parts: score(cells, parts, distance))
+        return one or other
+
+    found = search(_NEAR)
     if within_nodes:
-        while not found:  # so many nodes idle that nobody can have half of the equal share
-            limits = Limits(limits.least // 2, total)
-            search(_WIDE)
+        while not found:  # so many nodes stay idle that somebody gets less than half of the equal share
+            limits = Limits(max(1, limits.least // 2), total)
+            found = search(_WIDE)
         return found
-    if found and _perfect(best, cells, workers):
+    if found and _perfect(score(cells, found, distance), cells, workers):
         return found
     if not equal:
-        search(_WIDE)
-    if found and (strict := frozenset(level for level in ("node", "l3") if _entry(best, f"{level}_avoidable"))):
-        search(_WIDE, strict)
+        found = better(found, search(_WIDE))
+    if found and (strict := _avoidable(score(cells, found, distance))):
+        found = better(found, search(_WIDE, strict))
     parts = found or list(draw(range(len(cells)), [cell.size for cell in cells], workers))
-    repaired = repair(cells, parts, [limits.least] * workers, limits.most, distance)
-    return min(parts, repaired, key=lambda parts: score(cells, parts, distance))
+    return better(parts, repair(cells, parts, [limits.least] * workers, limits.most, distance)) or parts
 
 
-def _entry(found: Score, name: str) -> int:
-    return found[SCORE.index(name)]
+def _avoidable(found: Score) -> frozenset[str]:
+    return frozenset(level for level in ("node", "l3") if found[SCORE.index(f"{level}_avoidable")])
 
 
 def _perfect(found: Score, cells: Sequence[Cell], workers: int) -> bool:
     """Whether no level is crossed more often than ``workers`` parts of so many groups must."""
-    return not (_entry(found, "node_avoidable") or _entry(found, "l3_avoidable")) and all(
-        _entry(found, level) <= max(0, len(group(cells, range(len(cells)), level)) - workers) for level in LEVELS
+    groups = {level: len(group(cells, range(len(cells)), level)) for level in LEVELS}
+    return not _avoidable(found) and all(
+        found[SCORE.index(level)] <= max(0, groups[level] - workers) for level in LEVELS
     )
 
 

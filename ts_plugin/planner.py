@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ts_plugin.allotment import Taker, allot, apportion
+from ts_plugin.cells import PlanError
 from ts_plugin.cpulist import format_cpulist
-from ts_plugin.partition import PlanError
+from ts_plugin.eligibility import fast, narrow
 from ts_plugin.policy import Pin, Policy
 from ts_plugin.pool import Worker, compact, crowd, divide
 from ts_plugin.topology import Core, Topology
@@ -88,8 +89,9 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
     slices: dict[int, Slice] = {}
     for pool in bounded:
         slices.update(_bound(topology, pool, notes))
-    loads: Counter[int] = Counter()  # workers per core, where cores must be shared
-    for pool, cores in zip(pools, _allot(topology, pools), strict=True):
+    loads: Counter[int] = Counter()  # workers per core
+    allotted = zip(pools, _allot(topology, pools), strict=True)
+    for pool, cores in sorted(allotted, key=lambda item: not item[1]):  # who got none shares the others' cores
         slices.update(_assign(topology, pool, cores, loads, notes))
     chosen = tuple(slices[place] for place in range(len(demands)))
     allowed = topology.online.intersection(frozenset().union(*(demand.allowed for demand in demands)))
@@ -158,68 +160,16 @@ def _claims(topology: Topology, demands: Sequence[Demand], notes: list[str]) -> 
     claims = []
     for place, demand in enumerate(demands):
         policy = demand.policy
+        if demand.share <= 0:
+            raise PlanError(f"worker {place} has a share of {demand.share:g}; a share is more than 0")
         key = (demand.allowed, policy.node_ids, policy.core_list, policy.use_e_cores)
         if key not in known:
-            cpus = _narrow(topology, demand)
-            cores = _fast(topology, policy, {i for i, core in enumerate(topology.cores) if cpus & {*core.cpus}}, notes)
+            cpus = narrow(topology, demand.allowed, policy)
+            cores, left_out = fast(topology, cpus, policy)
             known[key] = cpus, cores
+            notes += left_out
         claims.append(_Claim(place, demand, *known[key]))
     return claims
-
-
-def _narrow(topology: Topology, demand: Demand) -> frozenset[int]:
-    """The online CPUs that are allowed, on the nodes and of the list that the policy names, and not isolated.
-
-    Isolated CPUs that a core list names are used, and so are they where nothing else is allowed: the kernel leaves
-    them out of every default mask, so somebody meant it.
-    """
-    policy, online = demand.policy, topology.online
-    cpus = demand.allowed & online
-    if not cpus:
-        raise PlanError(
-            f"no allowed CPU is online: allowed {_list(demand.allowed)}, online {_list(online)}; "
-            "widen the cpuset or the affinity mask"
-        )
-    if policy.core_list is not None:
-        if offline := policy.core_list - online:
-            raise PlanError(
-                f"CPUs {_list(offline)} of --core-list are not online ({_list(online)} are); remove them from the list"
-            )
-        if denied := policy.core_list - cpus:
-            raise PlanError(
-                f"CPUs {_list(denied)} of --core-list are not allowed ({_list(cpus)} are); "
-                "remove them from the list or widen the cpuset"
-            )
-        cpus = policy.core_list
-    if policy.node_ids is not None:
-        there = {core.node for core in topology.cores}
-        if missing := policy.node_ids - there - {node.number for node in topology.nodes}:
-            raise PlanError(
-                f"NUMA node {_list(missing)} does not exist; this machine has {_list(there)}; change --node-id"
-            )
-        within = frozenset(cpu for core in topology.cores if core.node in policy.node_ids for cpu in core.cpus)
-        if not cpus & within:
-            raise PlanError(
-                f"NUMA node {_list(policy.node_ids)} has none of the CPUs {_list(cpus)} that may be used "
-                f"(its own: {_list(within)}); change --node-id or widen the cpuset"
-            )
-        cpus &= within
-    if policy.core_list is None:
-        cpus = cpus - topology.isolated or cpus
-    return cpus
-
-
-def _fast(topology: Topology, policy: Policy, cores: set[int], notes: list[str]) -> frozenset[int]:
-    """Leave out the slowest core type, of two or more, unless it is asked for or named by a core list."""
-    kinds = sorted({topology.cores[i].kind for i in cores})
-    if len(kinds) == 1 or policy.use_e_cores or policy.core_list is not None:
-        return frozenset(cores)
-    slow = {i for i in cores if topology.cores[i].kind == kinds[-1]}
-    notes.append(
-        f"{len(slow)} cores of the slowest type (CPUs {_list(_cpus(topology, slow))}) are left out: one slow core "
-        "holds up all threads of its slice; --use-e-cores uses them"
-    )
-    return frozenset(cores - slow)
 
 
 def _reserve(topology: Topology, claims: Sequence[_Claim]) -> frozenset[int]:
@@ -285,8 +235,10 @@ def _pools(topology: Topology, claims: Sequence[_Claim], reserved: frozenset[int
             rules = (policy.equal, policy.skip_cross_node_cores, policy.cores_per_worker, policy.latency)
             key = (cores, rules, (demand.allowed, demand.quota) if scarce else None)
             owning.setdefault(key, _Pool(cores, limit, [])).claims.append(claim)
-    sized = [replace(pool, fixed=_fixed(topology, pool)) for pool in owning.values()]
-    return list(bounded.values()), sized
+    for key, pool in owning.items():
+        owning[key] = replace(pool, fixed=_fixed(topology, pool))
+        _check(topology, owning[key])
+    return list(bounded.values()), list(owning.values())
 
 
 def _fixed(topology: Topology, pool: _Pool) -> tuple[int, ...]:
@@ -297,32 +249,31 @@ def _fixed(topology: Topology, pool: _Pool) -> tuple[int, ...]:
     Source: torch/backends/xeon/run_cpu.py: with --use_logical_core the list it cuts is one of logical CPUs.
     """
     claims, policy = pool.claims, pool.policy
-    asked = policy.cores_per_worker
-    if not asked:
-        return tuple(claim.demand.cores or (LATENCY_CORES if policy.latency else 0) for claim in claims)
-    if len(asked) > 1 and len(asked) < len(claims):
+    asked = policy.cores_per_worker or ((LATENCY_CORES,) if policy.latency else (0,))
+    if 1 < len(asked) < len(claims):
         raise PlanError(
             f"--ncores-per-instance names {len(asked)} sizes but there are {len(claims)} workers; "
             "give one number for all or one per worker"
         )
     per_worker = asked * len(claims) if len(asked) == 1 else asked[: len(claims)]
-    if policy.logical:
+    if policy.logical and policy.cores_per_worker:
         siblings = max(len(claims[0].cpus.intersection(topology.cores[i].cpus)) for i in pool.cores)
         per_worker = tuple(-(-cpus // siblings) for cpus in per_worker)
-    sizes = tuple(claim.demand.cores or size for claim, size in zip(claims, per_worker, strict=True))
-    if sum(sizes) > pool.limit:
-        workers = f"{len(claims)} workers x {sizes[0]}" if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
-        fitting = pool.limit // len(claims)
-        raise PlanError(
-            f"need {sum(sizes)} cores ({workers}) but {pool.limit} are allowed "
-            f"({_list(claims[0].cpus & _cpus(topology, pool.cores))}); "
-            + (
-                f"lower --ncores-per-instance to {fitting}"
-                if fitting
-                else f"lower the number of workers to {pool.limit}"
-            )
-        )
-    return sizes
+    return tuple(claim.demand.cores or size for claim, size in zip(claims, per_worker, strict=True))
+
+
+def _check(topology: Topology, pool: _Pool) -> None:
+    """Raise PlanError if the cores cannot be there that the policy wants for each worker."""
+    need, limit, workers = sum(pool.fixed), pool.limit, len(pool.claims)
+    if not pool.policy.cores_per_worker or need <= limit:
+        return
+    same = len(set(pool.fixed)) == 1
+    terms = f"{workers} workers x {pool.fixed[0]}" if same else " + ".join(map(str, pool.fixed))
+    remedy = f"--ncores-per-instance to {limit // workers}" if limit >= workers else f"the number of workers to {limit}"
+    raise PlanError(
+        f"need {need} cores ({terms}) but {limit} are allowed "
+        f"({_list(pool.claims[0].cpus & _cpus(topology, pool.cores))}); lower {remedy}"
+    )
 
 
 def _bound(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice]:
@@ -333,7 +284,7 @@ def _bound(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice
         f"others use them too: {_count(pool.limit, 'thread')} for {_count(len(claims), 'worker')}, CPUs not pinned; "
         "--pin always pins all the same"
     )
-    fixed = [claim.demand.cores or 0 for claim in claims]
+    fixed = _fixed(topology, pool)
     fair = [i for i, size in enumerate(fixed) if not size]
     threads = [1] * len(claims)
     if len(claims) <= pool.limit:
@@ -348,7 +299,7 @@ def _bound(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice
 
 
 def _allot(topology: Topology, pools: Sequence[_Pool]) -> list[frozenset[int]]:
-    """The cores of each pool: disjoint unless a pool could not get even one."""
+    """The cores of each pool, disjoint; none at all for a pool if there are not enough."""
     if len(pools) == 1 and pools[0].limit == len(pools[0].cores):
         return [pools[0].cores]
     shares = allot(
@@ -367,7 +318,7 @@ def _allot(topology: Topology, pools: Sequence[_Pool]) -> list[frozenset[int]]:
     for cores, counts in shares:
         for p, part in zip(counts, compact(topology, cores, list(counts.values())), strict=True):
             chosen[p] |= part
-    return [cores or pool.cores for cores, pool in zip(chosen, pools, strict=True)]
+    return chosen
 
 
 def _assign(
@@ -375,23 +326,32 @@ def _assign(
 ) -> dict[int, Slice]:
     """Divide ``cores`` among the claims of the pool."""
     claims, policy = pool.claims, pool.policy
-    core_of = {cpu: i for i in cores for cpu in topology.cores[i].cpus}
+    sizes = pool.fixed
+    if sum(sizes) > len(cores) and (policy.latency or policy.cores_per_worker):
+        sizes = tuple(claim.demand.cores or 0 for claim in claims)
+        notes.append(f"{sum(pool.fixed)} cores asked for, {len(cores)} there: {len(claims)} workers share them equally")
+    core_of = {cpu: i for i in cores or pool.cores for cpu in topology.cores[i].cpus}
     workers = [
         Worker(size, claim.demand.share, frozenset(core_of[cpu] for cpu in claim.demand.held & core_of.keys()))
-        for claim, size in zip(claims, pool.fixed, strict=True)
+        for claim, size in zip(claims, sizes, strict=True)
     ]
-    if len(claims) > len(cores):
+    crowded = len(claims) > len(cores)
+    if crowded:
+        parts = crowd(cores or pool.cores, workers, loads)
         notes.append(
-            f"{len(claims)} workers but only {_count(len(cores), 'core')} (CPUs {_list(_cpus(topology, cores))}): "
-            f"cores are shared, one thread each; lower the number of workers to {len(cores)}"
+            f"more workers than cores: {len(claims)} on {len(cores or pool.cores)} "
+            f"(CPUs {_list(core_of)}), which they share with one thread each; use fewer workers"
         )
-        shared = crowd(cores, workers, loads)
-        return {claim.place: claim.slice(topology, mine, 1) for claim, mine in zip(claims, shared, strict=True)}
-    parts = divide(topology, cores, workers, equal=policy.equal, within_nodes=policy.skip_cross_node_cores)
-    for claim, worker, part in zip(claims, workers, parts, strict=True):
-        if worker.fixed and worker.fixed != len(part):
+    else:
+        parts = divide(topology, cores, workers, equal=policy.equal, within_nodes=policy.skip_cross_node_cores)
+        loads.update(core for part in parts for core in part)
+    for claim, size, part in zip(claims, sizes, parts, strict=True):
+        if size > len(part) and not crowded:
             notes.append(
-                f"worker {claim.place} asks for {_count(worker.fixed, 'core')} and gets {len(part)}: "
-                f"{len(cores)} cores are there for {_count(len(claims), 'worker')}, and each needs one"
+                f"worker {claim.place} asks for {_count(size, 'core')} and gets {len(part)}: "
+                f"there are {len(cores)} for {_count(len(claims), 'worker')}, and each needs one"
             )
-    return {claim.place: claim.slice(topology, part) for claim, part in zip(claims, parts, strict=True)}
+    return {
+        claim.place: claim.slice(topology, part, 1 if crowded else None)
+        for claim, part in zip(claims, parts, strict=True)
+    }
