@@ -37,7 +37,8 @@ def main() -> None:
     os.sched_setaffinity(0, lease.slice.cpus)
     for _ in range(options.get("extra_threads", 0)):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
-    own = follower.attach(ledger, lease)
+    own = follower.Follower(ledger, lease)  # not attach(): that needs TorchServe, and would import torch 64 times
+    own.start()
     own.follow()
     print(json.dumps(facts(own)), flush=True)
     for _ in sys.stdin:
