@@ -48,8 +48,8 @@ class Load:
 def ab(url: str, body: Path, *, requests: int, concurrency: int) -> Load:
     """Send ``requests`` POSTs of the file ``body``, always ``concurrency`` at once, over kept-alive connections.
 
-    Without ``-k`` ab waits for the server to close the connection, which TorchServe does not do for HTTP/1.0: use
-    ``closed_loop`` there. ``-l``: answers may differ in length, floats have more or fewer digits.
+    Without ``-k`` ab waits for the server to close the connection, which TorchServe does for no version of HTTP and no
+    ``Connection`` header: use ``closed_loop`` there. ``-l``: answers may differ in length, floats have more digits.
 
     Raises:
         ValueError: fewer than 51 requests; ab then looks for its 99th percentile behind the end of its array.

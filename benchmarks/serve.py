@@ -271,14 +271,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.command = shlex.join(["python", "-m", "benchmarks", "serve", *arguments])
     small, many = options.quick, options.sweep
-    options.configs = list(dict.fromkeys(options.config or Config))
+    options.configs = [config for config in Config if config in (options.config or Config)]
     options.models = [options.mar.stem] if options.mar else options.model or _models(options)
     options.workers = list(dict.fromkeys(options.workers or ([2] if small else [1, 2, 4] if many else [4])))
     options.repetitions = options.repetitions or (2 if small else 3)
     options.requests = options.requests or (100 if small else 400 if many else 10_000)
     options.concurrency = options.concurrency or (10 if small else 20 if many else 100)
     options.seconds = options.seconds or (4.0 if small else 15.0)
-    options.hold = 8.0 if small else 15.0
+    options.hold = 6.0 if small else 15.0
     if options.requests < FEWEST_REQUESTS:
         parser.error(f"--requests {options.requests}: ab needs at least {FEWEST_REQUESTS} for its 99th percentile")
     for file in (options.mar, options.body):
