@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import statistics
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -50,7 +51,7 @@ def exercise_lines(found: dict[str, Any]) -> list[str]:
             continue
         for name, values in one["median_ms_per_request"].items():
             low, high = min(values), max(values)
-            middle = sorted(values)[len(values) // 2]
+            middle = statistics.median(values)
             lines.append(f"{one['title']}, {one['model']}: {name}: {middle:.1f} ms ({low:.1f}\N{EN DASH}{high:.1f})")
     return lines
 
