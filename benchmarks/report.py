@@ -63,6 +63,8 @@ def missing_lines(found: dict[str, Any]) -> list[str]:
 
 def _markdown(found: dict[str, Any], rows: Sequence[Row]) -> str:
     parts = [markdown(rows)]
+    if found.get("interrupted"):
+        parts.append("Interrupted: this is what had been measured until then.\n")
     if found.get("scaling"):
         parts.append(f"**Scaling 1 -> 2 -> 1 under load**\n\n{scaling.table(found['scaling'])}")
     bullets = [*exercise_lines(found), *missing_lines(found)]
