@@ -149,8 +149,10 @@ class Run:
         }
         if self.interrupted:
             found["interrupted"] = True
-        (out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-        (out / "traces.json").write_text(json.dumps(self.traces) + "\n")
+        for name, content in (("results.json", found), ("traces.json", self.traces)):
+            partial = out / f"{name}.partial"
+            partial.write_text(json.dumps(content, indent=1 if content is found else None) + "\n")
+            partial.replace(out / name)
 
 
 def _trace(job: Job, found: Observed, node_of: dict[int, int]) -> dict[str, Any]:
