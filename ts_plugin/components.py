@@ -17,7 +17,7 @@ from ts_plugin.cells import Cell, Costs, Part, group
 
 __all__ = ["Limits", "Search"]
 
-_FEW = 5  # up to so many groups every way of joining them is tried
+_FEW = 6  # up to so many groups every way of joining them is tried
 _PAIRS = 16  # up to so many groups every pair of them is tried
 _SPAN = 3  # a run of more cells is cut at the cells' boundaries only
 _CLOSINGS = 3  # runs tried from one cell on where sizes are bounded from above
@@ -72,7 +72,8 @@ class Search:
     """One search over one order of the levels, outermost first.
 
     ``near`` narrows the numbers of parts tried for a group to those around its proportional share. ``spare_nodes``:
-    a NUMA node may stay idle, and nothing joins two. ``homes`` is the number of workers at home in each cell.
+    a NUMA node may stay idle, and nothing joins two; that level comes first then. ``homes`` is the number of workers
+    at home in each cell.
     """
 
     def __init__(
@@ -99,7 +100,8 @@ class Search:
         self.tables: dict[object, _Table] = {}
 
     def run(self) -> list[Part] | None:
-        members = tuple(range(len(self.cells)))
+        order = sorted((cell.kind, cell.package, cell.node, cell.l3, i) for i, cell in enumerate(self.cells))
+        members = tuple(i for *_, i in order)  # neighbours in a package follow each other
         found = self._table(members, 0, range(self.workers, self.workers + 1)).get(self.workers)
         return found and found[1].build(members, self.cells)
 
@@ -132,15 +134,15 @@ class Search:
         return self.tables[key]
 
     def _make_table(self, members: tuple[int, ...], depth: int, wanted: range) -> _Table:
-        if len(members) == 1 and not (self.spare_nodes and "node" in self.levels[depth:]):
+        if len(members) == 1:
             size = self._size(members)
             low, high = self.limits.least, self.limits.most
             return {p: (self.costs.even(size, p), _Recipe(p)) for p in wanted if p * low <= size <= p * high}
-        level, rest = self.levels[depth], self.levels[depth + 1 :]
+        level = self.levels[depth]
         spare = self.spare_nodes and level == "node"
         where = {member: position for position, member in enumerate(members)}
         groups = [tuple(found) for found in group(self.cells, members, level).values()]
-        if len(groups) == 1 and not spare:
+        if len(groups) == 1:
             return self._make_table(members, depth + 1, wanted)
         tables = []
         for found in groups:
@@ -150,10 +152,8 @@ class Search:
             tables.append(self._with_moves(table, found, level))
         positions = [tuple(where[i] for i in found) for found in groups]
         result = self._combine(positions, tables, wanted)
-        if self.spare_nodes and (spare or "node" in rest):
-            return result
         for p in wanted:
-            if p not in result and (entry := self._join(members, level, positions, tables, p)):
+            if p not in result and not spare and (entry := self._join(members, level, positions, tables, p)):
                 result[p] = entry
         return result
 

@@ -16,6 +16,7 @@ __all__ = ["cut", "pack", "repair"]
 
 # Orders of search: right where packages hold whole NUMA nodes; where nodes hold whole packages; where neither holds.
 _ORDERS = (("kind", "package", "node", "l3"), ("kind", "node", "package", "l3"), ("kind", "node", "l3", "package"))
+_NODES_FIRST = ("node", "kind", "package", "l3")
 _NEAR, _WIDE = 1, 32
 _EXCHANGES = 1000  # looked at to repair what the search missed
 
@@ -43,7 +44,7 @@ def cut(
 
     def search(near: int, strict: frozenset[str] = frozenset()) -> list[Part] | None:
         best: list[Part] | None = None
-        for levels in _ORDERS:
+        for levels in (_NODES_FIRST,) if within_nodes else _ORDERS:
             costs = Costs(cells, distance, strict)
             one = Search(
                 cells,
@@ -158,10 +159,11 @@ def pack(cells: Sequence[Cell], sizes: Sequence[int], *, within_nodes: bool = Fa
     Raises:
         PlanError: ``within_nodes``, and a size fits into no node any more.
     """
+    levels = _NODES_FIRST if within_nodes else LEVELS
     room = [cell.size for cell in cells]
     parts: dict[int, Part] = {}
     for place in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        parts[place] = _gather(cells, room, range(len(cells)), sizes[place], LEVELS)[1]
+        parts[place] = _gather(cells, room, range(len(cells)), sizes[place], levels)[1]
         if within_nodes and len({cells[i].node for i, _ in parts[place]}) > 1:
             nodes: dict[int, int] = {}
             for cell in cells:

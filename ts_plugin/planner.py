@@ -167,6 +167,8 @@ def _claims(topology: Topology, demands: Sequence[Demand], notes: list[str]) -> 
             cpus = narrow(topology, demand.allowed, policy)
             cores, left_out = fast(topology, cpus, policy)
             known[key] = cpus, cores
+            if isolated := (demand.allowed & topology.isolated) - cpus:
+                notes.append(f"CPUs {_list(isolated)} are isolated (isolcpus=) and left out; --core-list can name them")
             notes += left_out
         claims.append(_Claim(place, demand, *known[key]))
     return claims

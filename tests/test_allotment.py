@@ -1,0 +1,73 @@
+"""Dividing cores among groups of workers with different, overlapping cpusets."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ts_plugin.allotment import Taker, allot, apportion
+
+
+def taker(cores: str, workers: int = 1, *, need: int = 0, limit: int | None = None) -> Taker:
+    """``cores`` is a run of digits, one core each."""
+    numbers = frozenset(map(int, cores))
+    return Taker(numbers, workers, need, len(numbers) if limit is None else limit, float(workers))
+
+
+def totals(takers: list[Taker]) -> list[int]:
+    got = Counter[int]()
+    for cores, counts in allot(takers):
+        assert sum(counts.values()) <= len(cores)
+        for t, count in counts.items():
+            assert takers[t].cores.issuperset(cores)
+            got[t] += count
+    return [got[t] for t in range(len(takers))]
+
+
+ALLOTTED = [
+    pytest.param([taker("0123")], [4], id="alone"),
+    pytest.param([taker("0123", 3), taker("0123", 1)], [3, 1], id="by workers"),
+    pytest.param([taker("01234567", 1), taker("01", 1)], [6, 2], id="cores that only one can use go first"),
+    pytest.param([taker("012"), taker("1234"), taker("45")], [2, 2, 2], id="a chain"),
+    pytest.param([taker("01"), taker("0", 3)], [1, 1], id="nobody starves"),
+    pytest.param([taker("0"), taker("0")], [1, 0], id="too few"),
+    pytest.param([taker("01234567", 1, need=6), taker("01234567", 3)], [5, 3], id="a core each before fixed sizes"),
+    pytest.param([taker("01234567", 1, need=4, limit=4), taker("01234567", 1)], [4, 4], id="what one may not have"),
+    pytest.param([taker("01234567", 1, limit=2), taker("01234567", 1)], [2, 6], id="... the other gets"),
+]
+
+
+@pytest.mark.parametrize(("takers", "expected"), ALLOTTED)
+def test_allot(takers: list[Taker], expected: list[int]) -> None:
+    assert totals(takers) == expected
+
+
+@given(st.lists(st.builds(taker, st.sets(st.sampled_from("0123456789"), min_size=1).map("".join), st.integers(1, 4)),
+                min_size=1, max_size=4))  # fmt: skip
+def test_nothing_usable_is_left_and_nobody_starves(takers: list[Taker]) -> None:
+    got = totals(takers)
+    usable = frozenset().union(*(taker.cores for taker in takers))
+    assert sum(got) == len(usable)
+    for chosen in range(1, 1 << len(takers)):  # Hall: cores go to everybody where any division could do it
+        few = [t for t in range(len(takers)) if chosen >> t & 1]
+        if len(frozenset().union(*(takers[t].cores for t in few))) < sum(takers[t].workers for t in few):
+            return
+    assert all(number >= taker.workers for number, taker in zip(got, takers, strict=True))
+
+
+@given(st.integers(0, 60), st.lists(st.floats(0.1, 10), min_size=1, max_size=6))
+def test_apportion(extra: int, weights: list[float]) -> None:
+    sizes = apportion(len(weights) + extra, weights)
+    assert sum(sizes) == len(weights) + extra
+    assert min(sizes) >= 1
+    more = apportion(len(weights) + extra + 1, weights)
+    assert all(b >= a for a, b in zip(sizes, more, strict=True))
+
+
+def test_apportion_is_proportional() -> None:
+    assert apportion(12, [3, 2, 1]) == [6, 4, 2]
+    assert apportion(7, [1, 1, 1]) == [3, 2, 2]
+    assert apportion(3, [100, 1, 1]) == [1, 1, 1]

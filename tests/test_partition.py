@@ -1,0 +1,213 @@
+"""Cutting: nothing crosses fewer boundaries. Compared with all divisions there are, on all small machines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import pytest
+
+from ts_plugin.cells import Cell, Part
+from ts_plugin.partition import cut, pack, repair
+
+Key = tuple[int, ...]
+
+
+def far(a: int, b: int) -> int:
+    return 20
+
+
+def integer_partitions(total: int, parts: int, largest: int | None = None) -> Iterator[tuple[int, ...]]:
+    """All ways to write ``total`` as ``parts`` numbers from 0, in descending order."""
+    if parts == 0:
+        if total == 0:
+            yield ()
+        return
+    for first in range(min(total, total if largest is None else largest), -1, -1):
+        if first * parts < total:
+            return
+        for rest in integer_partitions(total - first, parts - 1, first):
+            yield first, *rest
+
+
+def compositions(total: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write ``total`` as positive numbers, order apart."""
+    for parts in range(1, total + 1):
+        for numbers in integer_partitions(total - parts, parts):
+            yield tuple(number + 1 for number in numbers)
+
+
+def divisions(cells: Sequence[Cell], workers: int) -> Iterator[list[Part]]:
+    """All ways to give all cores to ``workers`` workers, who may get none, up to their order."""
+
+    def hand_out(cell: int, columns: tuple[tuple[int, ...], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
+        if cell == len(cells):
+            yield columns
+            return
+        alike = [[column] * columns.count(column) for column in sorted(set(columns))]
+        for grown in to_alike(alike, cells[cell].size):
+            yield from hand_out(cell + 1, grown)
+
+    def to_alike(alike: list[list[tuple[int, ...]]], cores: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+        """Workers that hold the same so far are interchangeable."""
+        if not alike:
+            if not cores:
+                yield ()
+            return
+        first, *rest = alike
+        for here in range(cores + 1):
+            for counts in integer_partitions(here, len(first)):
+                for others in to_alike(rest, cores - here):
+                    yield *((*column, count) for column, count in zip(first, counts, strict=True)), *others
+
+    for columns in hand_out(0, ((),) * workers):
+        yield [tuple((i, count) for i, count in enumerate(column) if count) for column in columns]
+
+
+def crossed(cells: Sequence[Cell], parts: Sequence[Part]) -> Key:
+    """What is to be small, the most important first; counted here once more, independently of the planner."""
+    counts = []
+    for level in ("kind", "node", "package", "l3"):
+        groups: dict[int, int] = {}
+        for cell in cells:
+            groups[getattr(cell, level)] = groups.get(getattr(cell, level), 0) + cell.size
+        touched = [len({getattr(cells[i], level) for i, _ in part}) for part in parts]
+        share = sum(groups.values()) // len(parts)
+        bound = len(parts) - sum(cores // share for cores in groups.values())
+        counts.append((max(0, sum(number > 1 for number in touched) - max(0, bound)), sum(touched) - len(touched)))
+    (_, kinds), nodes, (_, packages), l3 = counts
+    return kinds, *nodes, l3[0], packages, l3[1]
+
+
+def sizes(parts: Sequence[Part]) -> list[int]:
+    return [sum(count for _, count in part) for part in parts]
+
+
+def check(cells: Sequence[Cell], workers: int, *, equal: bool) -> None:
+    """Compare with all divisions that keep to the same rules."""
+    total = sum(cell.size for cell in cells)
+    parts = cut(cells, workers, distance=far, equal=equal)
+    assert [sum(dict(part).get(i, 0) for part in parts) for i in range(len(cells))] == [cell.size for cell in cells]
+    low, high = (total // workers, -(-total // workers)) if equal else (-(-total // (2 * workers)), total)
+    assert all(low <= size <= high for size in sizes(parts))
+    best = min(
+        crossed(cells, others)
+        for others in divisions(cells, workers)
+        if all(low <= size <= high for size in sizes(others))
+    )
+    assert crossed(cells, parts) == best, (cells, workers, parts)
+
+
+def nested(cores: int, packages: int) -> Iterator[list[Cell]]:
+    """Every machine with so many cores in NUMA nodes of L3 domains; node i is in package i % packages."""
+    domains = {total: list(compositions(total)) for total in range(1, cores + 1)}
+
+    def fill(nodes: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
+        if not nodes:
+            yield []
+            return
+        for first in domains[nodes[0]]:
+            for rest in fill(nodes[1:]):
+                yield [first, *rest]
+
+    for nodes in compositions(cores):
+        for filled in fill(nodes):
+            yield [
+                Cell(0, node, node % packages, 8 * node + l3, count)
+                for node, counts in enumerate(filled)
+                for l3, count in enumerate(counts)
+            ]
+
+
+@pytest.mark.parametrize("packages", [1, 2])
+@pytest.mark.parametrize("cores", [1, 2, 3, 4, 5, 6])
+def test_no_division_of_a_small_machine_crosses_less(cores: int, packages: int) -> None:
+    for cells in nested(cores, packages):
+        for workers in range(1, cores + 1):
+            check(cells, workers, equal=False)
+            check(cells, workers, equal=True)
+
+
+def odd_machine(chance: random.Random) -> list[Cell]:
+    """A machine of up to eight cores whose L3 domains span its nodes, or whose nodes span packages."""
+    found: dict[tuple[int, int, int], int] = {}
+    spanning = chance.random() < 0.5
+    for _ in range(chance.randint(4, 8)):
+        node, package = chance.randrange(4), chance.randrange(3)
+        where = (node, node % 2, node % 2) if spanning else (node, package, 4 * node + package)
+        found[where] = found.get(where, 0) + 1
+    return [Cell(0, *where, count) for where, count in sorted(found.items())]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_division_of_an_odd_machine_crosses_less(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(10):
+        cells = odd_machine(chance)
+        check(cells, chance.randint(1, sum(cell.size for cell in cells)), equal=chance.random() < 0.3)
+
+
+def test_types_are_mixed_last() -> None:
+    cells = [Cell(0, 0, 0, 0, 4), Cell(1, 0, 0, 0, 2), Cell(0, 1, 1, 1, 4), Cell(1, 1, 1, 1, 2)]
+    parts = cut(cells, 4, distance=far)
+    assert all(len({cells[i].kind for i, _ in part}) == 1 for part in parts)
+
+
+def test_near_nodes_are_joined() -> None:
+    """Four nodes on a ring, two workers: opposite nodes are further apart than neighbours."""
+    cells = [Cell(0, node, 0, node, 4) for node in (0, 1, 2, 3)]
+    parts = cut(cells, 2, distance=lambda a, b: 16 if a // 2 == b // 2 else 32)
+    assert {tuple(i for i, _ in part) for part in parts} == {(0, 1), (2, 3)}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7, 8, 31, 64, 100, 256, 300])
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_large_machine(workers: int, equal: bool) -> None:
+    """512 cores in 8 nodes of 8 L3 domains: nothing crosses more than the groups' sizes force it to."""
+    cells = [Cell(0, node, node // 4, 8 * node + l3, 8) for node in range(8) for l3 in range(8)]
+    parts = cut(cells, workers, distance=far, equal=equal)
+    assert (len(parts), sum(sizes(parts))) == (workers, 512)
+    if equal:
+        assert max(sizes(parts)) - min(sizes(parts)) <= 1
+    else:
+        assert min(sizes(parts)) * 2 * workers >= 512
+        assert crossed(cells, parts) == (
+            0, 0, max(0, 8 - workers), 0, max(0, 2 - workers), max(0, 64 - workers),
+        )  # fmt: skip
+
+
+PACKED = [
+    pytest.param([8, 8], [4, 4], ["0:4", "0:4"], id="close together"),
+    pytest.param([8, 8], [4, 8], ["1:4", "0:8"], id="the largest chooses first"),
+    pytest.param([8, 4], [4], ["1:4"], id="the tightest fit"),
+    pytest.param([6, 6], [4, 4, 4], ["0:4", "1:4", "0:2 1:2"], id="what is left over"),
+    pytest.param([6, 6, 3], [9], ["0:6 2:3"], id="few groups, filled exactly"),
+    pytest.param([4], [], [], id="nothing"),
+]
+
+
+@pytest.mark.parametrize(("groups", "wanted", "expected"), PACKED)
+def test_pack(groups: list[int], wanted: list[int], expected: list[str]) -> None:
+    cells = [Cell(0, 0, 0, l3, size) for l3, size in enumerate(groups)]
+    parts = pack(cells, wanted)
+    assert sizes(parts) == wanted
+    assert [" ".join(f"{i}:{count}" for i, count in part) for part in parts] == expected
+
+
+def test_repair_gives_away_and_exchanges() -> None:
+    cells = [Cell(0, node, node, node, 6) for node in range(2)]
+    crossing: list[Part] = [((0, 6), (1, 1)), ((1, 5),)]
+    assert repair(cells, crossing, [3, 3], 12, far) == [((0, 6),), ((1, 6),)]
+    assert repair(cells, crossing, [7, 3], 12, far) == crossing
+    entangled: list[Part] = [((0, 3), (1, 3)), ((0, 3), (1, 3))]
+    assert repair(cells, entangled, [6, 6], 6, far) in ([((0, 6),), ((1, 6),)], [((1, 6),), ((0, 6),)])
+
+
+def test_parts_are_in_one_order() -> None:
+    """Cells and parts are numbered upwards, so that the same machine always gives the same text."""
+    cells = [Cell(0, 0, 0, l3, 4) for l3 in range(6)]
+    for workers in (1, 2, 3, 5, 9):
+        parts = cut(cells, workers, distance=far)
+        assert all(list(part) == sorted(part) for part in parts)
+        assert all(a <= b for a, b in pairwise(parts) if workers in (1, 2, 3))
