@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from ts_plugin.allotment import Taker, allot, apportion
 
 
-def taker(cores: str, workers: int = 1, *, need: int = 0, limit: int | None = None) -> Taker:
-    """``cores`` is a run of digits, one core each."""
+def taker(cores: str, workers: int = 1, *, need: int = 0, limit: int | None = None, share: float = 1) -> Taker:
+    """``cores`` is a run of digits, one core each; ``share`` is that of each worker."""
     numbers = frozenset(map(int, cores))
-    return Taker(numbers, workers, need, len(numbers) if limit is None else limit, float(workers))
+    return Taker(numbers, workers, need, len(numbers) if limit is None else limit, workers * share)
 
 
 def totals(takers: list[Taker]) -> list[int]:
@@ -34,7 +34,10 @@ ALLOTTED = [
     pytest.param([taker("012"), taker("1234"), taker("45")], [2, 2, 2], id="a chain"),
     pytest.param([taker("01"), taker("0", 3)], [1, 1], id="nobody starves"),
     pytest.param([taker("0"), taker("0")], [1, 0], id="too few"),
-    pytest.param([taker("01234567", 1, need=6), taker("01234567", 3)], [5, 3], id="a core each before fixed sizes"),
+    pytest.param([taker("012"), taker("0"), taker("12")], [1, 1, 1], id="one makes way for another"),
+    pytest.param([taker("01234567", 3), taker("01234567", need=6)], [3, 5], id="a core each before fixed sizes"),
+    pytest.param([taker("0123", 3, share=0.1), taker("0123", need=3)], [3, 1], id="... whatever the shares"),
+    pytest.param([taker("01234567", share=3), taker("01234567")], [6, 2], id="by share"),
     pytest.param([taker("01234567", 1, need=4, limit=4), taker("01234567", 1)], [4, 4], id="what one may not have"),
     pytest.param([taker("01234567", 1, limit=2), taker("01234567", 1)], [2, 6], id="... the other gets"),
 ]

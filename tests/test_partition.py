@@ -148,6 +148,26 @@ def test_no_division_of_an_odd_machine_crosses_less(seed: int) -> None:
         check(cells, chance.randint(1, sum(cell.size for cell in cells)), equal=chance.random() < 0.3)
 
 
+HARD = [  # where a simpler search misses the best
+    pytest.param(4, [(0, 0, 1), (0, 0, 1), *((node, 0, 1) for node in range(1, 6))], id="whom to join"),
+    pytest.param(3, [(0, 0, 2), (1, 1, 1), (2, 2, 1), (3, 0, 1), (4, 1, 1), (5, 2, 1)], id="packages interleaved"),
+    pytest.param(2, [(0, 1, 1), (1, 1, 2), (1, 1, 4)], id="a small one meets a large one"),
+]
+
+
+@pytest.mark.parametrize(("workers", "domains"), HARD)
+def test_no_division_of_a_hard_machine_crosses_less(workers: int, domains: list[tuple[int, int, int]]) -> None:
+    """Each domain: its NUMA node, its package, its cores."""
+    check([Cell(0, node, package, i, count) for i, (node, package, count) in enumerate(domains)], workers, equal=False)
+
+
+def test_two_odd_nodes_make_room_for_one_more() -> None:
+    """Parts have two cores or more here, so three and three hold three of them together but two apart."""
+    cells = [Cell(0, node, 0, node, cores) for node, cores in enumerate((2, 3, 3, 3, 3, 3, 3, 3))]
+    parts = cut(cells, 9, distance=far)
+    assert sum(len(part) - 1 for part in parts) == 1
+
+
 def test_types_are_mixed_last() -> None:
     cells = [Cell(0, 0, 0, 0, 4), Cell(1, 0, 0, 0, 2), Cell(0, 1, 1, 1, 4), Cell(1, 1, 1, 1, 2)]
     parts = cut(cells, 4, distance=far)

@@ -41,6 +41,8 @@ def grouped(*groups: Group, smt: int = 1, isolated: Iterable[int] = ()) -> Topol
 XEON = machine(packages=2, cores=28, smt=2)  # CPUs 0-27,56-83 in node 0, 28-55,84-111 in node 1
 EPYC = machine(packages=2, l3=4, cores=4)
 SMALL = machine(cores=4)
+CHIPLETS = machine(l3=8, cores=2)
+NODES = machine(nodes=8, cores=3)
 VM = grouped((0, 0, 0, 0, 4), smt=2)  # siblings 0-1, 2-3, 4-5, 6-7
 HYBRID = machine(cores=12, slow=8)
 PHONE = grouped((0, 0, 0, 0, 1), (1, 0, 0, 0, 3), (2, 0, 0, 0, 4))
@@ -89,6 +91,7 @@ TABLE = [
     ),
     pytest.param(grouped((0, 0, 0, 0, 4), isolated=[1]), [Demand(cpus("1"))], "1", id="... or there is nothing else"),
     pytest.param(XEON, wants(XEON, 2, reserve_cores=2), "2-27 28-55", id="reserved cores are compact"),
+    pytest.param(LAMED, wants(LAMED, 1, reserve_cores=2), "2-11", id="... and leave nodes as equal as they can"),
     pytest.param(EPYC, wants(EPYC, 1, reserve_cores=18), "18-31", id="a large reserve takes a whole node first"),
     # Core types
     pytest.param(HYBRID, wants(HYBRID, 2), "0-1 2-3", id="hybrid: fast cores only"),
@@ -108,6 +111,7 @@ TABLE = [
     pytest.param(
         SMALL, [Demand(SMALL.online, cores=3), *wants(SMALL, 2)], "0-1 2 3", id="fixed only if each gets a core"
     ),
+    pytest.param(SMALL, [Demand(SMALL.online, cores=3), *wants(SMALL)], "0-2 3", id="... but just that"),
     pytest.param(
         XEON, [Demand(XEON.online, share=2), *wants(XEON, 2)], "0-27 28-41 42-55", id="weights divide the cores"
     ),
@@ -117,6 +121,10 @@ TABLE = [
     ),
     # Never across a node
     pytest.param(XEON, wants(XEON, 1, skip_cross_node_cores=True), "0-27", id="skip: one node idles"),
+    pytest.param(
+        EPYC, [replace(wants(EPYC, skip_cross_node_cores=True)[0], share=share) for share in (1, 1, 2)],
+        "16-23 24-31 0-15", id="skip: the largest slice to the largest share",
+    ),
     pytest.param(EPYC, wants(EPYC, 5, skip_cross_node_cores=True), "0-7 8-15 16-23 24-27 28-31", id="skip: none idle"),
     pytest.param(
         LAMED, wants(LAMED, 3, skip_cross_node_cores=True, equal=True), "0-2 3-5 6-8", id="skip and equal: a rest idles"
@@ -152,6 +160,7 @@ TABLE = [
     pytest.param(
         SMALL, [*wants(SMALL, 1, cpus="0"), *wants(SMALL, 1, cpus="0", equal=True)], "0 0", id="a pool without a core"
     ),
+    pytest.param(SMALL, [*wants(SMALL, cores_per_worker=(1,)), *wants(SMALL)], "0 1-3", id="fixed sizes and the rest"),
     pytest.param(SMALL, [], "", id="nobody"),
 ]  # fmt: skip
 
@@ -284,6 +293,8 @@ def test_idle_and_reserved() -> None:
     assert result.reserved == cpus("0-1,56-57")
     assert result.idle == cpus("0-1,22-27,48-55,56-57,78-83,104-111")
     assert not plan(XEON, wants(XEON, 5)).idle
+    unpinned = plan(SMALL, wants(SMALL, 2, reserve_cores=1, pin=Pin.NEVER))
+    assert unpinned.idle == unpinned.reserved == cpus("0")
 
 
 def after(topology: Topology, demands: Sequence[Demand], result: Plan) -> list[Demand]:
@@ -299,6 +310,8 @@ MOVES = [
     pytest.param(EPYC, 4, [1, 2, 3], 1, "0-15 16-23 24-31", id="... whoever leaves"),
     pytest.param(SNC, 4, [0, 2, 3], 1, "0-15 16-23 24-31", id="a neighbour takes the free node"),
     pytest.param(SNC, 4, [0, 1, 3], 1, "0-7 8-15 16-31", id="... and grows down as well as up"),
+    pytest.param(NODES, 8, [1, 3, 4, 5, 6, 7], 1, "0-5 6-11 12-14 15-17 18-20 21-23", id="... two for two"),
+    pytest.param(SMALL, 2, [1], 2, "2-3 0-1", id="cores are kept"),
     pytest.param(SMALL, 6, [0, 1, 2, 3, 5], 1, "0 1 2 3 1", id="shared cores are kept"),
 ]
 
@@ -316,8 +329,9 @@ def test_what_is_good_is_kept() -> None:
     held = ["42-55", "0-27", "28-41"]
     demands = [Demand(XEON.online, held=cpus(text)) for text in held]
     assert drawn(plan(XEON, demands)) == " ".join(held)
-    odd = [Demand(SMALL.online, held=cpus("0,2")), Demand(SMALL.online, held=cpus("1,3"))]
-    assert drawn(plan(SMALL, odd)) == "0,2 1,3"
+    held = ["0-1,4-5,8-9", "2-3,6-7,10-11", "12-15"]
+    demands = [Demand(CHIPLETS.online, held=cpus(text)) for text in held]
+    assert drawn(plan(CHIPLETS, demands)) == " ".join(held)
 
 
 def test_what_is_bad_is_not_kept() -> None:
@@ -418,6 +432,16 @@ def test_sizes(topology: Topology, workers: int, equal: bool) -> None:
         assert sum(sizes) == cores
         assert min(sizes) * 2 * workers >= cores
         assert not equal or max(sizes) - min(sizes) <= 1
+
+
+@given(topology=topologies(), shares=st.lists(st.sampled_from([1.0, 1.1, 2.0, 3.0]), min_size=1, max_size=6))
+def test_shares(topology: Topology, shares: list[float]) -> None:
+    """Nobody is far below its due, which locality may halve and whole cores round."""
+    cores = len(topology.cores)
+    demands = [replace(wants(topology, use_e_cores=True)[0], share=share) for share in shares]
+    if len(shares) <= cores:
+        for share, piece in zip(shares, plan(topology, demands).slices, strict=True):
+            assert len(piece.cpus) >= max(1, (cores * share / sum(shares) - 1) / 2)
 
 
 @given(topology=topologies(), workers=st.integers(1, 6), size=st.integers(1, 4))

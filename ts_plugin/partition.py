@@ -74,8 +74,6 @@ def cut(
         return found
     if found and _perfect(score(cells, found, distance), cells, workers):
         return found
-    if not equal:
-        found = better(found, search(_WIDE))
     if found and (strict := _avoidable(score(cells, found, distance))):
         found = better(found, search(_WIDE, strict))
     parts = found or list(draw(range(len(cells)), [cell.size for cell in cells], workers))

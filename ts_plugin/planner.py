@@ -90,8 +90,7 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
     for pool in bounded:
         slices.update(_bound(topology, pool, notes))
     loads: Counter[int] = Counter()  # workers per core
-    allotted = zip(pools, _allot(topology, pools), strict=True)
-    for pool, cores in sorted(allotted, key=lambda item: not item[1]):  # who got none shares the others' cores
+    for pool, cores in zip(pools, _allot(topology, pools), strict=True):
         slices.update(_assign(topology, pool, cores, loads, notes))
     chosen = tuple(slices[place] for place in range(len(demands)))
     allowed = topology.online.intersection(frozenset().union(*(demand.allowed for demand in demands)))

@@ -13,12 +13,13 @@ from itertools import combinations
 from ts_plugin import partition
 from ts_plugin.allotment import apportion
 from ts_plugin.cells import Cell, Part, Score, least, score
+from ts_plugin.cells import size as size_of
 from ts_plugin.topology import Topology
 
 __all__ = ["Worker", "compact", "crowd", "divide"]
 
+_SWAPS = 64  # up to so many workers it is tried whether two that swap their parts move less
 _FAR = 20  # the kernel's distance to a remote node where the firmware gives none
-_IMPROVE = 64  # up to so many workers pairs are tried for an exchange that saves moves
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +132,19 @@ def _cut(
     equal: bool,
     within_nodes: bool,
 ) -> list[Part]:
-    """One part per worker: fixed sizes first, then the rest by weight."""
+    """One part per worker: fixed sizes first, then the others divide what is left."""
     fixed = [w for w, size in enumerate(sizes) if size]
-    fair = [w for w, size in enumerate(sizes) if not size]
     packed = partition.pack(ground.cells, [sizes[w] for w in fixed], within_nodes=within_nodes)
     parts = dict(zip(fixed, packed, strict=True))
     room = [cell.size for cell in ground.cells]
-    for part in parts.values():
+    for part in packed:
         for i, count in part:
             room[i] -= count
-    open_cells = [i for i, size in enumerate(room) if size]
-    rest = [replace(ground.cells[i], size=room[i]) for i in open_cells]
+    left = [i for i, size in enumerate(room) if size]
+    rest = [replace(ground.cells[i], size=room[i]) for i in left]
+    fair = sorted((w for w, size in enumerate(sizes) if not size), key=lambda w: -workers[w].weight)
     weights = [workers[w].weight for w in fair]
-    if fair and (len(set(weights)) == 1 or within_nodes):
+    if len(set(weights)) == 1 or (fair and within_nodes):
         at_home = Counter(homes[w].most_common(1)[0][0] for w in fair if homes[w])
         cut = partition.cut(
             rest,
@@ -151,17 +152,16 @@ def _cut(
             equal=equal,
             within_nodes=within_nodes,
             distance=ground.distance,
-            homes=[at_home[i] for i in open_cells],
+            homes=[at_home[i] for i in left],
         )
-        fair.sort(key=lambda w: -workers[w].weight)
         if len(set(weights)) > 1:
-            cut.sort(key=lambda part: -sum(count for _, count in part))
+            cut.sort(key=size_of, reverse=True)
     else:
         due = apportion(sum(room), weights) if fair else []
         lows = [-(-size // 2) for size in due]
         cut = partition.repair(rest, partition.pack(rest, due), lows, sum(room), ground.distance)
     for w, part in zip(fair, cut, strict=True):
-        parts[w] = tuple((open_cells[i], count) for i, count in part)
+        parts[w] = tuple((left[i], count) for i, count in part)
     return [parts[w] for w in range(len(workers))]
 
 
@@ -176,13 +176,13 @@ def _may_stay(
     """Whether what the workers hold is as good as the new parts."""
     if not all(held) or len(frozenset().union(*held)) != sum(map(len, held)):
         return False
-    new = [sum(count for _, count in part) for part in parts]
+    new = list(map(size_of, parts))
     if sum(map(len, held)) != sum(new):
         return False
-    total = sum(new)
     for workers in classes:
-        had, gets = sorted(len(held[w]) for w in workers), sorted(new[w] for w in workers)
-        if had != gets and (equal or len(workers) != len(held) or had[0] < least(total, len(workers))):
+        has, gets = sorted(len(held[w]) for w in workers), sorted(new[w] for w in workers)
+        free = not equal and len(workers) == len(held) and has[0] >= least(sum(new), len(workers))
+        if has != gets and not free:
             return False
     stays = [tuple(sorted(ground.counts(mine).items())) for mine in held]
     return ground.score(stays) <= ground.score(parts)
@@ -213,13 +213,13 @@ def _match(ground: _Ground, parts: Sequence[Part], homes: Sequence[Counter[int]]
         if w not in chosen:
             chosen[w] = min(free, key=lambda p: (moves(w, p), p))
             del free[chosen[w]]
-    improved = len(parts) <= _IMPROVE
+    improved = len(parts) <= _SWAPS
     while improved:
         improved = False
         for a, b in combinations(range(len(parts)), 2):
-            now = sorted((moves(a, chosen[a]), moves(b, chosen[b])))
-            other = sorted((moves(a, chosen[b]), moves(b, chosen[a])))
-            if tuple(map(sum, zip(*other, strict=True))) < tuple(map(sum, zip(*now, strict=True))):
+            now = zip(moves(a, chosen[a]), moves(b, chosen[b]), strict=True)
+            then = zip(moves(a, chosen[b]), moves(b, chosen[a]), strict=True)
+            if [*map(sum, then)] < [*map(sum, now)]:
                 chosen[a], chosen[b] = chosen[b], chosen[a]
                 improved = True
     return [parts[chosen[w]] for w in range(len(parts))]
