@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Any
 
 from ts.torch_handler.base_handler import BaseHandler
 
-from ts_plugin import binding, claim, follower
+from ts_plugin import binding, claim, coordinator, follower
 from ts_plugin.launcher import say
 from ts_plugin.ledger import Ledger
 
@@ -44,15 +45,15 @@ def _claim(context: Any) -> follower.Follower | None:
         ledger = Ledger()
         archive = claim.read_archive(properties.get("model_dir"))
         lease = claim.claim(ledger, archive=archive, worker=worker)
-        # torch is here already, and so are its threads: all move, and masks that OMP_PROC_BIND shrank are repaired.
-        repaired = binding.bind_tree(lease.pid, lease.slice.cpus, before=os.sched_getaffinity(0))
         note = binding.bind_memory(lease.demand.policy.memory, lease.slice.numa_nodes) if lease.slice.pinned else None
         own = follower.attach(ledger, lease)
         own.loaded(context)
     except Exception as error:  # noqa: BLE001 - a pinning plug-in never takes serving down, whatever went wrong
         say(f"worker {worker} serves UNBOUND: {' '.join(str(error).split())}", problem=True)
+        with contextlib.suppress(Exception):
+            coordinator.leave(Ledger(), os.getpid())
         return None
-    say(f"{claim.describe(lease)} (claimed by the handler, {repaired} masks set)")
+    say(f"{claim.describe(lease)} (claimed by the handler)")
     traps = [
         f"{name} is set, and shrank the affinity mask at `import torch`; unset it"
         for name in binding.collapsing(os.environ)

@@ -34,7 +34,6 @@ def main() -> None:
     except (OSError, PlanError, claim.CannotBind) as error:
         print(json.dumps({"pid": os.getpid(), "error": str(error)}), flush=True)
         return
-    os.sched_setaffinity(0, lease.slice.cpus)
     for _ in range(options.get("extra_threads", 0)):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
     own = follower.Follower(ledger, lease)  # not attach(): that needs TorchServe, and would import torch 64 times

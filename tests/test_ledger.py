@@ -99,6 +99,9 @@ def test_a_reused_pid_is_not_taken_for_its_owner(ledger: Ledger) -> None:
         b'{"version": 1, "reserved": "3-0"}',
         b'{"version": 1, "surprise": true}',
         b'{"version": 1, "leases": [{"pid": "x"}]}',
+        b'{"version": 1, "generation": "x"}',
+        b'{"version": 1, "generation": null}',
+        b"[" * 200_000,
     ],
 )
 def test_a_damaged_ledger_is_rebuilt_from_the_workers_that_run(ledger: Ledger, damage: bytes) -> None:
@@ -136,16 +139,20 @@ def test_the_directory_is_made_for_this_user_alone(ledger: Ledger) -> None:
     with ledger.locked():
         ledger.write(State())
     assert stat.S_IMODE(os.stat(ledger.directory).st_mode) == 0o700
-    os.chmod(ledger.directory, 0o777)
-    with ledger.locked():
+
+
+def test_a_directory_that_others_may_enter_is_refused_and_left_alone(ledger: Ledger) -> None:
+    os.mkdir(ledger.directory)
+    os.chmod(ledger.directory, 0o1777)
+    with pytest.raises(LedgerError, match=r"others may enter it \(mode 1777\); chmod 700 it"), ledger.locked():
         pass
-    assert stat.S_IMODE(os.stat(ledger.directory).st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(ledger.directory).st_mode) == 0o1777
 
 
 def test_a_planted_link_is_not_followed(ledger: Ledger, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     os.symlink(tmp_path / "elsewhere", ledger.directory)
-    with pytest.raises(LedgerError, match=r"state: .*; set TS_CORES_STATE_DIR"), ledger.locked():
+    with pytest.raises(LedgerError, match=r"state: .*; .*set TS_CORES_STATE_DIR"), ledger.locked():
         pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -179,7 +186,7 @@ def test_a_full_disk_leaves_the_old_content(ledger: Ledger) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
     try:
-        with ledger.locked(), pytest.raises(LedgerError, match=r"state: .*; set TS_CORES_STATE_DIR"):
+        with ledger.locked(), pytest.raises(LedgerError, match=r"state: .*; .*set TS_CORES_STATE_DIR"):
             ledger.write(State(notes=("x" * 1000,)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -47,6 +47,7 @@ VM = grouped((0, 0, 0, 0, 4), smt=2)  # siblings 0-1, 2-3, 4-5, 6-7
 HYBRID = machine(cores=12, slow=8)
 PHONE = grouped((0, 0, 0, 0, 1), (1, 0, 0, 0, 3), (2, 0, 0, 0, 4))
 SNC = grouped((0, 0, 0, 0, 8), (0, 1, 0, 0, 8), (0, 2, 1, 1, 8), (0, 3, 1, 1, 8))  # L3 domains span two nodes each
+SHREDS = grouped((0, 0, 0, 0, 1), (0, 0, 1, 0, 1), (0, 1, 0, 0, 2), (0, 2, 0, 0, 1), (0, 3, 0, 0, 2))
 LAMED = grouped((0, 0, 0, 0, 10), (0, 1, 1, 1, 2))  # a cpuset that leaves little of node 1
 
 
@@ -311,6 +312,7 @@ MOVES = [
     pytest.param(SNC, 4, [0, 2, 3], 1, "0-15 16-23 24-31", id="a neighbour takes the free node"),
     pytest.param(SNC, 4, [0, 1, 3], 1, "0-7 8-15 16-31", id="... and grows down as well as up"),
     pytest.param(NODES, 8, [1, 3, 4, 5, 6, 7], 1, "0-5 6-11 12-14 15-17 18-20 21-23", id="... two for two"),
+    pytest.param(SHREDS, 3, [0, 1], 1, "0-1,4 2-3,5-6", id="two that swap spare each other a move"),
     pytest.param(SMALL, 2, [1], 2, "2-3 0-1", id="cores are kept"),
     pytest.param(SMALL, 6, [0, 1, 2, 3, 5], 1, "0 1 2 3 1", id="shared cores are kept"),
 ]

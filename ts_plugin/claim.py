@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -36,7 +37,7 @@ class Archive:
 
 
 def claim(ledger: Ledger, *, archive: Archive, worker: str) -> Lease:
-    """Enter this process into the ledger and return its lease; the caller binds itself to it.
+    """Enter this process into the ledger, which binds it, and return its lease.
 
     Raises:
         CannotBind: the frontend's config.properties has an error.
@@ -75,14 +76,12 @@ def own_mask(server: Server | None) -> frozenset[int]:
     Not the mask that a frontend moved aside handed down, and not the one CPU that an OpenMP runtime which was told to
     bind its threads left to the main thread at `import torch`.
     """
+    if server is not None:
+        return server.allowed
     mask = frozenset(os.sched_getaffinity(0))
-    try:
-        inherited = frozenset(os.sched_getaffinity(os.getppid() if server is None else server.pid))
-    except OSError:
-        return mask
-    collapsed = len(mask) == 1 and "torch" in sys.modules and binding.collapsing(os.environ)
-    if mask == inherited or collapsed:
-        return inherited if server is None else server.allowed
+    if len(mask) == 1 and "torch" in sys.modules and binding.collapsing(os.environ):
+        with contextlib.suppress(OSError):
+            return frozenset(os.sched_getaffinity(os.getppid()))
     return mask
 
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
-from itertools import combinations
 
 from ts_plugin.cells import Cell, Costs, Part, group
 
 __all__ = ["Limits", "Search"]
 
 _FEW = 6  # up to so many groups every way of joining them is tried
-_PAIRS = 16  # up to so many groups every pair of them is tried
 _SPAN = 3  # a run of more cells is cut at the cells' boundaries only
 _CLOSINGS = 3  # runs tried from one cell on where sizes are bounded from above
 
@@ -366,8 +364,7 @@ def _heaps(sizes: Sequence[int], homes: Sequence[int], joined: int) -> Iterator[
     Of equal groups those with the fewest workers at home are joined, and not two with workers if it can be helped.
     Neighbours stay together.
     """
-    groups = range(len(sizes))
-    order = sorted(groups, key=lambda i: (sizes[i], homes[i], i))
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], homes[i], i))
     for heaps in range(1, len(sizes) - joined + 1):
         taken, alone = order[: joined + heaps], order[joined + heaps :]
         blocks: list[list[tuple[int, int]]] = [[] for _ in range(heaps)]
@@ -381,6 +378,3 @@ def _heaps(sizes: Sequence[int], homes: Sequence[int], joined: int) -> Iterator[
         if all(len(block) > 1 for block in blocks):
             named = [sorted(alike[look].pop(0) for look in block) for block in blocks]
             yield sorted([*named, *([i] for i in alone)])
-    if joined == 1 and len(sizes) <= _PAIRS:
-        for a, b in combinations(groups, 2):
-            yield [[a, b], *([i] for i in groups if i not in (a, b))]

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from ts_plugin import binding, discovery, process
 from ts_plugin.ledger import Lease, Ledger, LedgerError, Server, State
 from ts_plugin.planner import PlanError, plan
-from ts_plugin.topology import Topology
 
-__all__ = ["UNBOUND_VARIABLE", "Unbound", "amend", "enlist", "join", "server_of", "settle", "unbound_workers"]
+__all__ = ["UNBOUND_VARIABLE", "Unbound", "amend", "enlist", "join", "leave", "server_of", "settle", "unbound_workers"]
 
 UNBOUND_VARIABLE = "TS_CORES_UNBOUND"  # in a worker's environment: why the launcher could not bind it
 WORKER_SCRIPT = "/ts/model_service_worker.py"
@@ -32,9 +31,9 @@ class Unbound:
 
 
 def join(ledger: Ledger, lease: Lease) -> Lease:
-    """Give a new worker its slice, make room for it among the others, and return its lease.
+    """Give a new worker its slice, make room for it among the others, bind it, and return its lease.
 
-    ``lease.slice`` is ignored. The caller binds itself; the others' threads are off its cores when this returns.
+    ``lease.slice`` is ignored. It is bound before the lock is released: the next change may take cores from it again.
 
     Raises:
         LedgerError: the ledger cannot be used. PlanError: no plan exists with this worker in it; nothing has changed.
@@ -61,15 +60,27 @@ def settle(ledger: Ledger) -> State:
             return replace(state, notes=(*state.notes, str(error)))
 
 
+def leave(ledger: Ledger, pid: int) -> None:
+    """End the lease of a worker that lives on unbound.
+
+    Raises:
+        LedgerError: the ledger cannot be used. PlanError: no plan exists for the others.
+    """
+    with ledger.locked() as state:
+        _settle(ledger, state, replace(state, leases=tuple(lease for lease in state.leases if lease.pid != pid)))
+
+
 def amend(ledger: Ledger, corrected: Lease) -> None:
-    """Take over the model's name and the demand of ``corrected``, which a worker knows better than when it joined.
+    """Take over the model's name, demand and notes of ``corrected``, which a worker knows better than when it joined.
 
     Raises:
         LedgerError: the ledger cannot be used. PlanError: no plan exists with this demand; nothing has changed.
     """
     with ledger.locked() as state:
         leases = tuple(
-            replace(lease, model=corrected.model, demand=corrected.demand) if lease.pid == corrected.pid else lease
+            replace(lease, model=corrected.model, demand=corrected.demand, notes=corrected.notes)
+            if lease.pid == corrected.pid
+            else lease
             for lease in state.leases
         )
         _settle(ledger, state, replace(state, leases=leases))
@@ -125,7 +136,7 @@ def _settle(ledger: Ledger, before: State, wanted: State) -> State:
     if replace(after, generation=on_disk.generation) != on_disk:
         after = replace(after, generation=before.generation + 1)
         ledger.write(after)
-    _enforce(before, after, topology)
+    _enforce(before, after)
     return after
 
 
@@ -134,23 +145,16 @@ def _held(lease: Lease, before: State) -> frozenset[int]:
     return frozenset() if known is None or not known.slice.pinned else frozenset(known.slice.cpus)
 
 
-def _enforce(before: State, after: State, topology: Topology) -> None:
-    """Bind every worker but the newcomers, who bind themselves; those who only lose cores go first."""
+def _enforce(before: State, after: State) -> None:
+    """Bind every worker: those who only lose cores first, then those who gain some, newcomers last."""
     changes = []
     for lease in after.leases:
         known = before.lease_of(lease.pid)
-        if known is not None:
-            gains = set(lease.slice.cpus) - set(known.slice.cpus)
-            changes.append((bool(gains), known, lease))
-    for _, known, lease in sorted(changes, key=lambda change: change[0]):
-        try:
-            binding.bind_tree(lease.pid, lease.slice.cpus, before=known.slice.cpus)
-        except OSError:
-            continue  # it ended, or its cpuset changed under it: its own follower sees that and says so
-        if len(topology.nodes) > 1 and known.slice.numa_nodes != lease.slice.numa_nodes:
-            left = set(known.slice.numa_nodes) - set(lease.slice.numa_nodes)
-            if left:
-                binding.move_pages(lease.pid, left, lease.slice.numa_nodes)
+        gains = known is None or not set(lease.slice.cpus) <= set(known.slice.cpus)
+        changes.append((known is None, gains, lease, None if known is None else known.slice.cpus))
+    for _, _, lease, held in sorted(changes, key=lambda change: change[:2]):
+        with contextlib.suppress(OSError):  # it ended, or its cpuset changed: its own follower sees that and says so
+            binding.bind_tree(lease.pid, lease.slice.cpus, before=held or os.sched_getaffinity(lease.pid))
     for server in after.servers:
         _move_frontend(server, after)
 

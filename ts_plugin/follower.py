@@ -18,7 +18,7 @@ from typing import Any
 from ts_plugin import binding, claim, coordinator, discovery, readback
 from ts_plugin.launcher import say
 from ts_plugin.ledger import Lease, Ledger, State
-from ts_plugin.planner import PlanError, Slice
+from ts_plugin.planner import Slice
 
 __all__ = ["Follower", "current"]
 
@@ -36,7 +36,10 @@ class Follower:
         self._wanted: Slice = lease.slice
         self._applied: Slice | None = None
         self._allowed = lease.demand.allowed
+        self._mutex = threading.RLock()  # the watching thread against the one that loads the model
+        self._peers: tuple[Lease, ...] = ()
         self._pidfds: dict[int, int] = {}
+        self._blind = False  # no pidfds: deaths are looked for
         self._readback = readback.ReadBack()
         self._metrics: Any = None
         self._looks = 0
@@ -73,19 +76,22 @@ class Follower:
         ``context`` is its ts.context.Context. A GPU worker keeps one core, which feeds the device.
         """
         gpu = context.system_properties.get("gpu_id") is not None
-        lease = self._lease
-        demand = replace(lease.demand, cores=1) if gpu else lease.demand
-        self._amend(replace(lease, model=context.model_name, demand=demand))
-        self._metrics = context.metrics
+        with self._mutex:
+            lease = self._lease
+            demand = replace(lease.demand, cores=1) if gpu else lease.demand
+            try:
+                self._amend(replace(lease, model=context.model_name, demand=demand))
+            except Exception as error:  # noqa: BLE001 - the model loads all the same
+                self._report(str(error))
+            self._metrics = context.metrics
 
     def _amend(self, lease: Lease) -> None:
-        if (lease.model, lease.demand) == (self._lease.model, self._lease.demand):
+        """Enter what has changed about this worker; remembered, so that a rebuilt ledger learns it again."""
+        if lease == self._lease:
             return
-        try:
-            coordinator.amend(self._ledger, lease)
-            self._adopt(self._ledger.read())
-        except (OSError, PlanError) as error:
-            self._report(str(error))
+        coordinator.amend(self._ledger, lease)
+        self._lease = replace(self._lease, model=lease.model, demand=lease.demand, notes=lease.notes)
+        self._adopt(self._ledger.read())
 
     def _watch(self) -> None:
         poll = select.poll()
@@ -93,28 +99,35 @@ class Follower:
         next_look = time.monotonic() + LOOK_INTERVAL
         while True:
             try:
+                if self._blind and not all(lease.identity.alive() for lease in self._peers):
+                    version = None
                 now = self._ledger.version()
                 if now != version:
-                    version = now
-                    written = self._ledger.read_all()
-                    state = written.living()
-                    if state.leases != written.leases:  # somebody died before this process could watch it
-                        state = coordinator.settle(self._ledger)
-                    self._adopt(state)
-                    self._observe(poll, state)
+                    with self._mutex:
+                        self._catch_up(poll)
+                    version = now  # only now: what failed half-way is done again
                 if time.monotonic() >= next_look:
-                    next_look += LOOK_INTERVAL
-                    self._look()
-                dead = poll.poll(INTERVAL * 1000)
-                if dead:
-                    for descriptor, _ in dead:
-                        poll.unregister(descriptor)
-                        os.close(descriptor)
-                        self._pidfds = {pid: fd for pid, fd in self._pidfds.items() if fd != descriptor}
-                    coordinator.settle(self._ledger)
-            except (OSError, PlanError) as error:  # a disk that is full today may be fine tomorrow
-                self._report(str(error))
-                poll.poll(INTERVAL * 1000)
+                    next_look = time.monotonic() + LOOK_INTERVAL
+                    with self._mutex:
+                        self._look()
+                for descriptor, _ in poll.poll(INTERVAL * 1000):
+                    version = None  # somebody died
+                    poll.unregister(descriptor)
+                    os.close(descriptor)
+                    self._pidfds = {pid: fd for pid, fd in self._pidfds.items() if fd != descriptor}
+            except Exception as error:  # noqa: BLE001 - a disk that is full today may be fine tomorrow; never stop
+                version = None
+                self._report(str(error) or type(error).__name__)
+                time.sleep(INTERVAL)
+
+    def _catch_up(self, poll: select.poll) -> None:
+        """Settle what a death left behind, take over what the ledger says, and watch who is in it."""
+        written = self._ledger.read_all()
+        state = written.living()
+        if state.leases != written.leases:
+            state = coordinator.settle(self._ledger)
+        self._adopt(state)
+        self._observe(poll, state)
 
     def _look(self) -> None:
         """Compare reality with the slice, and what this process may use with what it could use before."""
@@ -141,20 +154,35 @@ class Follower:
             self._resizes = 0
 
     def _adopt(self, state: State) -> None:
-        lease = state.lease_of(os.getpid())
+        own = self._lease
+        lease = state.lease_of(own.pid)
         if lease is None:  # somebody deleted or damaged the ledger: enter again what is ours
-            lease = coordinator.join(self._ledger, self._lease)
-        if lease.slice != self._lease.slice:
+            lease = coordinator.join(self._ledger, own)
+        elif (lease.model, lease.demand) != (own.model, own.demand):  # rebuilt from what we were at the start
+            coordinator.amend(self._ledger, own)
+            lease = self._ledger.read().lease_of(own.pid) or own
+        if lease.slice != own.slice:
             say(claim.describe(lease))
-        binding.bind_tree(lease.pid, lease.slice.cpus, before=self._lease.slice.cpus)
+        binding.bind_tree(lease.pid, lease.slice.cpus, before=own.slice.cpus)
+        self._lease = lease
         if lease.slice != self._wanted:
+            left = set(self._wanted.numa_nodes) - set(lease.slice.numa_nodes)
             self._wanted = lease.slice
             self._resizes += 1
-        self._lease = lease
+            if left and lease.slice.pinned:
+                self._move_pages(left)
+
+    def _move_pages(self, left: set[int]) -> None:
+        """Let the pages follow; outside the ledger's lock, since gigabytes take seconds."""
+        note = binding.move_pages(self._lease.pid, left, self._lease.slice.numa_nodes)
+        if note is not None and note not in self._lease.notes:
+            self._report(note)
+            self._amend(replace(self._lease, notes=(*self._lease.notes, note)))
 
     def _observe(self, poll: select.poll, state: State) -> None:
         """Hold a pidfd of every other worker, which becomes readable when that worker ends."""
-        others = {lease.pid for lease in state.leases} - {os.getpid()}
+        self._peers = tuple(lease for lease in state.leases if lease.pid != self._lease.pid)
+        others = {lease.pid for lease in self._peers}
         for pid in set(self._pidfds) - others:
             poll.unregister(self._pidfds[pid])
             os.close(self._pidfds.pop(pid))
@@ -163,8 +191,10 @@ class Follower:
                 self._pidfds[pid] = os.pidfd_open(pid)
             except ProcessLookupError:  # just now
                 coordinator.settle(self._ledger)
-                continue
-            poll.register(self._pidfds[pid], select.POLLIN)
+            except (OSError, AttributeError):  # an old kernel, a sandbox, too many files: look at /proc instead
+                self._blind = True
+            else:
+                poll.register(self._pidfds[pid], select.POLLIN)
 
     def _report(self, trouble: str) -> None:
         if trouble not in self._reported:  # once: the log is no place for a clock
@@ -179,9 +209,10 @@ def attach(ledger: Ledger, lease: Lease) -> Follower:
     `Service.retrieve_data_for_inference`, in the thread that runs the model.
     """
     global _current
+    own = _current = Follower(ledger, lease)
+    own.start()  # before the import, which takes seconds
     from ts.service import Service
 
-    own = _current = Follower(ledger, lease)
     receive = Service.retrieve_data_for_inference
 
     def follow_and_receive(batch: Any) -> Any:
@@ -189,7 +220,6 @@ def attach(ledger: Ledger, lease: Lease) -> Follower:
         return receive(batch)
 
     Service.retrieve_data_for_inference = staticmethod(follow_and_receive)
-    own.start()
     return own
 
 

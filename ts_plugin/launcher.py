@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> NoReturn:
     except Exception as error:  # noqa: BLE001 - a pinning plug-in never takes serving down, whatever went wrong
         reason = " ".join(f"{error}".split()) or type(error).__name__
         environment[coordinator.UNBOUND_VARIABLE] = reason
+        environment.pop(LEASE_VARIABLE, None)
         say(f"worker {claim.worker_id(arguments)} serves UNBOUND: {reason}", problem=True)
         _unbind()
         starter = []
@@ -34,11 +35,10 @@ def main(arguments: list[str]) -> NoReturn:
 
 
 def _bind(arguments: list[str], environment: dict[str, str]) -> str:
-    """Claim a slice, bind this process to it, and return the program that runs the worker inside it."""
+    """Claim a slice for this process, and return the program that runs the worker inside it."""
     ledger = Ledger()
     archive = claim.read_archive(os.getcwd())
     lease = claim.claim(ledger, archive=archive, worker=claim.worker_id(arguments))
-    os.sched_setaffinity(0, lease.slice.cpus)
     policy = lease.demand.policy
     notes = [*lease.notes, *policy.notes]
     note = binding.bind_memory(policy.memory, lease.slice.numa_nodes) if lease.slice.pinned else None
@@ -52,13 +52,15 @@ def _bind(arguments: list[str], environment: dict[str, str]) -> str:
 
 
 def _unbind() -> None:
-    """Let this process use what its frontend could use before that was moved aside."""
-    with contextlib.suppress(OSError):
+    """Give back what this process may hold already, and use what its frontend could use before it was moved aside."""
+    with contextlib.suppress(Exception):
+        coordinator.leave(Ledger(), os.getpid())
+    with contextlib.suppress(Exception):
         server = coordinator.server_of(Ledger().read(), os.getpid())
-        if server is not None:
-            os.sched_setaffinity(0, server.allowed)
+        os.sched_setaffinity(0, claim.own_mask(server))
 
 
 def say(text: str, *, problem: bool = False) -> None:
     """Write one line where TorchServe logs it: stdout at level INFO, stderr at level WARN."""
-    os.write(2 if problem else 1, f"ts-cores: {text}\n".encode())
+    with contextlib.suppress(OSError):  # a reader that is gone
+        os.write(2 if problem else 1, f"ts-cores: {text}\n".encode(errors="backslashreplace"))

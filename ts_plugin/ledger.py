@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ts_plugin import process
-from ts_plugin.cpulist import CpuListError, format_cpulist, parse_cpulist
+from ts_plugin.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.planner import Demand, Slice
 from ts_plugin.policy import Allocator, Memory, OmpRuntime, Pin, Policy
 from ts_plugin.process import Identity
@@ -119,6 +119,18 @@ def state_directory(environment: Mapping[str, str] = os.environ) -> str:
     return f"{base}/ts-cores-{os.getuid()}"
 
 
+_locks: set[int] = set()  # open lock files of this process
+
+
+def _release_in_child() -> None:
+    """Close what a child forked in the middle shares: it would hold the lock on after its parent's death."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
 class Ledger:
     """The ledger file in ``directory``; nothing is touched before the first read or lock."""
 
@@ -163,13 +175,13 @@ class Ledger:
             LedgerError: the directory cannot be used, or another process held the lock for LOCK_TIMEOUT seconds.
         """
         lock = self._open(f"{self._name}.lock", os.O_RDWR | os.O_CREAT)
+        _locks.add(lock)
         try:
             self._wait_for(lock)
             state = self._load()
             yield (_recover(self.directory) if state is None else state).living()
         finally:
-            # A child forked meanwhile shares the lock: closing alone would leave it locked.
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            _locks.discard(lock)
             os.close(lock)
 
     def write(self, state: State) -> None:
@@ -218,7 +230,7 @@ class Ledger:
         try:
             data = json.loads(text)
             return _unpack_state(data) if data["version"] == VERSION else None
-        except (ValueError, KeyError, TypeError, AttributeError, CpuListError):
+        except Exception:  # noqa: BLE001 - damage has no limits: no content may keep a worker from starting
             return None
 
     def _open(self, name: str, flags: int) -> int:
@@ -231,7 +243,7 @@ class Ledger:
                 if status.st_uid != os.getuid():
                     raise PermissionError(f"belongs to user {status.st_uid}, not {os.getuid()}")
                 if stat.S_IMODE(status.st_mode) & 0o077:
-                    os.fchmod(directory, 0o700)
+                    raise PermissionError(f"others may enter it (mode {stat.S_IMODE(status.st_mode):o})")
                 return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
             finally:
                 os.close(directory)
@@ -242,7 +254,9 @@ class Ledger:
 
     def _error(self, error: OSError) -> LedgerError:
         reason = error.strerror or str(error)
-        return LedgerError(f"{self.directory}: {reason}; set TS_CORES_STATE_DIR to a directory that is yours alone")
+        return LedgerError(
+            f"{self.directory}: {reason}; chmod 700 it, or set TS_CORES_STATE_DIR to a directory that is yours alone"
+        )
 
 
 def _recover(directory: str) -> State:
@@ -251,20 +265,25 @@ def _recover(directory: str) -> State:
     Workers that claimed their slice themselves enter it again by themselves when they see it gone.
     """
     leases = []
+    servers: dict[int, Server] = {}
     for pid in process.pids():
         environment = process.environment(pid)
         text = environment.get(LEASE_VARIABLE)
-        if text is None or state_directory(environment) != directory:
+        if text is None or state_directory(environment) != directory or process.owner(pid) != os.getuid():
             continue
         try:
             lease = unpack_lease(text)
-            if lease.pid == pid:  # else a child of the worker, which inherited the variable
-                mask = tuple(sorted(os.sched_getaffinity(pid)))
-                cores = replace(lease.slice, cpus=mask) if lease.slice.pinned else lease.slice
-                leases.append(replace(lease, slice=cores))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            if lease.pid != pid:
+                continue  # a child of the worker, which inherited the variable
+            mask = tuple(sorted(os.sched_getaffinity(pid)))
+        except Exception:  # noqa: BLE001 - anybody may have put anything there
             continue
-    return State(leases=tuple(leases))
+        cores = replace(lease.slice, cpus=mask) if lease.slice.pinned else lease.slice
+        leases.append(replace(lease, slice=cores))
+        if lease.server_pid is not None and (frontend := process.identify(lease.server_pid)):
+            demand = lease.demand
+            servers[frontend.pid] = Server(frontend.pid, frontend.start_time, demand.policy, demand.allowed)
+    return State(servers=tuple(servers.values()), leases=tuple(leases))
 
 
 # ---- values to JSON and back: sets of CPUs as CPU lists, defaults left out -----------------------
@@ -296,6 +315,9 @@ def _pack_state(state: State) -> dict[str, Any]:
 
 def _unpack_state(data: dict[str, Any]) -> State:
     state: State = _unpack(State, {name: value for name, value in data.items() if name != "version"})
+    numbers = [state.generation, *(number for lease in state.leases for number in (lease.pid, lease.start_time))]
+    if not all(isinstance(number, int) for number in numbers):
+        raise TypeError("a number is not a number")
     return state
 
 

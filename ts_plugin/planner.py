@@ -2,8 +2,7 @@
 
 Demands that may use the same cores under the same rules form a pool. Overlapping pools divide the cores first
 (``allotment``), then every pool is divided among its workers (``pool``) by cutting it into local parts
-(``partition``).
-Where a CFS quota says that strangers use the same CPUs, threads are only counted.
+(``partition``). Where a CFS quota says that strangers use the same CPUs, threads are only counted.
 """
 
 from __future__ import annotations
@@ -76,8 +75,8 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
     Always: slices are disjoint sets of whole cores, unless there are more workers than cores; then each core carries
     about equally many one-thread workers. Nothing is idle that a worker could use, except where a fixed size, a
     reserve, a quota or ``skip_cross_node_cores`` says so. After that, in this order: no worker gets less than half of
-    the equal share; fewest crossings of core types, NUMA nodes, packages and L3 domains; equal sizes; short distances;
-    few moves. ``Policy.equal`` puts equal sizes (within one core) before the crossings.
+    the equal share; fewest crossings of core types, NUMA nodes, L3 domains and packages (``cells.score``); equal
+    sizes; short distances; few moves. ``Policy.equal`` puts equal sizes (within one core) before the crossings.
 
     Raises:
         PlanError: no plan exists, for example a node that the machine does not have.

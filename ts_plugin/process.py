@@ -12,6 +12,7 @@ __all__ = [
     "environment",
     "identify",
     "migrations",
+    "owner",
     "parent",
     "pids",
     "state",
@@ -55,6 +56,14 @@ def parent(pid: int) -> int | None:
 def pids() -> list[int]:
     """Return the PIDs of all processes that this one can see."""
     return [int(name) for name in os.listdir(PROC) if name.isdigit()]
+
+
+def owner(pid: int) -> int | None:
+    """Return the user id that ``pid`` runs under, or None where it does not run."""
+    try:
+        return os.stat(f"{PROC}/{pid}").st_uid
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def threads(pid: int) -> list[int]:

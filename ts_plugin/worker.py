@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not sys.flags.safe_path:
     # Python put this file's directory first; the worker must see its own there, as if it had been started directly.
     sys.path[0] = os.path.dirname(sys.argv[1])
 
