@@ -221,15 +221,16 @@ class Storm:
             try:
                 server.predict(name, b'{"work": 128}', timeout=60)
                 self.report.answered += 1
-            XX                else:
+            except RequestError as error:
+                if self._is_excused(server, name, started):
+                    self.report.excused += 1
+                else:
                     self.report.failed_requests.append(f"{time.strftime('%H:%M:%S')} {error}")
 
     def _is_excused(self, server: TorchServe, name: str, started: float) -> bool:
         """A request may fail only if its worker or frontend was being killed, or its model went, while it was asked."""
         now = time.monotonic()
-        killed = any(
-            victim is server and started <= end and now >= begin for victim, begin, end in list(self._outages)
-        )
+        killed = any(victim is server and started <= end and now >= begin for victim, begin, end in list(self._outages))
         return killed or (server, name) not in self.models or self._end.is_set()
 
     def act(self) -> None:
