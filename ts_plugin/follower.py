@@ -143,7 +143,7 @@ class Follower:
         export = readback.exporter(self._metrics, self._lease)
         if export is None:
             return
-        export("SliceCores", len(self._lease.slice.cpus))
+        export("SliceCores", self._lease.slice.threads)
         export("ThreadsOutsideSlice", reading.outside)
         if reading.remote_pages is not None:
             export("RemoteMemoryPages", reading.remote_pages)
