@@ -69,6 +69,11 @@ def test_threads_and_environment_of_this_process() -> None:
         thread.join()
     with subprocess.Popen(["sleep", "60"], env={"KEY": "a=b"}) as child:
         try:
+            while process.command_line(child.pid) != [
+                "sleep",
+                "60",
+            ]:  # between fork and exec it looks like this process
+                assert child.poll() is None
             assert process.environment(child.pid) == {"KEY": "a=b"}
         finally:
             child.kill()
