@@ -1,4 +1,4 @@
-"""What the Java hook asks Python: `python -P -m ts_plugin.server takeover|cores`. All policy is on this side."""
+"""What the Java hook asks: `python -P -m ts_plugin.frontend.server takeover|cores`. All policy is on this side."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from ts_plugin import coordinator, discovery, process
-from ts_plugin.ledger import Lease, Ledger, LedgerError, Server, State
-from ts_plugin.policy import LauncherArgsError, Policy, parse_launcher_args
+from ts_plugin.leases import coordinator
+from ts_plugin.leases.ledger import Lease, Ledger, LedgerError, Server, State
+from ts_plugin.machine import discovery, process
+from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
 __all__ = ["core_map", "main", "take_over"]
 
@@ -25,15 +26,15 @@ def main(arguments: list[str]) -> int:
         text = next((option.partition("=")[2] for option in options if option.startswith("--launcher-args=")), "")
         answer = take_over(Ledger(), server_pid, text)
     elif command == "cores" and "--html" in options:
-        from ts_plugin import picture, view
+        from ts_plugin.operate import picture, view
 
         sys.stdout.buffer.write(picture.html(view.look(server_pid), ticks=view.ticks()).encode())
         return 0
     elif command == "cores":
         answer = {"enabled": "--enabled" in options, **core_map(Ledger().read(), server_pid=server_pid)}
     else:
-        print("usage: python -m ts_plugin.server takeover [--launcher-args=TEXT]", file=sys.stderr)
-        print("       python -m ts_plugin.server cores [--enabled] [--html]", file=sys.stderr)
+        print("usage: python -m ts_plugin.frontend.server takeover [--launcher-args=TEXT]", file=sys.stderr)
+        print("       python -m ts_plugin.frontend.server cores [--enabled] [--html]", file=sys.stderr)
         return 2
     print(json.dumps(answer))
     return 0
