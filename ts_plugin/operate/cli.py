@@ -15,11 +15,11 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from ts_plugin import __version__
-from ts_plugin.frontend import server
 from ts_plugin.leases.ledger import Ledger, LedgerError
 from ts_plugin.machine import discovery
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.operate import view
+from ts_plugin.operate.core_map import core_map
 from ts_plugin.planning.planner import Demand, PlanError, Slice, plan
 from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 
@@ -146,7 +146,7 @@ def _document(piece: Slice) -> dict[str, object]:
 
 def _show(options: argparse.Namespace) -> int:
     if options.json:
-        document = server.core_map(Ledger().read(), server_pid=options.server)
+        document = core_map(Ledger().read(), server_pid=options.server)
         print(json.dumps({**document, "idle_cpus": sorted(view.look(options.server).idle())}))
         return 0
     if options.svg or options.html:
