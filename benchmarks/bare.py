@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, cast
 
-from ts_plugin.topology import Core
+from ts_plugin.machine.topology import Core
 
 __all__ = ["Bare", "BareError", "Binding", "divide"]
 

@@ -23,8 +23,8 @@ import psutil
 from benchmarks import archives
 from benchmarks.archives import Handler
 from benchmarks.torchserve import PORTS, TorchServe, TorchServeError, free_ports, read_properties
-from ts_plugin.cpulist import format_cpulist
-from ts_plugin.ledger import state_directory
+from ts_plugin.leases.ledger import state_directory
+from ts_plugin.machine.cpulist import format_cpulist
 
 __all__ = ["main"]
 

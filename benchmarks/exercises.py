@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bare import Bare, Binding
-from ts_plugin.topology import Core
+from ts_plugin.machine.topology import Core
 
 __all__ = ["Exercise", "exercises", "run"]
 

@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ts_plugin.cpulist import format_cpulist
-from ts_plugin.discovery import read_allowance, read_topology
-from ts_plugin.topology import Allowance, Core, Topology
+from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.machine.discovery import read_allowance, read_topology
+from ts_plugin.machine.topology import Allowance, Core, Topology
 
 __all__ = ["allowed_cores", "describe", "has_smt", "numa_nodes", "summary"]
 

@@ -17,7 +17,7 @@ from benchmarks.bare import Bare, Binding, divide
 from benchmarks.load import Answer, Load, LoadError, OpenLoop, ab, closed_loop, percentile
 from benchmarks.results import Cell, Config, Figures
 from benchmarks.torchserve import Property, TorchServe
-from ts_plugin.topology import Core
+from ts_plugin.machine.topology import Core
 
 __all__ = ["UnboundError", "Observed", "Setting", "Wish", "ceiling", "serve", "setting"]
 

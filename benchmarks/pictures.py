@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.results import Cell, Config, Row, cells, spread
-from ts_plugin.cpulist import parse_cpulist
+from ts_plugin.machine.cpulist import parse_cpulist
 
 __all__ = ["COLOURS", "draw"]
 

@@ -24,8 +24,8 @@ from benchmarks.machine import allowed_cores, describe, summary
 from benchmarks.measure import Observed, UnboundError, Wish, ceiling, serve, setting
 from benchmarks.results import Cell, Config, Row
 from benchmarks.torchserve import TorchServeError
-from ts_plugin.discovery import read_allowance, read_topology
-from ts_plugin.topology import Core
+from ts_plugin.machine.discovery import read_allowance, read_topology
+from ts_plugin.machine.topology import Core
 
 __all__ = ["Job", "jobs", "main", "rotated"]
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ts_plugin.cpulist import format_cpulist, parse_cpulist
-from ts_plugin.discovery import read_allowance, read_topology
-from ts_plugin.planner import Demand, Slice, plan
+from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
+from ts_plugin.machine.discovery import read_allowance, read_topology
+from ts_plugin.planning.planner import Demand, Slice, plan
 
 __all__ = [
     "COLUMNS",

@@ -9,9 +9,10 @@ from typing import Any
 
 from ts.torch_handler.base_handler import BaseHandler
 
-from ts_plugin import binding, claim, coordinator, follower
-from ts_plugin.launcher import say
-from ts_plugin.ledger import Ledger
+from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases.ledger import Ledger
+from ts_plugin.worker import follower
+from ts_plugin.worker.launcher import say
 
 __all__ = ["CoreSliceHandler", "CoreSliceMixin"]
 

@@ -10,10 +10,11 @@ import os
 import sys
 import threading
 
-from ts_plugin import claim, follower
-from ts_plugin.claim import Archive
-from ts_plugin.ledger import Ledger
-from ts_plugin.planner import PlanError
+from ts_plugin.leases import claim
+from ts_plugin.leases.claim import Archive
+from ts_plugin.leases.ledger import Ledger
+from ts_plugin.planning.planner import PlanError
+from ts_plugin.worker import follower
 
 
 def facts(own: follower.Follower) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from ts_plugin.topology import Core, NumaNode, Topology
+from ts_plugin.machine.topology import Core, NumaNode, Topology
 
 __all__ = ["machine"]
 

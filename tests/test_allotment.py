@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ts_plugin.allotment import Taker, allot, apportion
+from ts_plugin.planning.allotment import Taker, allot, apportion
 
 
 def taker(cores: str, workers: int = 1, *, need: int = 0, limit: int | None = None, share: float = 1) -> Taker:

@@ -30,7 +30,7 @@ from benchmarks.load import Answer, LoadError, OpenLoop, ab, closed_loop, parse_
 from benchmarks.measure import saturated
 from benchmarks.results import Cell, Config, Figures, Row, markdown, ratio, spread, to_csv
 from benchmarks.serve import jobs, parse, rotated
-from ts_plugin.topology import Core
+from ts_plugin.machine.topology import Core
 
 CELL = Cell("resnet18", 2, 10)
 FIGURES = Figures(

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ts_plugin import binding, process
-from ts_plugin.planner import Slice
-from ts_plugin.policy import Allocator, Memory, OmpRuntime, Policy
+from ts_plugin.leases import binding
+from ts_plugin.machine import process
+from ts_plugin.planning.planner import Slice
+from ts_plugin.planning.policy import Allocator, Memory, OmpRuntime, Policy
 
 ALLOWED = sorted(os.sched_getaffinity(0))
 needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
@@ -188,8 +189,8 @@ def test_a_memory_policy_that_the_kernel_refuses_is_a_note(monkeypatch: pytest.M
 
 def test_a_memory_policy_is_set_and_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
-from ts_plugin import binding
-from ts_plugin.policy import Memory
+from ts_plugin.leases import binding
+from ts_plugin.planning.policy import Memory
 binding._memory_nodes = lambda: frozenset({0, 1})
 assert binding.bind_memory(Memory.PREFERRED, [0]) is None
 print(open("/proc/self/numa_maps").readline().split()[1])

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from ts_plugin import discovery, process
-from ts_plugin.ledger import Lease, Ledger, State
-from ts_plugin.planner import Demand, plan
-from ts_plugin.policy import parse_launcher_args
+from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.machine import discovery, process
+from ts_plugin.planning.planner import Demand, plan
+from ts_plugin.planning.policy import parse_launcher_args
 
-RUN = [sys.executable, "-c", "import sys; from ts_plugin.cli import main; sys.exit(main())"]
+RUN = [sys.executable, "-c", "import sys; from ts_plugin.operate.cli import main; sys.exit(main())"]
 ALLOWED = discovery.read_allowance().cpus
 
 
@@ -289,7 +289,7 @@ def test_plugin_path_has_the_jar() -> None:
 
 def test_light_commands_import_neither_rich_nor_torch(tree: Path) -> None:
     script = (
-        "import sys; from ts_plugin.cli import main\n"
+        "import sys; from ts_plugin.operate.cli import main\n"
         f"main(['plan', '--workers', '2', '--json', '--sys-root', {str(tree)!r}])\n"
         "assert not {'rich', 'torch'} & set(sys.modules), sorted(sys.modules)"
     )

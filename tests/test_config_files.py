@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks import archives
 from benchmarks.torchserve import Property, TorchServe
-from ts_plugin.readback import METRICS
+from ts_plugin.worker.readback import METRICS
 
 KUBERNETES = "1.30"
 MANIFESTS = sorted((Path(__file__).resolve().parent.parent / "config" / "kubernetes").glob("*.yaml"))

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from ts_plugin import coordinator, discovery, process
-from ts_plugin.ledger import Ledger, Server
-from ts_plugin.policy import Pin, Policy
+from ts_plugin.leases import coordinator
+from ts_plugin.leases.ledger import Ledger, Server
+from ts_plugin.machine import discovery, process
+from ts_plugin.planning.policy import Pin, Policy
 
 CORES = len(discovery.read_topology().cores_of(os.sched_getaffinity(0)))
 PATIENCE = 2.0  # seconds: what the README promises

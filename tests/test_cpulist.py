@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ts_plugin.cpulist import CpuListError, format_cpulist, parse_cpulist
+from ts_plugin.machine.cpulist import CpuListError, format_cpulist, parse_cpulist
 
 TEXTS = [
     pytest.param("", set(), id="nothing"),

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from benchmarks.topologies import unpacked
-from ts_plugin.cpulist import parse_cpulist
-from ts_plugin.discovery import DiscoveryError, read_allowance, read_topology
-from ts_plugin.topology import Core, NumaNode, Topology
+from ts_plugin.machine.cpulist import parse_cpulist
+from ts_plugin.machine.discovery import DiscoveryError, read_allowance, read_topology
+from ts_plugin.machine.topology import Core, NumaNode, Topology
 
 CAPTURES = Path(__file__).resolve().parents[2] / "shared" / "topologies"
 RECORDS = sorted([*CAPTURES.glob("json/*.json"), *CAPTURES.glob("derived/json/*.json")])

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from benchmarks.torchserve import free_ports
-from ts_plugin.policy import option_reference, parse_launcher_args
+from ts_plugin.planning.policy import option_reference, parse_launcher_args
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FILES = sorted(DOCS.glob("*.md"))
@@ -111,7 +111,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_every_option_is_documented() -> None:
-    """The table in knobs.md is what ts_plugin.policy says of itself."""
+    """The table in knobs.md is what ts_plugin.planning.policy says of itself."""
     text = (DOCS / "knobs.md").read_text(encoding="utf-8")
     table = text.partition("<!-- options:")[2].partition("<!-- end -->")[0].splitlines()
     expected = ["| Option | Meaning | Default |", "|---|---|---|"]

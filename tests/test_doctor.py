@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from tests.machines import machine
-from ts_plugin import process
-from ts_plugin.coordinator import Unbound
-from ts_plugin.doctor import Finding, Severity, examine
-from ts_plugin.facts import JAR, Config, Facts, Interpreter, default_config, gather, read_config
-from ts_plugin.ledger import Lease, Ledger, Server, State
-from ts_plugin.planner import Demand, Slice
-from ts_plugin.policy import Policy
-from ts_plugin.topology import Allowance
+from ts_plugin.leases.coordinator import Unbound
+from ts_plugin.leases.ledger import Lease, Ledger, Server, State
+from ts_plugin.machine import process
+from ts_plugin.machine.topology import Allowance
+from ts_plugin.operate.doctor import Finding, Severity, examine
+from ts_plugin.operate.facts import JAR, Config, Facts, Interpreter, default_config, gather, read_config
+from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.planning.policy import Policy
 
 EIGHT = frozenset(range(8))
 PROPERTIES = {

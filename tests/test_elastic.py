@@ -16,8 +16,8 @@ import pytest
 
 from benchmarks import archives
 from benchmarks.torchserve import RequestError, TorchServe
-from ts_plugin import discovery, process
-from ts_plugin.ledger import Ledger
+from ts_plugin.leases.ledger import Ledger
+from ts_plugin.machine import discovery, process
 
 PINNED: dict[str, str | int | float | bool | Path | None] = {
     "plugins_path": Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend",

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from tests.machines import machine
-from ts_plugin.explain import explain, find
-from ts_plugin.ledger import Lease, State
-from ts_plugin.planner import Demand, plan
-from ts_plugin.policy import Policy
-from ts_plugin.topology import Topology
+from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.machine.topology import Topology
+from ts_plugin.operate.explain import explain, find
+from ts_plugin.planning.planner import Demand, plan
+from ts_plugin.planning.policy import Policy
 
 
 def leases(topology: Topology, *demands: Demand) -> tuple[Lease, ...]:

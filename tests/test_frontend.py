@@ -72,7 +72,7 @@ def test_take_over(probe: str, tmp_path: Path) -> None:
     outcome = take_over(probe, tmp_path, GOOD)
     assert outcome.python == LAUNCHER
     # Once, although TorchServe constructs the class once per endpoint type.
-    assert outcome.calls == ("-P", "-m", "ts_plugin.server", "takeover", "--launcher-args=")
+    assert outcome.calls == ("-P", "-m", "ts_plugin.frontend.server", "takeover", "--launcher-args=")
     assert [re.sub(r".* - ", "", line) for line in outcome.log] == [
         "ts-cores: every worker gets its own cores; see GET /cores on the management API"
     ]
@@ -224,7 +224,7 @@ def test_wheel_without_a_jdk_says_what_to_install(checkout: Path, tmp_path: Path
 def test_wheel_has_the_jar_and_not_its_source(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {JAR, "ts_plugin/server.py", "handlers/__init__.py"} <= names
+    assert {JAR, "ts_plugin/frontend/server.py", "handlers/__init__.py"} <= names
     assert not [name for name in names if name.endswith(".java") or name.startswith(("benchmarks", "tests"))]
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from ts_plugin import ledger as ledger_module
-from ts_plugin import process
-from ts_plugin.ledger import LEASE_VARIABLE, Lease, Ledger, LedgerError, Server, State, pack_lease, unpack_lease
-from ts_plugin.planner import Demand, Slice
-from ts_plugin.policy import Allocator, Memory, OmpRuntime, Pin, Policy
+from ts_plugin.leases import ledger as ledger_module
+from ts_plugin.leases.ledger import LEASE_VARIABLE, Lease, Ledger, LedgerError, Server, State, pack_lease, unpack_lease
+from ts_plugin.machine import process
+from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.planning.policy import Allocator, Memory, OmpRuntime, Pin, Policy
 
 
 @pytest.fixture

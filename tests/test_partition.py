@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from ts_plugin.cells import Cell, Part
-from ts_plugin.partition import cut, pack, repair
+from ts_plugin.planning.cells import Cell, Part
+from ts_plugin.planning.partition import cut, pack, repair
 
 Key = tuple[int, ...]
 

@@ -19,13 +19,13 @@ from benchmarks import archives
 from benchmarks.torchserve import Property, TorchServe
 from tests.browser import Browser
 from tests.machines import machine
-from ts_plugin import picture
-from ts_plugin.cpulist import format_cpulist
-from ts_plugin.planner import Demand, plan
-from ts_plugin.policy import Policy
-from ts_plugin.terminal import Map, utilisation
-from ts_plugin.topology import Topology
-from ts_plugin.view import View, Worker, tag
+from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.machine.topology import Topology
+from ts_plugin.operate import picture
+from ts_plugin.operate.terminal import Map, utilisation
+from ts_plugin.operate.view import View, Worker, tag
+from ts_plugin.planning.planner import Demand, plan
+from ts_plugin.planning.policy import Policy
 
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINES = {

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.machines import machine
-from ts_plugin.cpulist import format_cpulist, parse_cpulist
-from ts_plugin.planner import Demand, Plan, PlanError, plan
-from ts_plugin.policy import Pin, Policy
-from ts_plugin.topology import Core, NumaNode, Topology
+from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
+from ts_plugin.machine.topology import Core, NumaNode, Topology
+from ts_plugin.planning.planner import Demand, Plan, PlanError, plan
+from ts_plugin.planning.policy import Pin, Policy
 
 CAPTURES = Path(__file__).resolve().parents[2] / "shared" / "topologies"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ts_plugin.policy import (
+from ts_plugin.planning.policy import (
     OPTIONS,
     Allocator,
     LauncherArgsError,
@@ -149,7 +149,7 @@ def test_the_reference_names_every_option() -> None:
 def test_parsing_imports_nothing_heavy(checkout: Path) -> None:
     """It runs at every worker start."""
     program = (
-        "import sys; from ts_plugin.policy import parse_launcher_args; before = set(sys.modules);"
+        "import sys; from ts_plugin.planning.policy import parse_launcher_args; before = set(sys.modules);"
         "parse_launcher_args('--node-id 0 --ncores-per-instance 4'); print(set(sys.modules) - before,"
         "{'argparse', 'shlex', 'difflib', 'json', 'pathlib'} & set(sys.modules))"
     )

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 
-from ts_plugin import process
-from ts_plugin.process import Identity
+from ts_plugin.machine import process
+from ts_plugin.machine.process import Identity
 
 
 def test_this_process_is_alive_and_a_later_one_with_its_pid_would_not_be_taken_for_it() -> None:

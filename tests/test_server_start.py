@@ -19,8 +19,8 @@ import pytest
 import hatch_build
 from benchmarks import archives
 from benchmarks.torchserve import PORTS, Property, TorchServe, free_ports
-from ts_plugin import discovery
-from ts_plugin.cpulist import parse_cpulist
+from ts_plugin.machine import discovery
+from ts_plugin.machine.cpulist import parse_cpulist
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 PINNED: dict[str, Property] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}

@@ -7,10 +7,10 @@ import io
 from rich.console import Console, RenderableType
 
 from tests.machines import machine
-from ts_plugin.doctor import Finding, Severity
-from ts_plugin.planner import Demand, plan
-from ts_plugin.terminal import Map, report
-from ts_plugin.view import of_plan
+from ts_plugin.operate.doctor import Finding, Severity
+from ts_plugin.operate.terminal import Map, report
+from ts_plugin.operate.view import of_plan
+from ts_plugin.planning.planner import Demand, plan
 
 
 def text(shown: RenderableType, width: int = 100) -> str:

@@ -22,7 +22,7 @@ from benchmarks.topologies import (
     machines,
     score,
 )
-from ts_plugin.cpulist import parse_cpulist
+from ts_plugin.machine.cpulist import parse_cpulist
 
 CAPTURES = Path(__file__).resolve().parents[2] / "shared" / "topologies"
 needs_captures = pytest.mark.skipif(not CAPTURES.is_dir(), reason=f"no captured machines in {CAPTURES}")

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.machines import machine
-from ts_plugin import process, view
-from ts_plugin.coordinator import Unbound
-from ts_plugin.ledger import Lease, State
-from ts_plugin.planner import Demand, Slice, plan
-from ts_plugin.topology import Topology
-from ts_plugin.view import Use, View, tag
+from ts_plugin.leases.coordinator import Unbound
+from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.machine import process
+from ts_plugin.machine.topology import Topology
+from ts_plugin.operate import view
+from ts_plugin.operate.view import Use, View, tag
+from ts_plugin.planning.planner import Demand, Slice, plan
 
 
 def lease(pid: int, cpus: tuple[int, ...], *, server_pid: int = 1, pinned: bool = True) -> Lease:

@@ -14,8 +14,8 @@ import pytest
 from benchmarks import archives
 from benchmarks.archives import Handler
 from benchmarks.torchserve import TorchServe
-from ts_plugin import discovery
-from ts_plugin.ledger import Ledger
+from ts_plugin.leases.ledger import Ledger
+from ts_plugin.machine import discovery
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 PINNED: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}

@@ -29,7 +29,8 @@ import org.slf4j.LoggerFactory;
 
 /**
  * The door into TorchServe's frontend. Constructed before any model loads, it replaces TorchServe's own CPU launcher by
- * ours; later it answers GET /cores. Every decision is made in Python, by ts_plugin.server: this class asks and obeys.
+ * ours; later it answers GET /cores. Every decision is made in Python, by ts_plugin.frontend.server:
+ * this class asks and obeys.
  *
  * <p>Source: org.pytorch.serve.servingsdk.impl.PluginsManager (one instance per endpoint type), ConfigManager.
  */
@@ -133,13 +134,13 @@ public final class CoresEndpoint extends ModelServerEndpoint {
     }
 
     /**
-     * Runs ts_plugin.server with the server's own interpreter, as a child of this JVM and without a shell.
+     * Runs ts_plugin.frontend.server with the server's own interpreter, as a child of this JVM and without a shell.
      *
      * @return what it wrote to stdout; its stderr goes to the log
      * @throws IOException it did not start, failed, or took longer than the given seconds; the message names the remedy
      */
     private static String ask(int seconds, String... question) throws IOException, InterruptedException {
-        List<String> command = new ArrayList<>(List.of(python, "-P", "-m", "ts_plugin.server"));
+        List<String> command = new ArrayList<>(List.of(python, "-P", "-m", "ts_plugin.frontend.server"));
         command.addAll(List.of(question));
         Process process;
         try {

@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, MutableMapping
 
-from ts_plugin import process
-from ts_plugin.cpulist import format_cpulist, parse_cpulist
-from ts_plugin.planner import Slice
-from ts_plugin.policy import Allocator, Memory, OmpRuntime, Policy
+from ts_plugin.machine import process
+from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
+from ts_plugin.planning.planner import Slice
+from ts_plugin.planning.policy import Allocator, Memory, OmpRuntime, Policy
 
 __all__ = [
     "bind_process",

@@ -11,12 +11,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ts_plugin import view as core_map
-from ts_plugin.cpulist import format_cpulist
-from ts_plugin.doctor import Finding, Severity
-from ts_plugin.picture import colour
-from ts_plugin.topology import Core
-from ts_plugin.view import WORDS, Use, View, count, tag
+from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.machine.topology import Core
+from ts_plugin.operate import view as core_map
+from ts_plugin.operate.doctor import Finding, Severity
+from ts_plugin.operate.picture import colour
+from ts_plugin.operate.view import WORDS, Use, View, count, tag
 
 __all__ = ["Map", "report", "utilisation"]
 

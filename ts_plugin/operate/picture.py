@@ -9,9 +9,9 @@ from html import escape
 from importlib import resources
 from math import ceil, isqrt, sqrt
 
-from ts_plugin.cpulist import format_cpulist
-from ts_plugin.topology import Core
-from ts_plugin.view import WORDS, Group, Use, View, Worker, count, tag
+from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.machine.topology import Core
+from ts_plugin.operate.view import WORDS, Group, Use, View, Worker, count, tag
 
 __all__ = ["colour", "describe", "html", "svg"]
 
@@ -322,7 +322,7 @@ def html(view: View, *, ticks: dict[int, tuple[int, int]] | None = None, reload:
     ``ticks`` are each CPU's (busy, total) clock ticks since boot: from two of them the page draws utilisation.
     ``reload`` makes a page read from a file load itself again every so many seconds.
     """
-    template = resources.files("ts_plugin").joinpath("page.html").read_text(encoding="utf-8")
+    template = resources.files("ts_plugin.operate").joinpath("page.html").read_text(encoding="utf-8")
     fields = {
         "title": escape(view.title),
         "summary": escape(view.summary()),

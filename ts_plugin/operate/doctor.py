@@ -10,12 +10,12 @@ from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ts_plugin import binding
-from ts_plugin.cpulist import format_cpulist
-from ts_plugin.facts import JAR, Facts
-from ts_plugin.planner import Demand, PlanError, plan
-from ts_plugin.policy import LauncherArgsError, Pin, Policy, parse_launcher_args
-from ts_plugin.view import count
+from ts_plugin.leases import binding
+from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.operate.facts import JAR, Facts
+from ts_plugin.operate.view import count
+from ts_plugin.planning.planner import Demand, PlanError, plan
+from ts_plugin.planning.policy import LauncherArgsError, Pin, Policy, parse_launcher_args
 
 __all__ = ["CHECKS", "Finding", "Severity", "examine"]
 
@@ -128,7 +128,7 @@ def _plugin(facts: Facts) -> Iterator[Finding]:
     if facts.config is None or not facts.config.on("cpu_launcher_enable"):
         return
     path = facts.config.get("plugins_path")
-    change = "plugins_path=" + str(Path(__file__).resolve().parent / "frontend")
+    change = "plugins_path=" + str(Path(__file__).resolve().parents[1] / "frontend")
     if not path:
         yield Finding(
             Severity.ERROR,

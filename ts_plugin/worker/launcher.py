@@ -11,8 +11,8 @@ import os
 import sys
 from typing import NoReturn
 
-from ts_plugin import binding, claim, coordinator
-from ts_plugin.ledger import LEASE_VARIABLE, Ledger, pack_lease
+from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases.ledger import LEASE_VARIABLE, Ledger, pack_lease
 
 __all__ = ["main"]
 
@@ -48,7 +48,7 @@ def _bind(arguments: list[str], environment: dict[str, str]) -> str:
     say(claim.describe(lease))
     for note in notes:
         say(f"worker {lease.worker_id}: {note}", problem=True)
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
 
 
 def _unbind() -> None:

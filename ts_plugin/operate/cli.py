@@ -14,11 +14,14 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from ts_plugin import __version__, discovery, server, view
-from ts_plugin.discovery import DiscoveryError
-from ts_plugin.ledger import Ledger, LedgerError
-from ts_plugin.planner import Demand, PlanError, Slice, plan
-from ts_plugin.policy import LauncherArgsError, parse_launcher_args
+from ts_plugin import __version__
+from ts_plugin.leases.ledger import Ledger, LedgerError
+from ts_plugin.machine import discovery
+from ts_plugin.machine.discovery import DiscoveryError
+from ts_plugin.operate import view
+from ts_plugin.operate.core_map import core_map
+from ts_plugin.planning.planner import Demand, PlanError, Slice, plan
+from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,11 +124,11 @@ def _plan(options: argparse.Namespace) -> int:
         return 0
     planned = view.of_plan(topology, result, allowance.cpus, tuple(notes))
     if options.svg:
-        from ts_plugin import picture
+        from ts_plugin.operate import picture
 
         _write(options.svg, picture.svg(planned))
         return 0
-    from ts_plugin.terminal import Map
+    from ts_plugin.operate.terminal import Map
 
     _console().print(Map(planned))
     return 0
@@ -143,7 +146,7 @@ def _document(piece: Slice) -> dict[str, object]:
 
 def _show(options: argparse.Namespace) -> int:
     if options.json:
-        document = server.core_map(Ledger().read(), server_pid=options.server)
+        document = core_map(Ledger().read(), server_pid=options.server)
         print(json.dumps({**document, "idle_cpus": sorted(view.look(options.server).idle())}))
         return 0
     if options.svg or options.html:
@@ -152,7 +155,7 @@ def _show(options: argparse.Namespace) -> int:
             time.sleep(LOOK_EVERY)
             _write_pictures(options)
         return 0
-    from ts_plugin.terminal import Map
+    from ts_plugin.operate.terminal import Map
 
     if options.watch:
         _watch(options.server)
@@ -162,7 +165,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _write_pictures(options: argparse.Namespace) -> None:
-    from ts_plugin import picture
+    from ts_plugin.operate import picture
 
     now = view.look(options.server)
     reload = LOOK_EVERY if options.watch else None
@@ -185,7 +188,7 @@ def _write(file: Path, text: str) -> None:
 def _watch(server_pid: int | None) -> None:
     from rich.live import Live
 
-    from ts_plugin.terminal import Map, utilisation
+    from ts_plugin.operate.terminal import Map, utilisation
 
     before = view.ticks()
     with Live(Map(view.look(server_pid)), console=_console(), screen=True, auto_refresh=False) as live:
@@ -200,7 +203,7 @@ def _explain(options: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from ts_plugin.explain import explain, find
+    from ts_plugin.operate.explain import explain, find
 
     state = Ledger().read()
     leases = find(state, options.who)
@@ -218,8 +221,8 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from ts_plugin.doctor import Severity, examine
-    from ts_plugin.facts import default_config, gather
+    from ts_plugin.operate.doctor import Severity, examine
+    from ts_plugin.operate.facts import default_config, gather
 
     config = options.config or default_config()
     try:
@@ -229,7 +232,7 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"config": str(config) if config else None, "findings": [asdict(one) for one in findings]}))
     else:
-        from ts_plugin.terminal import report
+        from ts_plugin.operate.terminal import report
 
         _console().print(report(findings))
     return int(any(one.severity is Severity.ERROR for one in findings))
@@ -239,7 +242,7 @@ def _init(options: argparse.Namespace) -> int:
     target = (options.path / "config.properties" if options.path.is_dir() else options.path).absolute()
     cores = len(discovery.read_topology().cores_of(discovery.read_allowance().cpus))
     text = Template(
-        resources.files("ts_plugin").joinpath("template.properties").read_text(encoding="utf-8")
+        resources.files("ts_plugin.operate").joinpath("template.properties").read_text(encoding="utf-8")
     ).substitute(
         file=target,
         plugins=_plugins(),

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ts_plugin import binding, process
-from ts_plugin.cpulist import format_cpulist
-from ts_plugin.ledger import Lease
+from ts_plugin.leases import binding
+from ts_plugin.leases.ledger import Lease
+from ts_plugin.machine import process
+from ts_plugin.machine.cpulist import format_cpulist
 
 __all__ = ["METRICS", "ReadBack", "Reading"]
 

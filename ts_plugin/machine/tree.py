@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ts_plugin.cpulist import CpuListError, parse_cpulist
+from ts_plugin.machine.cpulist import CpuListError, parse_cpulist
 
 __all__ = ["Tree"]
 

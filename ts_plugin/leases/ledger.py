@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ts_plugin import process
-from ts_plugin.cpulist import format_cpulist, parse_cpulist
-from ts_plugin.planner import Demand, Slice
-from ts_plugin.policy import Allocator, Memory, OmpRuntime, Pin, Policy
-from ts_plugin.process import Identity
+from ts_plugin.machine import process
+from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
+from ts_plugin.machine.process import Identity
+from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.planning.policy import Allocator, Memory, OmpRuntime, Pin, Policy
 
 __all__ = [
     "LEASE_VARIABLE",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ts_plugin.tree import Tree
+from ts_plugin.machine.tree import Tree
 
 __all__ = ["Cgroups"]
 

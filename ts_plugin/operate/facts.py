@@ -19,13 +19,14 @@ from pathlib import Path
 
 import psutil
 
-from ts_plugin import binding, coordinator, discovery, process
-from ts_plugin.coordinator import Unbound
-from ts_plugin.discovery import DiscoveryError
-from ts_plugin.ledger import Ledger, LedgerError, State
-from ts_plugin.planner import Slice
-from ts_plugin.policy import LauncherArgsError, parse_launcher_args
-from ts_plugin.topology import Allowance, Topology
+from ts_plugin.leases import binding, coordinator
+from ts_plugin.leases.coordinator import Unbound
+from ts_plugin.leases.ledger import Ledger, LedgerError, State
+from ts_plugin.machine import discovery, process
+from ts_plugin.machine.discovery import DiscoveryError
+from ts_plugin.machine.topology import Allowance, Topology
+from ts_plugin.planning.planner import Slice
+from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 
 __all__ = ["JAR", "Config", "Facts", "Interpreter", "default_config", "gather", "read_config"]
 
@@ -138,14 +139,14 @@ def gather(path: Path | None) -> Facts:
     except LedgerError as error:
         ledger_error = str(error)
     unbound = tuple(coordinator.unbound_workers(state))
-    here = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     return Facts(
         system=platform.system(),
         java=_java_version(environment),
         torchserve=_version("torchserve"),
         interpreter=_find_interpreter(),
         config=config,
-        jar=zipfile.is_zipfile(here / "frontend" / JAR),
+        jar=zipfile.is_zipfile(package / "frontend" / JAR),
         plugins=_jars(config.get("plugins_path")) if config else None,
         archives=_archives(config) if config else None,
         topology=topology,

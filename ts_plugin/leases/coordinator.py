@@ -10,9 +10,10 @@ import contextlib
 import os
 from dataclasses import dataclass, replace
 
-from ts_plugin import binding, discovery, process
-from ts_plugin.ledger import Lease, Ledger, LedgerError, Server, State
-from ts_plugin.planner import PlanError, plan
+from ts_plugin.leases import binding
+from ts_plugin.leases.ledger import Lease, Ledger, LedgerError, Server, State
+from ts_plugin.machine import discovery, process
+from ts_plugin.planning.planner import PlanError, plan
 
 __all__ = ["UNBOUND_VARIABLE", "Unbound", "amend", "enlist", "join", "leave", "server_of", "settle", "unbound_workers"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import permutations
 
-from ts_plugin.cells import LEVELS, SCORE, Cell, Costs, Distance, Part, PlanError, Score, group, least, score
-from ts_plugin.components import Limits, Search, draw
+from ts_plugin.planning.cells import LEVELS, SCORE, Cell, Costs, Distance, Part, PlanError, Score, group, least, score
+from ts_plugin.planning.components import Limits, Search, draw
 
 __all__ = ["cut", "pack", "repair"]
 

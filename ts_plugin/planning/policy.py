@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from ts_plugin.cpulist import CpuListError, parse_cpulist
+from ts_plugin.machine.cpulist import CpuListError, parse_cpulist
 
 __all__ = [
     "OPTIONS",

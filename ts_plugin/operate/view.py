@@ -8,11 +8,12 @@ from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
 
-from ts_plugin import coordinator, discovery
-from ts_plugin.coordinator import Unbound
-from ts_plugin.ledger import Ledger, State
-from ts_plugin.planner import Plan, Slice
-from ts_plugin.topology import Core, Topology
+from ts_plugin.leases import coordinator
+from ts_plugin.leases.coordinator import Unbound
+from ts_plugin.leases.ledger import Ledger, State
+from ts_plugin.machine import discovery
+from ts_plugin.machine.topology import Core, Topology
+from ts_plugin.planning.planner import Plan, Slice
 
 __all__ = ["WORDS", "Group", "Use", "View", "Worker", "count", "look", "of_plan", "of_state", "tag", "ticks"]
 

@@ -15,10 +15,12 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ts_plugin import binding, claim, coordinator, discovery, readback
-from ts_plugin.launcher import say
-from ts_plugin.ledger import Lease, Ledger, State
-from ts_plugin.planner import Slice
+from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.machine import discovery
+from ts_plugin.planning.planner import Slice
+from ts_plugin.worker import readback
+from ts_plugin.worker.launcher import say
 
 __all__ = ["Follower", "current"]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
 
-from ts_plugin.cells import Cell, Costs, Part, group
+from ts_plugin.planning.cells import Cell, Costs, Part, group
 
 __all__ = ["Limits", "Search"]
 

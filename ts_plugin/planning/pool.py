@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from ts_plugin import partition
-from ts_plugin.allotment import apportion
-from ts_plugin.cells import Cell, Part, Score, least, score
-from ts_plugin.cells import size as size_of
-from ts_plugin.topology import Topology
+from ts_plugin.machine.topology import Topology
+from ts_plugin.planning import partition
+from ts_plugin.planning.allotment import apportion
+from ts_plugin.planning.cells import Cell, Part, Score, least, score
+from ts_plugin.planning.cells import size as size_of
 
 __all__ = ["Worker", "compact", "crowd", "divide"]
 

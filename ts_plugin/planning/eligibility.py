@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ts_plugin.cells import PlanError
-from ts_plugin.cpulist import format_cpulist
-from ts_plugin.policy import Policy
-from ts_plugin.topology import Topology
+from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.machine.topology import Topology
+from ts_plugin.planning.cells import PlanError
+from ts_plugin.planning.policy import Policy
 
 __all__ = ["fast", "narrow"]
 

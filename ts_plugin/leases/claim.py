@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ts_plugin import binding, coordinator, discovery, process
-from ts_plugin.cpulist import format_cpulist
-from ts_plugin.ledger import Lease, Ledger, Server
-from ts_plugin.planner import Demand, Slice
-from ts_plugin.policy import Policy
+from ts_plugin.leases import binding, coordinator
+from ts_plugin.leases.ledger import Lease, Ledger, Server
+from ts_plugin.machine import discovery, process
+from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.planning.policy import Policy
 
 __all__ = ["Archive", "CannotBind", "claim", "describe", "read_archive", "worker_id"]
 

@@ -11,10 +11,10 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from ts_plugin.cgroups import Cgroups
-from ts_plugin.cpulist import CpuListError, format_cpulist, parse_cpulist
-from ts_plugin.topology import Allowance, Core, NumaNode, Topology
-from ts_plugin.tree import Tree
+from ts_plugin.machine.cgroups import Cgroups
+from ts_plugin.machine.cpulist import CpuListError, format_cpulist, parse_cpulist
+from ts_plugin.machine.topology import Allowance, Core, NumaNode, Topology
+from ts_plugin.machine.tree import Tree
 
 __all__ = ["DiscoveryError", "read_allowance", "read_topology"]
 

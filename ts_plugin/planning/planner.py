@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ts_plugin.allotment import Taker, allot, apportion
-from ts_plugin.cells import PlanError
-from ts_plugin.cpulist import format_cpulist
-from ts_plugin.eligibility import fast, narrow
-from ts_plugin.policy import Pin, Policy
-from ts_plugin.pool import Worker, compact, crowd, divide
-from ts_plugin.topology import Core, Topology
+from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.machine.topology import Core, Topology
+from ts_plugin.planning.allotment import Taker, allot, apportion
+from ts_plugin.planning.cells import PlanError
+from ts_plugin.planning.eligibility import fast, narrow
+from ts_plugin.planning.policy import Pin, Policy
+from ts_plugin.planning.pool import Worker, compact, crowd, divide
 
 __all__ = ["Demand", "Plan", "PlanError", "Slice", "plan"]
 

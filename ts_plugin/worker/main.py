@@ -15,9 +15,9 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 import runpy
 from typing import Any
 
-from ts_plugin import follower
-from ts_plugin.launcher import say
-from ts_plugin.ledger import LEASE_VARIABLE, Ledger, unpack_lease
+from ts_plugin.leases.ledger import LEASE_VARIABLE, Ledger, unpack_lease
+from ts_plugin.worker import follower
+from ts_plugin.worker.launcher import say
 
 
 def attach() -> None:

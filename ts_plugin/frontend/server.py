@@ -1,4 +1,4 @@
-"""What the Java hook asks Python: `python -P -m ts_plugin.server takeover|cores`. All policy is on this side."""
+"""What the Java hook asks: `python -P -m ts_plugin.frontend.server takeover|cores`. All policy is on this side."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from ts_plugin import coordinator, discovery, process
-from ts_plugin.ledger import Lease, Ledger, LedgerError, Server, State
-from ts_plugin.policy import LauncherArgsError, Policy, parse_launcher_args
+from ts_plugin.leases import coordinator
+from ts_plugin.leases.ledger import Ledger, LedgerError, Server
+from ts_plugin.machine import discovery, process
+from ts_plugin.operate.core_map import core_map
+from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
-__all__ = ["core_map", "main", "take_over"]
+__all__ = ["main", "take_over"]
 
 LAUNCHER = "ts-cores-python"
 
@@ -25,15 +27,15 @@ def main(arguments: list[str]) -> int:
         text = next((option.partition("=")[2] for option in options if option.startswith("--launcher-args=")), "")
         answer = take_over(Ledger(), server_pid, text)
     elif command == "cores" and "--html" in options:
-        from ts_plugin import picture, view
+        from ts_plugin.operate import picture, view
 
         sys.stdout.buffer.write(picture.html(view.look(server_pid), ticks=view.ticks()).encode())
         return 0
     elif command == "cores":
         answer = {"enabled": "--enabled" in options, **core_map(Ledger().read(), server_pid=server_pid)}
     else:
-        print("usage: python -m ts_plugin.server takeover [--launcher-args=TEXT]", file=sys.stderr)
-        print("       python -m ts_plugin.server cores [--enabled] [--html]", file=sys.stderr)
+        print("usage: python -m ts_plugin.frontend.server takeover [--launcher-args=TEXT]", file=sys.stderr)
+        print("       python -m ts_plugin.frontend.server cores [--enabled] [--html]", file=sys.stderr)
         return 2
     print(json.dumps(answer))
     return 0
@@ -71,43 +73,6 @@ def _launcher_path() -> str:
         if file.name == LAUNCHER:
             return os.path.realpath(str(file.locate()))
     raise FileNotFoundError(f"{LAUNCHER} is not installed for {sys.executable}; pip install ts-cores there")
-
-
-def core_map(state: State, *, server_pid: int | None = None) -> dict[str, Any]:
-    """Return who holds what as JSON values; only the workers of one frontend if ``server_pid`` is given."""
-
-    def wanted(owner: int | None) -> bool:
-        return server_pid is None or owner == server_pid
-
-    return {
-        "slices": [_slice(lease) for lease in state.leases if wanted(lease.server_pid)],
-        "unbound": [
-            {"pid": worker.pid, "reason": worker.reason}
-            for worker in coordinator.unbound_workers(state)
-            if wanted(worker.server_pid)
-        ],
-        "reserved_cpus": sorted(state.reserved),
-        "notes": list(state.notes),
-    }
-
-
-def _slice(lease: Lease) -> dict[str, Any]:
-    cores = lease.slice
-    return {
-        "pid": lease.pid,
-        "model": lease.model,
-        "version": lease.version,
-        "worker_id": lease.worker_id,
-        "server_pid": lease.server_pid,
-        "cpus": list(cores.cpus),
-        "threads": cores.threads,
-        "numa_nodes": list(cores.numa_nodes),
-        "l3_domains": list(cores.l3_domains),
-        "packages": list(cores.packages),
-        "pinned": cores.pinned,
-        "moves": lease.moves,
-        "notes": list(lease.notes),
-    }
 
 
 if __name__ == "__main__":

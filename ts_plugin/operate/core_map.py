@@ -1,0 +1,47 @@
+"""The core map as JSON values, for `GET /cores` and `ts-cores show --json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ts_plugin.leases import coordinator
+from ts_plugin.leases.ledger import Lease, State
+
+__all__ = ["core_map"]
+
+
+def core_map(state: State, *, server_pid: int | None = None) -> dict[str, Any]:
+    """Return who holds what as JSON values; only the workers of one frontend if ``server_pid`` is given."""
+
+    def wanted(owner: int | None) -> bool:
+        return server_pid is None or owner == server_pid
+
+    return {
+        "slices": [_slice(lease) for lease in state.leases if wanted(lease.server_pid)],
+        "unbound": [
+            {"pid": worker.pid, "reason": worker.reason}
+            for worker in coordinator.unbound_workers(state)
+            if wanted(worker.server_pid)
+        ],
+        "reserved_cpus": sorted(state.reserved),
+        "notes": list(state.notes),
+    }
+
+
+def _slice(lease: Lease) -> dict[str, Any]:
+    cores = lease.slice
+    return {
+        "pid": lease.pid,
+        "model": lease.model,
+        "version": lease.version,
+        "worker_id": lease.worker_id,
+        "server_pid": lease.server_pid,
+        "cpus": list(cores.cpus),
+        "threads": cores.threads,
+        "numa_nodes": list(cores.numa_nodes),
+        "l3_domains": list(cores.l3_domains),
+        "packages": list(cores.packages),
+        "pinned": cores.pinned,
+        "moves": lease.moves,
+        "notes": list(lease.notes),
+    }

@@ -1,0 +1,1 @@
+"""Who gets which cores: pure functions from topology and demands to slices."""
