@@ -84,6 +84,8 @@ class Watcher(threading.Thread):
         workers = frozenset(pid for server in self._servers for pid in living_workers(server))
         now = time.monotonic()
         complaint = inspect(workers)
+        if complaint is not None and complaint.startswith("idle") and any(map(launching, self._servers)):
+            complaint = None  # the idle cores are the newcomer's: it holds its lease before it is an interpreter
         self._report.observations += 1
         if workers != self._workers or complaint is None:
             self._unsettled_since = None  # a new set of workers starts a new grace
@@ -106,6 +108,12 @@ def living_workers(server: TorchServe) -> list[int]:
     with contextlib.suppress(psutil.Error):
         return [pid for pid, words in server.workers().items() if not any("ts-cores-python" in word for word in words)]
     return []
+
+
+def launching(server: TorchServe) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("ts-cores-python" in word for words in server.workers().values() for word in words)
+    return False
 
 
 def inspect(workers: frozenset[int]) -> str | None:
@@ -324,6 +332,7 @@ class Storm:
         self._outages[index:] = [(server, begin, time.monotonic()) for server in servers]
 
     def _recover(self, server: TorchServe) -> None:
+        time.sleep(1)  # TorchServe calls a worker READY until it has noticed its death
         for (owner, name), workers in list(self.models.items()):
             if owner is server:
                 server.wait_ready(name, workers)
