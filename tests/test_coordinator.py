@@ -250,8 +250,7 @@ def test_a_frontends_policy_holds_and_it_moves_aside_itself(
 
 def test_never_pinned_still_gets_its_threads(start: Callable[..., Claimant], frontend: Callable[..., None]) -> None:
     frontend(Policy(pin=Pin.NEVER))
-    first, second = start(), start(worker="9001")
-    first.facts()
-    facts = second.facts()
+    start().facts()
+    facts = start(worker="9001").facts()
     assert facts["threads"] == CORES // 2
     assert facts["mask"] == sorted(os.sched_getaffinity(0))

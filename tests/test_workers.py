@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,11 @@ def test_every_rank_of_torchrun_gets_its_own_slice() -> None:
     config = "parallelType: tp\nparallelLevel: 2\ndeviceType: cpu\ntorchrun:\n  nproc-per-node: 2\n"
     archive = archives.facts("ranks", handler=Handler.OURS, config=config)
     with TorchServe(archive, workers=1, properties=PINNED) as server:
-        answer = ask(server, "ranks")
-        assert_bound(server, answer)
+        deadline = time.monotonic() + 30  # TorchServe calls it READY when rank 0 is: rank 1 may still be joining
+        while len(leases(server)) < 2 or ask(server, "ranks")["threads"] != CORES // 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert_bound(server, ask(server, "ranks"))
         held = leases(server)
         assert len(held) == 2
         assert all(len(cpus) == CORES // 2 for cpus in held.values())
