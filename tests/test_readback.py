@@ -1,0 +1,115 @@
+"""Read-back: what it finds on a real process, and what it repairs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ts_plugin.leases import binding
+from ts_plugin.leases.ledger import Lease
+from ts_plugin.machine import process
+from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.worker import readback
+from ts_plugin.worker.readback import ReadBack
+
+ALLOWED = tuple(sorted(os.sched_getaffinity(0)))
+needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
+
+SETUP = """
+import json, os, sys, threading
+from ts_plugin.leases.ledger import Lease
+from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.worker.readback import ReadBack
+cpus = tuple(sorted(os.sched_getaffinity(0)))
+lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus[:1], 1, (0,), (0,), (0,)))
+look = ReadBack()
+"""
+
+
+def run(code: str) -> Any:
+    """Run ``code`` after SETUP in a process of its own, which may change its masks, and return the JSON it prints."""
+    done = subprocess.run([sys.executable, "-c", SETUP + code], capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(done.stdout)
+
+
+def lease_here(cpus: tuple[int, ...] = ALLOWED) -> Lease:
+    me = process.identify(os.getpid())
+    assert me is not None
+    demand, cores = Demand(frozenset(ALLOWED)), Slice(cpus, len(cpus), (0,), (0,), (0,))
+    return Lease(me.pid, me.start_time, "m", "1.0", "9000", None, demand, cores)
+
+
+@needs_two
+def test_masks_outside_the_slice_are_put_back_and_counted_once() -> None:
+    found = run("""
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+first = look.read(lease, thorough=False)
+second = look.read(lease, thorough=False)
+print(json.dumps([first.outside, list(first.problems), second.outside, sorted(os.sched_getaffinity(0)), cpus]))
+""")
+    outside, problems, again, mask, cpus = found
+    assert outside == 2
+    assert "2 threads had a mask outside the slice" in problems[0]
+    assert again == 0
+    assert mask == cpus[:1]
+
+
+@needs_two
+def test_moves_between_cpus_are_counted_since_the_last_look() -> None:
+    found = run("""
+wide = lease.__class__(*[getattr(lease, n) for n in ("pid", "start_time", "model", "version", "worker_id", "server_pid",
+    "demand")], Slice(cpus, len(cpus), (0,), (0,), (0,)))
+first = look.read(wide, thorough=False).migrations
+for _ in range(10):
+    for cpu in cpus[:2]:
+        os.sched_setaffinity(0, {cpu})
+os.sched_setaffinity(0, cpus)
+print(json.dumps([first, look.read(wide, thorough=False).migrations]))
+""")
+    first, moved = found
+    if first is None:
+        pytest.skip("this kernel does not count migrations (CONFIG_SCHED_DEBUG)")
+    assert first == 0, "what happened before the first look is not counted"
+    assert moved >= 10
+
+
+def test_a_thorough_look_finds_two_openmp_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readback, "_openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
+    problems = ReadBack().read(lease_here(), thorough=True).problems
+    assert any("libgomp.so.1, libiomp5.so" in problem for problem in problems)
+    assert ReadBack().read(lease_here(), thorough=False).problems == ()
+
+
+def test_the_openmp_runtime_of_torch_is_seen_in_a_real_process() -> None:
+    code = "import torch; from ts_plugin.worker.readback import _openmp_runtimes; print(_openmp_runtimes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.count("lib") == 1, done.stdout
+
+
+def test_pages_on_other_nodes_are_remote() -> None:
+    here = ReadBack().read(lease_here(), thorough=True)
+    if here.remote_pages is None:
+        pytest.skip("this kernel has no numa_maps")
+    assert here.remote_pages == 0 or len(os.listdir("/sys/devices/system/node")) > 1
+    elsewhere = Slice(ALLOWED, len(ALLOWED), (1023,), (0,), (0,))
+    me = lease_here()
+    lease = Lease(me.pid, me.start_time, "m", "1.0", "9000", None, me.demand, elsewhere)
+    pages = ReadBack().read(lease, thorough=True).remote_pages
+    assert pages is not None
+    assert pages > 100, "all of this process's memory is elsewhere then"
+
+
+def test_a_crowd_is_reported_once_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "state", lambda pid, tid: "R")
+    monkeypatch.setattr(process, "threads", lambda pid: list(range(100)))
+    monkeypatch.setattr(binding, "bind_tree", lambda *_: 0)
+    look = ReadBack()
+    problems = [look.read(lease_here(), thorough=False).problems for _ in range(5)]
+    assert [len(found) for found in problems] == [0, 0, 1, 0, 0]
+    assert "100 runnable threads" in problems[2][0]
