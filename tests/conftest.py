@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,16 @@ def _own_state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TS_CORES_STATE_DIR", str(tmp_path_factory.mktemp("state") / "ts-cores"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _same_cpus_afterwards() -> Iterator[None]:
+    """Name the test that leaves this process on other CPUs: what every later test starts would inherit them."""
+    before = os.sched_getaffinity(0)
+    yield
+    after = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, before)
+    assert after == before
 
 
 @pytest.fixture(scope="session")

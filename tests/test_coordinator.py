@@ -68,8 +68,11 @@ class Claimant:
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
+def state(tmp_path: Path) -> Iterator[Path]:
+    """The claimants' state directory; whoever is a frontend in it may be moved until the last claimant has ended."""
+    mask = os.sched_getaffinity(0)
+    yield tmp_path / "state"
+    os.sched_setaffinity(0, mask)
 
 
 @pytest.fixture
@@ -216,8 +219,8 @@ def test_an_unwritable_directory_is_an_error_that_names_it(tmp_path: Path, start
 
 
 @pytest.fixture
-def frontend(state: Path) -> Iterator[Callable[..., None]]:
-    """Makes this process the claimants' frontend; a frontend is moved aside, so its mask is restored afterwards."""
+def frontend(state: Path) -> Callable[..., None]:
+    """Makes this process the claimants' frontend."""
     mask = os.sched_getaffinity(0)
 
     def become(policy: Policy, error: str | None = None) -> None:
@@ -225,8 +228,7 @@ def frontend(state: Path) -> Iterator[Callable[..., None]]:
         assert me is not None
         coordinator.enlist(Ledger(str(state)), Server(me.pid, me.start_time, policy, frozenset(mask), error))
 
-    yield become
-    os.sched_setaffinity(0, mask)
+    return become
 
 
 def test_a_frontend_with_an_error_makes_its_workers_say_so(
