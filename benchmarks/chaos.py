@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.chaos --minutes 10``. Two TorchServe servers share one ledger. A watcher reads the affinity masks
 of all threads of all workers from /proc ten times a second, by its own means. Whatever happened, at most GRACE seconds
-later the masks must be disjoint (with more workers than cores: one core each, equally crowded), cover every core, and
-``GET /cores`` must list exactly the workers that live. Exit status 0 without a violation.
+later (``--grace``) the masks must be disjoint (with more workers than cores: one core each, equally crowded), cover
+every core, and ``GET /cores`` must list exactly the workers that live. Exit status 0 without a violation.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Watcher(threading.Thread):
 
     def __init__(self, storm: Storm) -> None:
         super().__init__(daemon=True)
-        self._storm, self._servers, self._report = storm, storm.servers, storm.report
+        self._storm, self._report = storm, storm.report
         self._end = threading.Event()
         self._unsettled_since: float | None = None
         self._workers: frozenset[int] = frozenset()
@@ -81,11 +81,8 @@ class Watcher(threading.Thread):
                 self._report.violations.append(f"watcher: {error!r}")
 
     def _observe(self) -> None:
-        workers = frozenset(pid for server in self._servers for pid in living_workers(server))
+        workers, complaint = self._storm.inspect()
         now = time.monotonic()
-        complaint = inspect(workers)
-        if complaint is not None and complaint.startswith("idle") and any(map(launching, self._servers)):
-            complaint = None  # the idle cores are the newcomer's: it holds its lease before it is an interpreter
         self._report.observations += 1
         if workers != self._workers or complaint is None:
             self._unsettled_since = None  # a new set of workers starts a new grace
@@ -98,7 +95,7 @@ class Watcher(threading.Thread):
             return
         unsettled = now - self._unsettled_since
         self._report.longest_unsettled = max(self._report.longest_unsettled, unsettled)
-        if unsettled > GRACE:
+        if unsettled > self._storm.grace:
             self._report.violations.append(f"{time.strftime('%H:%M:%S')} {complaint}")
             self._unsettled_since = now
 
@@ -181,9 +178,10 @@ def physical_cores(allowed: frozenset[int]) -> list[frozenset[int]]:
 class Storm:
     """Two servers, the models on them, and the random things that happen to them."""
 
-    def __init__(self, seed: int, report: Report) -> None:
+    def __init__(self, seed: int, report: Report, grace: float = GRACE) -> None:
         self.random = random.Random(seed)
         self.report = report
+        self.grace = grace
         self.archive = archives.facts()
         properties: dict[str, str | int | float | bool | Path | None] = {
             "plugins_path": PLUGINS,
@@ -337,32 +335,42 @@ class Storm:
             if owner is server:
                 server.wait_ready(name, workers)
 
-    def check_core_maps(self) -> None:
-        """Within GRACE, GET /cores must list exactly the living workers of each server, none of them unbound."""
+    def inspect(self) -> tuple[frozenset[int], str | None]:
+        """Return the living workers of all servers, and what is wrong with their masks."""
+        workers = frozenset(pid for server in self.servers for pid in living_workers(server))
+        complaint = inspect(workers)
+        if complaint is not None and complaint.startswith("idle") and any(map(launching, self.servers)):
+            complaint = None  # the idle cores are the newcomer's: it holds its lease before it is an interpreter
+        return workers, complaint
+
+    def check_settled(self) -> None:
+        """Within the grace the masks must be right and GET /cores list exactly the living workers, none unbound."""
+        deadline = time.monotonic() + self.grace
+        while (complaint := self.inspect()[1] or self._wrong_map()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if complaint:
+            self.report.violations.append(f"{time.strftime('%H:%M:%S')} {complaint}")
+
+    def _wrong_map(self) -> str | None:
         for server in self.servers:
-            deadline = time.monotonic() + GRACE
-            while True:
-                core_map = server.cores()
-                listed, living = {entry["pid"] for entry in core_map["slices"]}, set(living_workers(server))
-                if listed == living and not core_map["unbound"]:
-                    break
-                if time.monotonic() > deadline:
-                    self.report.violations.append(f"core map {core_map} but living workers {sorted(living)}")
-                    break
-                time.sleep(0.1)
+            core_map = server.cores()
+            listed, living = {entry["pid"] for entry in core_map["slices"]}, set(living_workers(server))
+            if listed != living or core_map["unbound"]:
+                return f"core map {core_map} but living workers {sorted(living)}"
+        return None
 
 
-def run(minutes: float, seed: int) -> Report:
+def run(minutes: float, seed: int, grace: float = GRACE) -> Report:
     """Run the storm for that long and return what was counted."""
     report = Report()
-    with Storm(seed, report) as storm:
+    with Storm(seed, report, grace) as storm:
         watcher = Watcher(storm)
         watcher.start()
         started = time.monotonic()
         try:
             while time.monotonic() - started < minutes * 60:
                 storm.act()
-                storm.check_core_maps()
+                storm.check_settled()
                 time.sleep(storm.random.uniform(0.5, GRACE + 1))
                 print(f"{time.monotonic() - started:5.0f} s  {dict(report.actions)}", file=sys.stderr, flush=True)
         except TorchServeError as error:
@@ -379,10 +387,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
+    parser.add_argument("--grace", type=float, default=GRACE, help="seconds until everything must be right again")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     options = parser.parse_args()
     print(f"seed {options.seed}", file=sys.stderr)
-    report = run(options.minutes, options.seed)
+    report = run(options.minutes, options.seed, options.grace)
     print(json.dumps(report.__dict__) if options.json else report.text())
     for problem in [*report.violations, *report.failed_requests]:
         print(problem, file=sys.stderr)

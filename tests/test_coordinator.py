@@ -20,7 +20,8 @@ from ts_plugin.leases.ledger import Ledger, Server
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.policy import Pin, Policy
 
-CORES = len(discovery.read_topology().cores_of(os.sched_getaffinity(0)))
+TOPOLOGY = discovery.read_topology()
+CORES = len(TOPOLOGY.cores_of(os.sched_getaffinity(0)))
 PATIENCE = 2.0  # seconds: what the README promises
 pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
 
@@ -139,7 +140,7 @@ def test_more_workers_than_cores_share_them_fairly_with_one_thread_each(start: C
         claimant.facts()
 
     def fair() -> bool:
-        load: Counter[frozenset[int]] = Counter()
+        load: Counter[int] = Counter()
         for claimant in claimants:
             masks = claimant.masks()
             if len(masks) != 1 or len(next(iter(masks))) != 1:

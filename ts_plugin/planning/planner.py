@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Core, Topology
@@ -88,7 +88,7 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
     slices: dict[int, Slice] = {}
     for pool in bounded:
         slices.update(_bound(topology, pool, notes))
-    loads: Counter[int] = Counter()  # workers per core
+    loads = _Loads()
     for pool, cores in zip(pools, _allot(topology, pools), strict=True):
         slices.update(_assign(topology, pool, cores, loads, notes))
     chosen = tuple(slices[place] for place in range(len(demands)))
@@ -127,15 +127,22 @@ class _Claim:
     cpus: frozenset[int]
     cores: frozenset[int]
 
-    def slice(self, topology: Topology, cores: Iterable[int], threads: int | None = None) -> Slice:
-        """The slice of ``cores``: one CPU of each, the lowest, or all with ``logical``; unpinned with --pin never."""
+    def slice(self, topology: Topology, cores: Iterable[int], shared: Counter[int] | None) -> Slice:
+        """The slice of ``cores``: one CPU of each, the lowest, or all with ``logical``; unpinned with --pin never.
+
+        ``shared`` counts the workers on each CPU of cores that have to be shared, with one thread each: their workers
+        spread over the SMT siblings.
+        """
         mask: list[int] = []
         for i in cores:
             usable = [cpu for cpu in topology.cores[i].cpus if cpu in self.cpus]
+            if shared is not None:
+                usable.sort(key=lambda cpu: (shared[cpu], cpu not in self.demand.held))
             mask += usable if self.demand.policy.logical else usable[:1]
+        threads = len(mask) if shared is None else 1
         if self.demand.policy.pin is Pin.NEVER:
-            return self.unpinned(topology, threads or len(mask))
-        return _slice((topology.cores[i] for i in cores), mask, threads or len(mask), pinned=True)
+            return self.unpinned(topology, threads)
+        return _slice((topology.cores[i] for i in cores), mask, threads, pinned=True)
 
     def unpinned(self, topology: Topology, threads: int) -> Slice:
         return _slice(topology.cores_of(self.cpus), self.cpus, threads, pinned=False)
@@ -321,8 +328,16 @@ def _allot(topology: Topology, pools: Sequence[_Pool]) -> list[frozenset[int]]:
     return chosen
 
 
+@dataclass(frozen=True, slots=True)
+class _Loads:
+    """How many workers each core carries, and each of its CPUs."""
+
+    cores: Counter[int] = field(default_factory=Counter)
+    cpus: Counter[int] = field(default_factory=Counter)
+
+
 def _assign(
-    topology: Topology, pool: _Pool, cores: frozenset[int], loads: Counter[int], notes: list[str]
+    topology: Topology, pool: _Pool, cores: frozenset[int], loads: _Loads, notes: list[str]
 ) -> dict[int, Slice]:
     """Divide ``cores`` among the claims of the pool."""
     claims, policy = pool.claims, pool.policy
@@ -337,21 +352,22 @@ def _assign(
     ]
     crowded = len(claims) > len(cores)
     if crowded:
-        parts = crowd(cores or pool.cores, workers, loads)
+        parts = crowd(cores or pool.cores, workers, loads.cores)
         notes.append(
             f"more workers than cores: {len(claims)} on {len(cores or pool.cores)} "
             f"(CPUs {_list(core_of)}), which they share with one thread each; use fewer workers"
         )
     else:
         parts = divide(topology, cores, workers, equal=policy.equal, within_nodes=policy.skip_cross_node_cores)
-        loads.update(core for part in parts for core in part)
+        loads.cores.update(core for part in parts for core in part)
     for claim, size, part in zip(claims, sizes, parts, strict=True):
         if size > len(part) and not crowded:
             notes.append(
                 f"worker {claim.place} asks for {_count(size, 'core')} and gets {len(part)}: "
                 f"there are {len(cores)} for {_count(len(claims), 'worker')}, and each needs one"
             )
-    return {
-        claim.place: claim.slice(topology, part, 1 if crowded else None)
-        for claim, part in zip(claims, parts, strict=True)
-    }
+    slices = {}
+    for claim, part in zip(claims, parts, strict=True):
+        slices[claim.place] = claim.slice(topology, part, loads.cpus if crowded else None)
+        loads.cpus.update(slices[claim.place].cpus)
+    return slices
