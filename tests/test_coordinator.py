@@ -145,7 +145,7 @@ def test_more_workers_than_cores_share_them_fairly_with_one_thread_each(start: C
             masks = claimant.masks()
             if len(masks) != 1 or len(next(iter(masks))) != 1:
                 return False
-            load.update(masks)
+            load.update(core.number for core in TOPOLOGY.cores_of(next(iter(masks))))
         return sorted(load.values()) == [2] * (CORES - 1) + [3]
 
     assert eventually(fair)
