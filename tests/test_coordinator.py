@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.eventually import eventually
 from ts_plugin.leases import coordinator
 from ts_plugin.leases.ledger import Ledger, Server
 from ts_plugin.machine import discovery, process
@@ -22,7 +22,6 @@ from ts_plugin.planning.policy import Pin, Policy
 
 TOPOLOGY = discovery.read_topology()
 CORES = len(TOPOLOGY.cores_of(os.sched_getaffinity(0)))
-PATIENCE = 2.0  # seconds: what the README promises
 pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
 
 
@@ -93,15 +92,6 @@ def start(state: Path) -> Iterator[Callable[..., Claimant]]:
             stream.close()
 
 
-def eventually(check: Callable[[], bool], patience: float = PATIENCE) -> bool:
-    deadline = time.monotonic() + patience
-    while not check():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def divided(*claimants: Claimant) -> bool:
     """Tell whether every claimant has one mask for all its threads, all disjoint, and nothing idles."""
     masks = [claimant.masks() for claimant in claimants]
@@ -164,7 +154,7 @@ def test_sixty_four_claim_at_once(start: Callable[..., Claimant], state: Path) -
         claimant.process.send_signal(signal.SIGKILL)
     for claimant in claimants[1:]:
         claimant.process.wait()
-    assert eventually(lambda: divided(claimants[0]), patience=10), "the last one owns the machine again"
+    assert eventually(lambda: divided(claimants[0])), "the last one owns the machine again"
 
 
 @pytest.mark.parametrize("damage", ["delete", "garbage", "directory"])

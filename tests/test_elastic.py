@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import archives
 from benchmarks.torchserve import RequestError, TorchServe
+from tests.eventually import eventually
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery, process
 
@@ -25,7 +26,6 @@ PINNED: dict[str, str | int | float | bool | Path | None] = {
 }
 ALLOWED = frozenset(os.sched_getaffinity(0))
 CORES = len(discovery.read_topology().cores_of(ALLOWED))
-PATIENCE = 2.0  # seconds: what the README promises
 
 pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
 
@@ -69,15 +69,6 @@ class Load:
             self.answers.append(time.monotonic())
         except RequestError as error:
             self.failures.append(str(error))
-
-
-def eventually(check: Callable[[], bool], patience: float = PATIENCE) -> bool:
-    deadline = time.monotonic() + patience
-    while not check():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def masks(pid: int) -> set[frozenset[int]]:

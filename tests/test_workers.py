@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from benchmarks import archives
 from benchmarks.archives import Handler
 from benchmarks.torchserve import TorchServe
+from tests.eventually import eventually
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery
 
@@ -140,10 +140,8 @@ def test_every_rank_of_torchrun_gets_its_own_slice() -> None:
     config = "parallelType: tp\nparallelLevel: 2\ndeviceType: cpu\ntorchrun:\n  nproc-per-node: 2\n"
     archive = archives.facts("ranks", handler=Handler.OURS, config=config)
     with TorchServe(archive, workers=1, properties=PINNED) as server:
-        deadline = time.monotonic() + 30  # TorchServe calls it READY when rank 0 is: rank 1 may still be joining
-        while len(leases(server)) < 2 or ask(server, "ranks")["threads"] != CORES // 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        # TorchServe calls it READY when rank 0 is: rank 1 may still be joining.
+        assert eventually(lambda: len(leases(server)) == 2 and ask(server, "ranks")["threads"] == CORES // 2)
         assert_bound(server, ask(server, "ranks"))
         held = leases(server)
         assert len(held) == 2
@@ -171,7 +169,7 @@ def test_a_workers_children_stay_in_its_slice_and_do_not_keep_its_lease() -> Non
             held = leases(server)[answer["pid"]]
             assert sorted(os.sched_getaffinity(child)) == sorted(held), "the child followed its parent's slice"
             server.unregister("parent")
-            assert answer["pid"] not in leases(server)
+            assert eventually(lambda: answer["pid"] not in leases(server))
             assert Path(f"/proc/{child}").exists()
         finally:
             os.kill(child, 9)
