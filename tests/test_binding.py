@@ -150,6 +150,17 @@ def test_an_allocator_is_preloaded_where_it_is_found(prefix: Path) -> None:
     assert environment["LD_PRELOAD"].count("jemalloc") == 1, "not twice"
 
 
+def test_without_a_wish_tcmalloc_is_taken_and_jemalloc_is_not(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = ["libjemalloc.so.2"]
+    monkeypatch.setattr(os, "listdir", lambda path: there)
+    environment: dict[str, str] = {}
+    assert binding.prepare_environment(environment, THREE, Policy(), library_roots=[str(prefix)]) == []
+    assert "LD_PRELOAD" not in environment
+    there.append("libtcmalloc.so.4")
+    assert binding.prepare_environment(environment, THREE, Policy(), library_roots=[str(prefix)]) == []
+    assert environment["LD_PRELOAD"].endswith("/lib/libtcmalloc.so.4")
+
+
 def test_a_missing_allocator_is_a_note(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "listdir", lambda path: [])
     environment: dict[str, str] = {}

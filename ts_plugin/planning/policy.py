@@ -321,7 +321,7 @@ OPTIONS: tuple[Option, ...] = (
         "auto|default|tcmalloc|jemalloc",
         "allocator",
         _member(Allocator, auto=True),
-        "preload this allocator where it is found",
+        "preload this allocator where it is found; auto is tcmalloc",
         "auto",
     ),
     Option(("--enable-tcmalloc",), "", "allocator", _flag(Allocator.TCMALLOC), "as --memory-allocator tcmalloc"),
