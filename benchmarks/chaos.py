@@ -32,6 +32,7 @@ GRACE = 2.0  # seconds, the promise
 READ_BACK = 6.0  # seconds until a worker has looked at its own masks again
 PLUGINS = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 DAMAGE = ["", "{", '{"version": 0}', '{"version": 1, "generation": "x"}', "[" * 200_000, "\0" * 4096]
+UNFINISHED = ("idle cores", "more workers than cores, but not shared fairly")
 MAX_WORKERS = 3  # per model: more would only wait for the CPUs to start them
 
 
@@ -107,9 +108,20 @@ def living_workers(server: TorchServe) -> list[int]:
     return []
 
 
-def launching(server: TorchServe) -> bool:
+def starting(server: TorchServe) -> bool:
+    """Tell whether a worker does not listen on its socket yet, as far as /proc and the server's directory show.
+
+    It holds its lease before it is an interpreter; and while it imports torch, which holds Python's lock for up to a
+    second at a time, it may give up cores, since others do that for it, but not take any.
+    """
     with contextlib.suppress(psutil.Error):
-        return any("ts-cores-python" in word for words in server.workers().values() for word in words)
+        for pid, words in server.workers().items():
+            try:
+                listens = os.stat(words[words.index("--sock-name") + 1]).st_mtime  # its predecessor's is older
+            except FileNotFoundError:
+                return True
+            if listens < psutil.Process(pid).create_time() - 0.1:
+                return True
     return False
 
 
@@ -135,9 +147,9 @@ def inspect(workers: frozenset[int]) -> str | None:
         if any(count > 1 for count in load.values()):
             return f"overlap: {picture}"
         if any(len(core & set(load)) == 0 for core in cores):
-            return f"idle cores: {picture}"
+            return f"{UNFINISHED[0]}: {picture}"
     elif any(len(cpus) != 1 for cpus in used.values()) or max(load.values()) - min(load.values()) > 1:
-        return f"more workers than cores, but not shared fairly: {picture}"
+        return f"{UNFINISHED[1]}: {picture}"
     return None
 
 
@@ -339,8 +351,8 @@ class Storm:
         """Return the living workers of all servers, and what is wrong with their masks."""
         workers = frozenset(pid for server in self.servers for pid in living_workers(server))
         complaint = inspect(workers)
-        if complaint is not None and complaint.startswith("idle") and any(map(launching, self.servers)):
-            complaint = None  # the idle cores are the newcomer's: it holds its lease before it is an interpreter
+        if complaint is not None and complaint.startswith(UNFINISHED) and any(map(starting, self.servers)):
+            complaint = None  # what a newcomer will take, or already holds
         return workers, complaint
 
     def check_settled(self) -> None:

@@ -1,12 +1,14 @@
 """A process that claims a slice as a worker does, without TorchServe around it: for tests of leases.
 
-Every line that it reads applies the slice's threads as a request would; each is answered with a JSON line of facts.
+Every line that it reads applies the slice's threads as a request would; each is answered with a JSON line of facts. The
+lines "full" and "free" first let every write of this process fail as on a full disk, or succeed again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import threading
 
@@ -15,6 +17,13 @@ from ts_plugin.leases.claim import Archive
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.planning.planner import PlanError
 from ts_plugin.worker import follower
+
+LIMITS = {"full": 0, "free": resource.RLIM_INFINITY}  # bytes that a file may have
+
+
+def tell(facts: dict[str, object]) -> None:
+    """Print one line at once, so that no line of the log, which another thread writes, comes between."""
+    os.write(1, f"{json.dumps(facts)}\n".encode())
 
 
 def facts(own: follower.Follower) -> dict[str, object]:
@@ -33,17 +42,22 @@ def main() -> None:
     try:
         lease = claim.claim(ledger, archive=archive, worker=options.get("worker", "9000"))
     except (OSError, PlanError, claim.CannotBind) as error:
-        print(json.dumps({"pid": os.getpid(), "error": str(error)}), flush=True)
+        tell({"pid": os.getpid(), "error": str(error)})
         return
     for _ in range(options.get("extra_threads", 0)):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
+    if not options.get("pidfd", True):
+        del os.pidfd_open  # as on kernels before 5.3
     own = follower.Follower(ledger, lease)  # not attach(): that needs TorchServe, and would import torch 64 times
-    own.start()
+    if options.get("follows", True):
+        own.start()
     own.follow()
-    print(json.dumps(facts(own)), flush=True)
-    for _ in sys.stdin:
+    tell(facts(own))
+    for line in sys.stdin:
+        if line.strip() in LIMITS:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMITS[line.strip()], resource.RLIM_INFINITY))
         own.follow()
-        print(json.dumps(facts(own)), flush=True)
+        tell(facts(own))
 
 
 main()

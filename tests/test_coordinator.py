@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,9 +47,9 @@ class Claimant:
         facts: dict[str, Any] = json.loads(line)
         return facts
 
-    def follow(self) -> dict[str, Any]:
+    def follow(self, order: str = "") -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{order}\n")
         self.process.stdin.flush()
         return self.facts()
 
@@ -122,6 +123,40 @@ def test_sigkill_of_a_claimant_is_seen_by_the_others(start: Callable[..., Claima
     claimants[0].kill()
     assert eventually(lambda: [lease.pid for lease in Ledger(str(state)).read().leases] == [claimants[1].pid])
     assert eventually(lambda: divided(claimants[1]))
+
+
+def test_a_death_is_seen_without_pidfds_too(start: Callable[..., Claimant]) -> None:
+    survivor, victim = start(pidfd=False), start(worker="9001")
+    survivor.facts()
+    victim.facts()
+    assert eventually(lambda: divided(survivor, victim))
+    victim.kill()
+    assert eventually(lambda: divided(survivor))
+
+
+def test_what_fails_on_a_full_disk_is_done_when_there_is_room_again(
+    start: Callable[..., Claimant], state: Path
+) -> None:
+    survivor, victim = start(), start(worker="9001")
+    survivor.facts()
+    victim.facts()
+    survivor.follow("full")
+    victim.kill()
+    ledger = Ledger(str(state))
+    time.sleep(1.5)  # a few attempts
+    assert {lease.pid for lease in ledger.read_all().leases} == {survivor.pid, victim.pid}, "the old content stands"
+    survivor.follow("free")
+    assert eventually(lambda: divided(survivor))
+    assert {lease.pid for lease in ledger.read_all().leases} == {survivor.pid}
+
+
+def test_who_leaves_and_lives_on_gives_its_cores_back(start: Callable[..., Claimant], state: Path) -> None:
+    stays, leaves = start(), start(worker="9001", follows=False)
+    stays.facts()
+    leaves.facts()
+    coordinator.leave(Ledger(str(state)), leaves.pid)
+    assert eventually(lambda: divided(stays))
+    assert leaves.process.poll() is None
 
 
 def test_more_workers_than_cores_share_them_fairly_with_one_thread_each(start: Callable[..., Claimant]) -> None:

@@ -18,7 +18,7 @@ from benchmarks.torchserve import free_ports
 from ts_plugin.planning.policy import option_reference, parse_launcher_args
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-FILES = sorted(DOCS.glob("*.md"))
+FILES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)[ ]?(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -94,9 +94,12 @@ def test_other_blocks_can_be_read(path: Path, checkout: Path) -> None:
                     assert equals, line
                     if name == "cpu_launcher_args":
                         parse_launcher_args(value)
-            case "console":  # needs what no test has: a Docker engine, a cluster
+            case "":  # output, and pictures in letters
+                assert path.name == "README.md"
+            case "console":  # needs what no test has: a Docker engine, a cluster; or runs this test
+                commands = re.findall(r"^\./dev \w+", (checkout / "dev").read_text(), re.MULTILINE)
                 for line in block.text.splitlines():
-                    assert line.startswith(("docker ", "kubectl ")), line
+                    assert line.startswith(("docker ", "kubectl ")) or line.split("  ")[0] in commands, line
                 for file in re.findall(r"config/\S+", block.text):
                     assert (checkout / file).is_file(), file
             case _:

@@ -8,6 +8,7 @@ import resource
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,6 +208,31 @@ def test_a_lock_that_is_never_released_ends_in_an_error(ledger: Ledger, monkeypa
             pass
     with Ledger(ledger.directory).locked():
         pass
+
+
+def test_a_child_forked_under_the_lock_does_not_keep_it(ledger: Ledger) -> None:
+    code = """
+import os, sys, time
+from ts_plugin.leases.ledger import Ledger
+with Ledger(sys.argv[1]).locked():
+    if not os.fork():
+        print("forked", flush=True)
+        time.sleep(600)
+        os._exit(0)
+    time.sleep(0.5)
+with Ledger(sys.argv[1]).locked():
+    print("locked again", flush=True)
+"""
+    forking = subprocess.Popen(
+        [sys.executable, "-c", code, ledger.directory], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert forking.stdout is not None
+        assert forking.stdout.readline() == "forked\n"
+        assert forking.stdout.readline() == "locked again\n"
+    finally:
+        os.killpg(forking.pid, signal.SIGKILL)
+        forking.communicate()
 
 
 def test_the_place_follows_from_the_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:

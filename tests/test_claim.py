@@ -1,0 +1,110 @@
+"""What a worker claims with: what its archive says, which worker it is, which CPUs it was meant to have."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from ts_plugin.leases import claim
+from ts_plugin.leases.claim import Archive
+from ts_plugin.leases.ledger import Server
+from ts_plugin.planning.policy import Policy
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """An extracted archive whose manifest names a config file."""
+    (tmp_path / "MAR-INF").mkdir()
+    model = {"modelName": "resnet", "modelVersion": "2.0", "configFile": "model-config.yaml"}
+    (tmp_path / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"model": model}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("config", "cores", "share"),
+    [
+        pytest.param("cpu: {cores: 4}\n", 4, 1.0, id="a number of cores"),
+        pytest.param("cpu:\n  share: 2\n", None, 2.0, id="a share"),
+        pytest.param("cpu: {cores: 4, share: 0.5}\n", 4, 0.5, id="both"),
+        pytest.param("batchSize: 4\n", None, 1.0, id="nothing of ours"),
+        pytest.param("cpu:\n", None, 1.0, id="an empty section"),
+        pytest.param("", None, 1.0, id="an empty file"),
+    ],
+)
+def test_wishes_of_an_archive(archive: Path, config: str, cores: int | None, share: float) -> None:
+    (archive / "model-config.yaml").write_text(config)
+    assert claim.read_archive(str(archive)) == Archive("resnet", "2.0", cores, share)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        pytest.param("cpu: {corse: 4}\n", "cpu: has no 'corse'", id="a typo"),
+        pytest.param("cpu: {cores: 0}\n", "cpu.cores must be a whole number of at least 1, not 0", id="no cores"),
+        pytest.param("cpu: {cores: true}\n", "not True", id="a boolean is no number"),
+        pytest.param("cpu: {cores: 2.5}\n", "not 2.5", id="part of a core"),
+        pytest.param("cpu: {share: -1}\n", "cpu.share must be a number above 0, not -1", id="a negative share"),
+        pytest.param("cpu: {share: .inf}\n", "not inf", id="everything"),
+        pytest.param("cpu: {share: .nan}\n", "not nan", id="no number at all"),
+        pytest.param("cpu: 4\n", "model-config.yaml", id="not a section"),
+        pytest.param("cpu: {cores: [\n", "model-config.yaml", id="not YAML"),
+        pytest.param("- cpu:\n", "model-config.yaml", id="a list"),
+        pytest.param(None, "No such file", id="no file"),
+    ],
+)
+def test_wrong_wishes_become_a_note_and_an_equal_share(archive: Path, config: str | None, complaint: str) -> None:
+    if config is not None:
+        (archive / "model-config.yaml").write_text(config)
+    found = claim.read_archive(str(archive))
+    assert (found.model, found.cores, found.share) == ("resnet", None, 1.0)
+    (note,) = found.notes
+    assert complaint in note
+    assert note.endswith("; the worker gets an equal share")
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]", '{"model": {}}', '{"model": null}'])
+def test_an_unreadable_manifest_is_a_guess_and_a_note(tmp_path: Path, manifest: str | None) -> None:
+    (tmp_path / "MAR-INF").mkdir()
+    if manifest is not None:
+        (tmp_path / "MAR-INF" / "MANIFEST.json").write_text(manifest)
+    found = claim.read_archive(str(tmp_path))
+    assert (found.model, found.version, found.cores, found.share) == (tmp_path.name, "1.0", None, 1.0)
+    assert "the model's name is a guess" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rank", "expected"),
+    [
+        pytest.param(["w.py", "--sock-type", "unix", "--sock-name", "/tmp/.ts.sock.9003"], None, "9003", id="UNIX"),
+        pytest.param(["w.py", "--sock-type", "tcp", "--port", "9004"], None, "9004", id="TCP"),
+        pytest.param(["w.py", "--sock-name", "/tmp/.ts.sock.9000"], "1", "9001", id="the second rank of torchrun"),
+        pytest.param(["w.py", "--sock-name", "/tmp/socket.of.mine"], None, "mine", id="not TorchServe's own name"),
+        pytest.param(["w.py", "--sock-name", "/tmp/.ts.sock.9000"], "first", "9000", id="a rank that is none"),
+        pytest.param(["w.py"], None, "?", id="nothing"),
+    ],
+)
+def test_worker_id(monkeypatch: pytest.MonkeyPatch, arguments: list[str], rank: str | None, expected: str) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert claim.worker_id(arguments) == expected
+
+
+def test_the_mask_is_the_one_the_frontend_started_with() -> None:
+    assert claim.own_mask(Server(1, 0, Policy(), frozenset({3, 5}))) == {3, 5}
+    assert claim.own_mask(None) == os.sched_getaffinity(0)
+
+
+def test_one_cpu_that_openmp_left_over_is_not_taken_for_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = {os.getpid(): {7}, os.getppid(): {4, 5, 6, 7}}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: wide[pid or os.getpid()])
+    assert claim.own_mask(None) == {7}, "one CPU may be all there is"
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert claim.own_mask(None) == {7}, "no runtime has run yet"
+    monkeypatch.setitem(sys.modules, "torch", os)
+    assert claim.own_mask(None) == {4, 5, 6, 7}, "the parent's mask"
