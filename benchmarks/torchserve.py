@@ -324,10 +324,16 @@ class TorchServe(Client):
         return tree
 
     def workers(self) -> dict[int, list[str]]:
-        """Return pid -> command line of every process of the server's that is a worker, not the wrapper of one."""
+        """Return pid -> command line of every process of the server's that is a worker, not the wrapper of one.
+
+        Workers that have lost their frontend and are about to end are among them.
+        """
         found: dict[int, list[str]] = {}
         wrappers: set[int] = set()
-        for process in self.tree():
+        self.tree()
+        for process in list(self._seen.values()):
+            if not process.is_running():
+                continue
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 words = process.cmdline()
                 if any(word.endswith(WORKER_SCRIPT) for word in words):

@@ -172,7 +172,7 @@ def _preload(environment: MutableMapping[str, str], policy: Policy, roots: tuple
     """Put the allocator and OpenMP runtime that the policy wants, and that exist, in front of LD_PRELOAD."""
     notes = []
     wanted: list[str] = []
-    # Not jemalloc unless asked for, which run_cpu takes second: ResNet-50 lost a sixth of its throughput with it.
+    # Not jemalloc unless asked for, which run_cpu takes second: ResNet-50 lost a tenth to a fifth with it.
     allocator = policy.allocator or Allocator.TCMALLOC
     if allocator is not Allocator.DEFAULT:
         if found := _library(f"lib{allocator.value}", environment, roots):
