@@ -57,6 +57,12 @@ class Client:
         headers = self._token("inference") | {"Content-Type": "application/octet-stream"}
         return _request("POST", self.prediction_url(name), headers, body=body, timeout=timeout)
 
+    def predict_workflow(self, name: str, body: bytes, *, timeout: float = 120.0) -> bytes:
+        """Return a workflow's answer to ``body``; raises what ``predict`` raises."""
+        headers = self._token("inference") | {"Content-Type": "application/octet-stream"}
+        url = f"{self.inference_url}/wfpredict/{urllib.parse.quote(name)}"
+        return _request("POST", url, headers, body=body, timeout=timeout)
+
     def prediction_url(self, name: str) -> str:
         return f"{self.inference_url}/predictions/{urllib.parse.quote(name)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,22 @@ from ts_plugin.machine import discovery
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 PINNED: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
 CORES = len(discovery.read_topology().cores_of(os.sched_getaffinity(0)))
+
+WORKFLOW = """
+models:
+  min-workers: 1
+  max-workers: 1
+  batch-size: 1
+  max-batch-delay: 50
+  retry-attempts: 1
+  timeout-ms: 60000
+  first:
+    url: plain.mar
+  second:
+    url: ours.mar
+dag:
+  first: [second]
+"""
 
 pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
 
@@ -173,6 +190,26 @@ def test_a_workers_children_stay_in_its_slice_and_do_not_keep_its_lease() -> Non
             assert Path(f"/proc/{child}").exists()
         finally:
             os.kill(child, 9)
+
+
+def test_the_steps_of_a_workflow_own_their_slices(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    for archive in (archives.facts("plain"), archives.facts("ours", handler=Handler.OURS)):
+        (store / archive.name).symlink_to(archive)
+    (tmp_path / "spec.yaml").write_text(WORKFLOW)
+    archiver = [str(Path(sys.executable).with_name("torch-workflow-archiver")), "--workflow-name", "pair"]
+    archiver += ["--spec-file", str(tmp_path / "spec.yaml"), "--export-path", str(tmp_path)]
+    subprocess.run(archiver, check=True, capture_output=True)
+    with TorchServe(properties={**PINNED, "workflow_store": tmp_path}, model_store=store) as server:
+        server.management("POST", "/workflows", {"url": "pair.war"})
+        answer = json.loads(server.predict_workflow("pair", b"{}"))
+        held = leases(server)
+        assert held.keys() == {answer["pid"], answer["asked_by"]} == set(server.workers())
+        assert_bound(server, answer)
+        assert {entry["model"] for entry in server.cores()["slices"]} == {"pair__first", "pair__second"}
+        server.management("DELETE", "/workflows/pair")
+        assert eventually(lambda: not leases(server))
 
 
 def test_workers_of_stock_handlers_under_torchrun_are_listed_as_unbound() -> None:

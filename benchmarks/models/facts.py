@@ -38,9 +38,10 @@ class FactsHandler(Base):  # type: ignore[misc]
         end = time.monotonic() + float(wish.get("spin", 0))
         while time.monotonic() < end:
             torch.mm(torch.ones(order, order), torch.ones(order, order))
-        child = subprocess.Popen(["sleep", str(wish["child"])]).pid if "child" in wish else None
+        child = subprocess.Popen(["sleep", str(wish["child"])]).pid if wish.get("child") else None
         return {
             "pid": os.getpid(),
+            "asked_by": wish.get("pid"),  # the step before in a workflow, whose answer is our request
             "child": child,
             "ppid": os.getppid(),
             "threads": torch.get_num_threads(),
