@@ -124,6 +124,16 @@ def test_the_environment_has_the_slices_threads() -> None:
     assert "LD_PRELOAD" not in environment
 
 
+@pytest.mark.parametrize("own", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}, {}])
+def test_threads_spin_for_a_bounded_time_unless_the_user_says_how_long(own: dict[str, str]) -> None:
+    environment = dict(own)
+    binding.prepare_environment(environment, THREE, Policy(allocator=Allocator.DEFAULT), library_roots=())
+    expected = own or {"GOMP_SPINCOUNT": binding.SPIN_COUNT}
+    assert {
+        name: value for name, value in environment.items() if name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    } == expected
+
+
 @pytest.mark.parametrize("name", ["OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY"])
 def test_variables_that_collapse_the_mask_are_removed_with_a_note(name: str) -> None:
     environment = {name: "true"}
