@@ -73,6 +73,14 @@ def test_a_plain_machine_needs_no_note(tmp_path: Path) -> None:
     )
 
 
+def test_without_sys_the_kernel_still_counts_its_cpus(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "stat").write_text("cpu  9 9 9\ncpu0 4 4 4\ncpu2 5 5 5\nintr 1 2 3\nctxt 7\n")
+    topology = read_topology(str(tmp_path))
+    assert [core.cpus for core in topology.cores] == [(0,), (2,)]
+    assert any("CPUs as in /proc/stat" in note for note in topology.notes)
+
+
 def test_only_an_online_file_is_a_flat_machine_with_notes(tmp_path: Path) -> None:
     """GVisor and some microVMs."""
     topology = read_topology(tree(tmp_path, {"online": "0-3"}))

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 import hatch_build
 from benchmarks.torchserve import read_properties, write_properties
+from ts_plugin.frontend import server
+from ts_plugin.leases.ledger import Ledger
+from ts_plugin.machine import discovery
 
 JAR = "ts_plugin/frontend/ts-cores.jar"
 LAUNCHER = "/somewhere/bin/ts-cores-python"
@@ -251,3 +254,11 @@ def test_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     ) as launched:
         assert launched.stdout is not None
         assert launched.stdout.read() == f"{launched.pid} {tmp_path} ['--option', 'a b']\n"
+
+
+def test_the_log_says_what_is_not_known_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = discovery.read_topology()
+    monkeypatch.setattr(discovery, "read_topology", lambda: replace(known, notes=("/sys: missing",)))
+    ledger = Ledger(str(tmp_path / "state"))
+    assert "/sys: missing" in server.take_over(ledger, os.getpid(), "")["warnings"]
+    assert [one.pid for one in ledger.read().servers] == [os.getpid()]

@@ -59,9 +59,10 @@ def take_over(ledger: Ledger, server_pid: int, launcher_args: str) -> dict[str, 
         warnings.append(f"{error}; workers serve UNBOUND")
     try:
         identity = process.identify(server_pid)
-        allowed = discovery.read_allowance(affinity=os.sched_getaffinity(server_pid)).cpus
+        allowance = discovery.read_allowance(affinity=os.sched_getaffinity(server_pid))
+        warnings += [*discovery.read_topology().notes, *allowance.notes]
         if identity is not None:
-            coordinator.enlist(ledger, Server(server_pid, identity.start_time, policy, allowed, error))
+            coordinator.enlist(ledger, Server(server_pid, identity.start_time, policy, allowance.cpus, error))
     except OSError as problem:
         warnings.append(f"{problem}; workers serve UNBOUND")
     return {"python": _launcher_path(), "warnings": warnings}

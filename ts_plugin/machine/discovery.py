@@ -114,9 +114,12 @@ def _online(tree: Tree) -> frozenset[int]:
     online = tree.cpulist(f"{_CPU}/online")
     if not online:
         online = frozenset(n for n in tree.numbered(_CPU, "cpu") if tree.text(f"{_CPU}/cpu{n}/online") != "0")
-    if not online and tree.base == "/":
-        online = frozenset(os.sched_getaffinity(0))
-        tree.notes.append(f"{tree.base}{_CPU}: missing; only the CPUs of the affinity mask are known")
+    if not online:
+        # Not the affinity mask: who asks may be bound already, and the machine is the same for all who ask.
+        names = (line.split(maxsplit=1)[0] for line in (tree.text("proc/stat") or "").splitlines() if line)
+        online = frozenset(int(name[3:]) for name in names if name.startswith("cpu") and name[3:].isdecimal())
+        if online:
+            tree.notes.append(f"{tree.base}{_CPU}: missing; CPUs as in /proc/stat, each taken as a core")
     if not online:
         raise DiscoveryError(f"{tree.base}{_CPU}: no CPU found; the root must be a directory that has {_CPU}")
     return online
