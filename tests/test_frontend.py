@@ -174,6 +174,8 @@ def test_jar_is_what_its_source_says(checkout: Path, tmp_path: Path) -> None:
         assert jar.namelist() == [
             "META-INF/services/org.pytorch.serve.servingsdk.ModelServerEndpoint",
             "org/tscores/CoresEndpoint.class",
+            "org/tscores/DrainingWorkLoadManager$Retiree.class",
+            "org/tscores/DrainingWorkLoadManager.class",
         ]
 
 

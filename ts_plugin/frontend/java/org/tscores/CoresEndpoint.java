@@ -79,6 +79,7 @@ public final class CoresEndpoint extends ModelServerEndpoint {
             }
             config.setProperty("python", launcher);
             enabled = true;
+            DrainingWorkLoadManager.install();
             logger.info("ts-cores: every worker gets its own cores; see GET /cores on the management API");
         } catch (Exception e) {
             if (e instanceof InterruptedException) {
