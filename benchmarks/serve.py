@@ -244,10 +244,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks serve",
         description="Measure TorchServe's ways to place workers on this machine's cores, and draw what was found.",
         epilog="Without options this is the tutorial's exercise: ResNet-50, 4 workers, 100 concurrent requests, 10,000 "
-        "requests per row, three repetitions. On a small machine that takes hours; --quick takes about 7 minutes.",
+        "requests per row, three repetitions. On a small machine that takes hours; --quick takes about 6 minutes.",
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="ResNet-18, 2 workers, 100 requests per row, two repetitions")
+    add("--quick", action="store_true", help="ResNet-18, 2 workers, 60 requests per row, two repetitions")
     add("--sweep", action="store_true", help=f"{', '.join(MODELS)} with 1, 2 and 4 workers; 400 requests per row")
     add("--config", action="append", type=Config, choices=list(Config), metavar="NAME", help=", ".join(Config))
     add("--model", action="append", metavar="NAME", help=f"{', '.join(MODELS)} or another torchvision ResNet")
@@ -277,10 +277,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.models = [options.mar.stem] if options.mar else options.model or _models(options)
     options.workers = list(dict.fromkeys(options.workers or ([2] if small else [1, 2, 4] if many else [4])))
     options.repetitions = options.repetitions or (2 if small else 3)
-    options.requests = options.requests or (100 if small else 400 if many else 10_000)
+    options.requests = options.requests or (60 if small else 400 if many else 10_000)
     options.concurrency = options.concurrency or (10 if small else 20 if many else 100)
-    options.seconds = options.seconds or (4.0 if small else 15.0)
-    options.hold = 6.0 if small else 15.0
+    options.seconds = options.seconds or (3.0 if small else 15.0)
+    options.hold = 4.0 if small else 15.0
     if options.requests < FEWEST_REQUESTS:
         parser.error(f"--requests {options.requests}: ab needs at least {FEWEST_REQUESTS} for its 99th percentile")
     for file in (options.mar, options.body):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 import time
 import zipfile
 from importlib.util import find_spec
@@ -228,3 +230,21 @@ def test_dockerfile_copies_and_starts_what_exists(checkout: Path) -> None:
     assert entry[:4] == ["tini", "-g", "--", "torchserve"]
     assert "--foreground" in entry
     assert re.findall(r"^USER (.*)$", text, re.MULTILINE)[-1] == "1000"
+    copied = " ".join(re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE)).split()
+    assert "ts_plugin" in copied
+    assert all((checkout / name).exists() for name in copied)
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_the_images_health_check_tells_life_from_death(checkout: Path, tokens: bool) -> None:
+    text = (checkout / "config" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
+    _, *words = json.loads(re.findall(r"^HEALTHCHECK .*CMD (.*)$", text, re.MULTILINE)[0])
+
+    def healthy(port: int) -> bool:
+        command = [sys.executable, *(word.replace("8080", str(port)) for word in words)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    with TorchServe(archives.facts(), workers=1, properties={"disable_token_authorization": not tokens}) as server:
+        port = int(server.inference_url.rpartition(":")[2])
+        assert healthy(port)
+    assert not healthy(port)
