@@ -97,7 +97,11 @@ final class DrainingWorkLoadManager extends WorkLoadManager {
                 if (retiree.canDrain()) {
                     threads.remove(thread);
                     retiree.takesNoMore();
-                    scheduleAsync(() -> retiree.leave(model.getResponseTimeout()));
+                    scheduleAsync(
+                            () -> {
+                                retiree.leave(model.getResponseTimeout());
+                                model.removeJobQueue(thread.getWorkerId());
+                            });
                 }
             } catch (ReflectiveOperationException | RuntimeException e) {
                 logger.warn("ts-cores: worker {} may lose its request: {}", thread.getWorkerId(), e.toString());
