@@ -67,7 +67,7 @@ final class DrainingWorkLoadManager extends WorkLoadManager {
                                 }
                             } catch (InterruptedException e) {
                                 Thread.currentThread().interrupt();
-                            } catch (ReflectiveOperationException | RuntimeException e) {
+                            } catch (ReflectiveOperationException | RuntimeException | LinkageError e) {
                                 logger.warn("ts-cores: a worker that is scaled away will lose its request: {}", e.toString());
                             }
                         },
@@ -103,7 +103,7 @@ final class DrainingWorkLoadManager extends WorkLoadManager {
                                 model.removeJobQueue(thread.getWorkerId());
                             });
                 }
-            } catch (ReflectiveOperationException | RuntimeException e) {
+            } catch (ReflectiveOperationException | RuntimeException | LinkageError e) {
                 logger.warn("ts-cores: worker {} may lose its request: {}", thread.getWorkerId(), e.toString());
             }
         }
