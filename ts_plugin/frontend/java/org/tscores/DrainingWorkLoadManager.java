@@ -2,7 +2,6 @@ package org.tscores;
 
 import java.lang.reflect.Field;
 import java.lang.reflect.Modifier;
-import java.util.ArrayList;
 import java.util.List;
 import java.util.Map;
 import java.util.concurrent.CompletableFuture;
@@ -33,7 +32,6 @@ import org.slf4j.LoggerFactory;
 final class DrainingWorkLoadManager extends WorkLoadManager {
     private static final Logger logger = LoggerFactory.getLogger(DrainingWorkLoadManager.class);
     private static final int LOOK_MILLISECONDS = 50;
-    private static final int STARTUP_LOOKS = 1200;
     private static final int HTTP_OK = 200;
 
     private final Map<ModelVersionName, List<WorkerThread>> workers;
@@ -56,15 +54,12 @@ final class DrainingWorkLoadManager extends WorkLoadManager {
                 new Thread(
                         () -> {
                             try {
-                                for (int look = 0; look < STARTUP_LOOKS; look++) {
-                                    ModelManager models = ModelManager.getInstance();
-                                    if (models != null) {
-                                        Field manager = field(ModelManager.class, "wlm");
-                                        manager.set(models, new DrainingWorkLoadManager((WorkLoadManager) manager.get(models)));
-                                        return;
-                                    }
+                                while (ModelManager.getInstance() == null) {
                                     TimeUnit.MILLISECONDS.sleep(LOOK_MILLISECONDS);
                                 }
+                                ModelManager models = ModelManager.getInstance();
+                                Field manager = field(ModelManager.class, "wlm");
+                                manager.set(models, new DrainingWorkLoadManager((WorkLoadManager) manager.get(models)));
                             } catch (InterruptedException e) {
                                 Thread.currentThread().interrupt();
                             } catch (ReflectiveOperationException | RuntimeException | LinkageError e) {
@@ -89,19 +84,15 @@ final class DrainingWorkLoadManager extends WorkLoadManager {
     /** Takes the workers that the model does not want any more out of the stock manager's sight, to end by themselves. */
     private void retireSurplus(Model model) {
         List<WorkerThread> threads = workers.getOrDefault(model.getModelVersionName(), List.of());
-        List<WorkerThread> surplus =
-                new ArrayList<>(threads.subList(Math.min(model.getMaxWorkers(), threads.size()), threads.size()));
-        for (WorkerThread thread : surplus) {
+        for (int last = threads.size() - 1; last >= model.getMaxWorkers(); last--) {
+            WorkerThread thread = threads.get(last);
             try {
                 Retiree retiree = new Retiree(thread);
                 if (retiree.canDrain()) {
-                    threads.remove(thread);
+                    threads.remove(last);
                     retiree.takesNoMore();
-                    scheduleAsync(
-                            () -> {
-                                retiree.leave(model.getResponseTimeout());
-                                model.removeJobQueue(thread.getWorkerId());
-                            });
+                    model.removeJobQueue(thread.getWorkerId());
+                    scheduleAsync(() -> retiree.leave(model));
                 }
             } catch (ReflectiveOperationException | RuntimeException | LinkageError e) {
                 logger.warn("ts-cores: worker {} may lose its request: {}", thread.getWorkerId(), e.toString());
@@ -127,31 +118,33 @@ final class DrainingWorkLoadManager extends WorkLoadManager {
 
         /** Only a plain worker answers one batch after the other; the asynchronous and sequence ones hold several. */
         boolean canDrain() {
-            return worker.getState() == WorkerState.WORKER_MODEL_LOADED
-                    && worker.getClass() == WorkerThread.class
-                    && aggregator.getClass() == BatchAggregator.class;
+            return worker.getState() == WorkerState.WORKER_MODEL_LOADED && aggregator.getClass() == BatchAggregator.class;
         }
 
-        /** A computing worker ends with its answer; one that waits takes one request more, or is shut down by leave. */
+        /** A computing worker ends with its answer; one that waits takes one request more, or leave ends it. */
         void takesNoMore() {
             running.set(false);
             worker.setState(WorkerState.WORKER_SCALED_DOWN, HTTP_OK); // or its end would be taken for a crash
         }
 
-        /** Ends the worker when it has had nothing to do at two looks, or by force after so many seconds. */
-        void leave(int seconds) {
+        /**
+         * Ends the worker when it has had nothing to do at two looks, or when its model goes. How long it may compute is
+         * bounded where it waits for the answer, by responseTimeout. Not by WorkerThread.shutdown, which would put a
+         * request that is just being answered back into the queue.
+         */
+        void leave(Model model) {
             try {
                 boolean idle = false;
-                long patience = TimeUnit.SECONDS.toMillis(seconds) / LOOK_MILLISECONDS;
-                for (long look = 0; look < patience && thread.get() != null && !(idle && jobs.isEmpty()); look++) {
+                while (thread.get() != null && model.getMaxWorkers() > 0 && !(idle && jobs.isEmpty())) {
                     idle = jobs.isEmpty();
                     TimeUnit.MILLISECONDS.sleep(LOOK_MILLISECONDS);
                 }
             } catch (InterruptedException e) {
                 Thread.currentThread().interrupt();
             }
-            if (thread.get() != null) {
-                worker.shutdown();
+            Thread waiting = thread.getAndSet(null);
+            if (waiting != null) {
+                waiting.interrupt(); // its own end closes the channel and kills the process
             }
         }
     }
