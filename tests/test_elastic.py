@@ -172,8 +172,8 @@ def test_a_worker_that_is_scaled_away_answers_first(archive: Path) -> None:
     """By itself: TorchServe alone has the request computed again by another worker, if it does not lose it."""
     with TorchServe(archive, workers=2, properties=PINNED) as server:
         both = set(server.workers())
-        threads, answers = asked_at_once(server, b'{"sleep": 2}', 2)
-        time.sleep(0.5)
+        threads, answers = asked_at_once(server, b'{"sleep": 3}', 2)
+        assert eventually(lambda: server.log().count("Flushing req.cmd PREDICT") == 2), "each computes one"
         server.scale("facts", 1)
         for thread in threads:
             thread.join()
