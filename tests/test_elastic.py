@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -150,34 +151,15 @@ def test_scaling_and_a_second_model_lose_no_request(server: TorchServe, archive:
     assert len(server.workers()) == 1
 
 
-def asked_at_once(
-    server: TorchServe, body: bytes, times: int
-) -> tuple[list[threading.Thread], list[dict[str, Any] | str]]:
-    """Send ``times`` requests; return their threads and the list that the answers, or what went wrong, will be in."""
-    answers: list[dict[str, Any] | str] = []
-
-    def ask() -> None:
-        try:
-            answers.append(json.loads(server.predict("facts", body)))
-        except RequestError as error:
-            answers.append(str(error))
-
-    threads = [threading.Thread(target=ask) for _ in range(times)]
-    for thread in threads:
-        thread.start()
-    return threads, answers
-
-
 def test_a_worker_that_is_scaled_away_answers_first(archive: Path) -> None:
     """By itself: TorchServe alone has the request computed again by another worker, if it does not lose it."""
     with TorchServe(archive, workers=2, properties=PINNED) as server:
         both = set(server.workers())
-        threads, answers = asked_at_once(server, b'{"sleep": 3}', 2)
-        assert eventually(lambda: server.log().count("Flushing req.cmd PREDICT") == 2), "each computes one"
-        server.scale("facts", 1)
-        for thread in threads:
-            thread.join()
-        assert {answer["pid"] for answer in answers if isinstance(answer, dict)} == both, answers
+        with ThreadPoolExecutor() as clients:
+            answers = [clients.submit(server.predict, "facts", b'{"sleep": 3}') for _ in both]
+            assert eventually(lambda: server.log().count("Flushing req.cmd PREDICT") == 2), "each computes one"
+            server.scale("facts", 1)
+            assert {json.loads(answer.result())["pid"] for answer in answers} == both
         assert eventually(lambda: len(server.workers()) == 1 and divided(server))
         assert "lose its request" not in server.log()
 

@@ -79,7 +79,7 @@ public final class CoresEndpoint extends ModelServerEndpoint {
             }
             config.setProperty("python", launcher);
             enabled = true;
-            DrainingWorkLoadManager.install();
+            start(() -> DrainingWorkLoadManager.install()); // a lambda: a class that does not link fails there, not here
             logger.info("ts-cores: every worker gets its own cores; see GET /cores on the management API");
         } catch (Exception e) {
             if (e instanceof InterruptedException) {
@@ -180,11 +180,13 @@ public final class CoresEndpoint extends ModelServerEndpoint {
                         throw new UncheckedIOException(e);
                     }
                 },
-                task -> {
-                    Thread thread = new Thread(task, "ts-cores");
-                    thread.setDaemon(true);
-                    thread.start();
-                });
+                CoresEndpoint::start);
+    }
+
+    private static void start(Runnable task) {
+        Thread thread = new Thread(task, "ts-cores");
+        thread.setDaemon(true);
+        thread.start();
     }
 
     private static String reason(Exception e) {

@@ -48,27 +48,20 @@ final class DrainingWorkLoadManager extends WorkLoadManager {
         workers = read(WorkLoadManager.class, "workers", this);
     }
 
-    /** Waits, in a thread of its own, for TorchServe to make its model manager (plug-ins are loaded before), and steps in. */
+    /** Waits for TorchServe to make its model manager, since plug-ins are loaded before, and steps in. */
     static void install() {
-        Thread thread =
-                new Thread(
-                        () -> {
-                            try {
-                                while (ModelManager.getInstance() == null) {
-                                    TimeUnit.MILLISECONDS.sleep(LOOK_MILLISECONDS);
-                                }
-                                ModelManager models = ModelManager.getInstance();
-                                Field manager = field(ModelManager.class, "wlm");
-                                manager.set(models, new DrainingWorkLoadManager((WorkLoadManager) manager.get(models)));
-                            } catch (InterruptedException e) {
-                                Thread.currentThread().interrupt();
-                            } catch (ReflectiveOperationException | RuntimeException | LinkageError e) {
-                                logger.warn("ts-cores: a worker that is scaled away will lose its request: {}", e.toString());
-                            }
-                        },
-                        "ts-cores");
-        thread.setDaemon(true);
-        thread.start();
+        try {
+            while (ModelManager.getInstance() == null) {
+                TimeUnit.MILLISECONDS.sleep(LOOK_MILLISECONDS);
+            }
+            ModelManager models = ModelManager.getInstance();
+            Field manager = field(ModelManager.class, "wlm");
+            manager.set(models, new DrainingWorkLoadManager((WorkLoadManager) manager.get(models)));
+        } catch (InterruptedException e) {
+            Thread.currentThread().interrupt();
+        } catch (ReflectiveOperationException | RuntimeException | LinkageError e) {
+            logger.warn("ts-cores: a worker that is scaled away will lose its request: {}", e.toString());
+        }
     }
 
     @Override
