@@ -1,1 +1,1 @@
-"""Measure TorchServe with and without ts-cores on this machine: real servers, real archives, real requests."""
+"""A harness for real servers, and what runs on it: measurement, checks and the demonstration. See README.md."""

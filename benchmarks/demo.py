@@ -1,6 +1,6 @@
 """One photograph through TorchServe on two workers that own their cores: the whole product in a minute.
 
-python -m benchmarks.demo [--once], from a checkout; ./dev demo does the set-up first.
+``./dev demo [--once]``.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from typing import Any
 import matplotlib
 import psutil
 
-from benchmarks import archives
-from benchmarks.archives import Handler
-from benchmarks.torchserve import PORTS, TorchServe, TorchServeError, free_ports, read_properties
+from benchmarks.harness import CHECKOUT, archives
+from benchmarks.harness.archives import Handler
+from benchmarks.harness.torchserve import PORTS, TorchServe, TorchServeError, free_ports, read_properties
 from ts_plugin.leases.ledger import state_directory
 from ts_plugin.machine.cpulist import format_cpulist
 
 __all__ = ["main"]
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 CONFIG = Path("config/config.properties")  # from the checkout
 MODEL = "resnet18"
 HUB_SECONDS = 5.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-PATIENCE = 30.0  # seconds: that the slices follow within 2 is measured by benchmarks.chaos, on a quiet machine
+PATIENCE = 30.0  # seconds: that the slices follow within 2 is measured by ./dev chaos, on a quiet machine
 
 
 def eventually(check: Callable[[], bool], patience: float = PATIENCE) -> bool:

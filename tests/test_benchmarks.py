@@ -23,13 +23,14 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks import archives, perf, pictures, probe, report, scaling
-from benchmarks.bare import Binding, divide
-from benchmarks.exercises import exercises
-from benchmarks.load import Answer, LoadError, OpenLoop, ab, closed_loop, parse_ab, percentile
-from benchmarks.measure import saturated
-from benchmarks.results import Cell, Config, Figures, Row, markdown, ratio, spread, to_csv
-from benchmarks.serve import jobs, parse, rotated
+from benchmarks.harness import archives
+from benchmarks.measurement import perf, pictures, probe, report, scaling
+from benchmarks.measurement.bare import Binding, divide
+from benchmarks.measurement.bench import jobs, parse, rotated
+from benchmarks.measurement.exercises import exercises
+from benchmarks.measurement.load import Answer, LoadError, OpenLoop, ab, closed_loop, parse_ab, percentile
+from benchmarks.measurement.measure import saturated
+from benchmarks.measurement.results import Cell, Config, Figures, Row, markdown, ratio, spread, to_csv
 from ts_plugin.machine.topology import Core
 
 CELL = Cell("resnet18", 2, 10)
@@ -415,7 +416,7 @@ def test_without_options_the_run_is_the_tutorial_s() -> None:
     options = parse([])
     assert (options.models, options.workers, options.concurrency, options.requests) == (["resnet50"], [4], 100, 10_000)
     assert options.configs == list(Config)
-    assert options.command == "python -m benchmarks serve"
+    assert options.command == "./dev bench"
 
 
 def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -534,7 +535,7 @@ def measured(tmp_path: Path) -> Path:
         "rows": [each.to_json() for each in rows],
         "scaling": [run.to_json(), {"config": "launcher", "error": "did not start\nlog"}],
         "exercises": [{"title": "SMT", "missing": "no SMT"}],
-        "command": "python -m benchmarks serve",
+        "command": "./dev bench",
     }
     (tmp_path / "results.json").write_text(json.dumps(found))
     (tmp_path / "traces.json").write_text(json.dumps(traces))
@@ -584,7 +585,16 @@ def test_a_real_run_interrupted_keeps_its_rows_and_leaves_no_process(tmp_path: P
     words = (
         "--model transformer --workers 2 --requests 51 --concurrency 2 --seconds 1 --config ceiling --config ts-cores"
     )
-    command = [sys.executable, "-m", "benchmarks", "serve", *words.split(), "--repetitions", "50", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.measurement.bench",
+        *words.split(),
+        "--repetitions",
+        "50",
+        "--out",
+        str(out),
+    ]
     running = subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         results = out / "results.json"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks import chaos
+from benchmarks.checks import chaos
 
 ALLOWED = sorted(os.sched_getaffinity(0))
 PATIENCE = 20.0  # seconds: that everything is right again within 2 is measured, not tested

@@ -18,8 +18,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from benchmarks import archives
-from benchmarks.torchserve import Property, TorchServe
+from benchmarks.harness import archives
+from benchmarks.harness.torchserve import Property, TorchServe
 from ts_plugin.worker.readback import METRICS
 
 KUBERNETES = "1.30"

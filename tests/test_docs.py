@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.torchserve import free_ports
+from benchmarks.harness.torchserve import free_ports
 from ts_plugin.planning.policy import option_reference, parse_launcher_args
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

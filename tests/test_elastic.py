@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import pytest
 
-from benchmarks import archives
-from benchmarks.torchserve import RequestError, TorchServe
+from benchmarks.harness import archives
+from benchmarks.harness.torchserve import RequestError, TorchServe
 from tests.eventually import eventually
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery, process

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import hatch_build
-from benchmarks.torchserve import read_properties, write_properties
+from benchmarks.harness.torchserve import read_properties, write_properties
 from ts_plugin.frontend import server
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from benchmarks import archives
-from benchmarks.torchserve import Property, TorchServe
+from benchmarks.harness import archives
+from benchmarks.harness.torchserve import Property, TorchServe
 from tests.browser import Browser
 from tests.machines import machine
 from ts_plugin.machine.cpulist import format_cpulist

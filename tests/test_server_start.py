@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import hatch_build
-from benchmarks import archives
-from benchmarks.torchserve import PORTS, Property, TorchServe, free_ports
+from benchmarks.harness import archives
+from benchmarks.harness.torchserve import PORTS, Property, TorchServe, free_ports
 from ts_plugin.machine import discovery
 from ts_plugin.machine.cpulist import parse_cpulist
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import topologies
-from benchmarks.topologies import (
+from benchmarks.checks import topologies
+from benchmarks.checks.topologies import (
     COLUMNS,
     Case,
     Machine,

@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import pytest
 
-from benchmarks import archives
-from benchmarks.archives import Handler
-from benchmarks.torchserve import TorchServe
+from benchmarks.harness import archives
+from benchmarks.harness.archives import Handler
+from benchmarks.harness.torchserve import TorchServe
 from tests.eventually import eventually
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery

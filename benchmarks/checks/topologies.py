@@ -1,6 +1,6 @@
 """Score plans on captured machines: ts-cores next to TorchServe's own launcher, against what the captures say.
 
-``python -m benchmarks.topologies DIR [--json | --markdown]``: DIR has ``json/NAME.json`` (the truth about a machine),
+``./dev topologies DIR [--json | --markdown]``: DIR has ``json/NAME.json`` (the truth about a machine),
 ``sysfs/NAME.tar.xz`` (the kernel files that ts-cores reads) and ``lscpu/NAME.txt`` (what the other launcher reads);
 a directory ``derived`` of the same shape inside DIR is scored too. A case is one machine with one number of workers.
 """
@@ -359,7 +359,7 @@ def _table(totals: Mapping[str, Counter[str]], *, markdown: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.topologies", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="./dev topologies", description=__doc__.split("\n")[0])
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--json", action="store_true", help="print every case with its slices and counts")
     parser.add_argument("--markdown", action="store_true", help="print the table of totals in Markdown")

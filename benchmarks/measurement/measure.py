@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ts_plugin
-from benchmarks import perf, probe
-from benchmarks.archives import Handler
-from benchmarks.bare import Bare, Binding, divide
-from benchmarks.load import Answer, Load, LoadError, OpenLoop, ab, closed_loop, percentile
-from benchmarks.results import Cell, Config, Figures
-from benchmarks.torchserve import Property, TorchServe
+from benchmarks.harness.archives import Handler
+from benchmarks.harness.torchserve import Property, TorchServe
+from benchmarks.measurement import perf, probe
+from benchmarks.measurement.bare import Bare, Binding, divide
+from benchmarks.measurement.load import Answer, Load, LoadError, OpenLoop, ab, closed_loop, percentile
+from benchmarks.measurement.results import Cell, Config, Figures
 from ts_plugin.machine.topology import Core
 
 __all__ = ["UnboundError", "Observed", "Setting", "Wish", "ceiling", "serve", "setting"]

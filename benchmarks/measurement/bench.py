@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +17,15 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import archives, exercises, report, scaling
-from benchmarks.archives import Handler
-from benchmarks.bare import BareError
-from benchmarks.load import FEWEST_REQUESTS, LoadError
-from benchmarks.machine import allowed_cores, describe, summary
-from benchmarks.measure import Observed, UnboundError, Wish, ceiling, serve, setting
-from benchmarks.results import Cell, Config, Row
-from benchmarks.torchserve import TorchServeError
+from benchmarks.harness import archives
+from benchmarks.harness.archives import Handler
+from benchmarks.harness.torchserve import TorchServeError
+from benchmarks.measurement import exercises, report, scaling
+from benchmarks.measurement.bare import BareError
+from benchmarks.measurement.load import FEWEST_REQUESTS, LoadError
+from benchmarks.measurement.machine import allowed_cores, describe, summary
+from benchmarks.measurement.measure import Observed, UnboundError, Wish, ceiling, serve, setting
+from benchmarks.measurement.results import Cell, Config, Row
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.machine.topology import Core
 
@@ -241,7 +243,7 @@ def _line(row: Row) -> str:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options; what --quick and --sweep leave open is the tutorial's exercise."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks serve",
+        prog="./dev bench",
         description="Measure TorchServe's ways to place workers on this machine's cores, and draw what was found.",
         epilog="Without options this is the tutorial's exercise: ResNet-50, 4 workers, 100 concurrent requests, 10,000 "
         "requests per row, three repetitions. On a small machine that takes hours; --quick takes about 6 minutes.",
@@ -271,7 +273,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--no-exercises", action="store_true", help="leave out the single-process exercises")
     add("--out", type=Path, default=Path("benchmark-results"), metavar="DIR", help="default: benchmark-results")
     options = parser.parse_args(arguments)
-    options.command = shlex.join(["python", "-m", "benchmarks", "serve", *arguments])
+    options.command = shlex.join(["./dev", "bench", *arguments])
     small, many = options.quick, options.sweep
     options.configs = [config for config in Config if config in (options.config or Config)]
     options.models = [options.mar.stem] if options.mar else options.model or _models(options)
@@ -306,8 +308,12 @@ def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def main(arguments: Sequence[str]) -> int:
-    options = parse(arguments)
+def main() -> int:
+    options = parse(sys.argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM):  # the server is stopped, the rows are kept
         signal.signal(number, _interrupted)
     return run(options, Console(stderr=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load import Answer, OpenLoop
-from benchmarks.measure import Setting
-from benchmarks.torchserve import RequestError, TorchServe, TorchServeError
+from benchmarks.harness.torchserve import RequestError, TorchServe, TorchServeError
+from benchmarks.measurement.load import Answer, OpenLoop
+from benchmarks.measurement.measure import Setting
 
 __all__ = ["Scaling", "longest_gap", "scale", "table"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bare import Bare, Binding
+from benchmarks.measurement.bare import Bare, Binding
 from ts_plugin.machine.topology import Core
 
 __all__ = ["Exercise", "exercises", "run"]

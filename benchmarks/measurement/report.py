@@ -1,6 +1,6 @@
 """From what was measured to what is read: CSV, Markdown, PNGs and one self-contained HTML page.
 
-``python -m benchmarks report DIR`` makes them anew from DIR/results.json and DIR/traces.json.
+``python -m benchmarks.measurement.report DIR`` makes them anew from DIR/results.json and DIR/traces.json.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, pictures, scaling
-from benchmarks.results import Row, markdown, to_csv
+from benchmarks.measurement import machine, pictures, scaling
+from benchmarks.measurement.results import Row, markdown, to_csv
 
 __all__ = ["main", "write"]
 
@@ -141,9 +141,12 @@ def _tables(text: str) -> str:
     return "".join(parts)
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=write.__doc__)
-    parser.add_argument("directory", type=Path, help="a directory that `serve --out` wrote")
-    for file in write(parser.parse_args(arguments).directory):
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.measurement.report", description=write.__doc__)
+    parser.add_argument("directory", type=Path, help="a directory that `./dev bench --out` wrote")
+    for file in write(parser.parse_args().directory):
         print(file)
-    return 0
+
+
+if __name__ == "__main__":
+    main()

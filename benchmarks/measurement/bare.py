@@ -1,7 +1,8 @@
 """The handler of an archive in bare processes, without HTTP or Java: the ceiling, and the single-process exercises.
 
-``python -m benchmarks.bare`` is one such process: it binds itself, loads the archive as a TorchServe worker would, and
-then does what each line on its stdin says (JSON: ``{"work": "handle", "seconds": 5}``), answering with one line each.
+``python -m benchmarks.measurement.bare`` is one such process: it binds itself, loads the archive as a TorchServe worker
+would, and then does what each line on its stdin says (JSON: ``{"work": "handle", "seconds": 5}``), answering with one
+line each.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, cast
 
+from benchmarks.harness import CHECKOUT
 from ts_plugin.machine.topology import Core
 
 __all__ = ["Bare", "BareError", "Binding", "divide"]
@@ -76,8 +78,8 @@ class Bare:
                 for binding in self._bindings:
                     order = {"model": str(model), "body": str(body), "cpus": binding.cpus, "threads": binding.threads}
                     process = subprocess.Popen(
-                        [sys.executable, "-m", "benchmarks.bare", json.dumps(order)],
-                        cwd=Path(__file__).parent.parent,
+                        [sys.executable, "-m", "benchmarks.measurement.bare", json.dumps(order)],
+                        cwd=CHECKOUT,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=errors,

@@ -15,6 +15,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.harness import CHECKOUT
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,7 +34,7 @@ __all__ = [
 
 SEED = 20240229
 SOURCES = Path(__file__).parent / "models"
-HANDLERS = Path(__file__).parent.parent / "handlers"
+HANDLERS = CHECKOUT / "handlers"
 
 
 class ArchiveError(RuntimeError):

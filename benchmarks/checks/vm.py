@@ -1,6 +1,6 @@
 """The launcher on machines that this one is not: QEMU guests with sockets, SMT siblings, NUMA nodes and cgroups.
 
-``python -m benchmarks.vm`` boots each guest of GUESTS and runs the other half of this file in it: real launchers start
+``./dev vm`` boots each guest of GUESTS and runs the other half of this file in it: real launchers start
 stand-in workers (no torch: the guests are emulated), and what the kernel says of their masks, their memory policy and
 the nodes of their pages is held against ``ts-cores plan``. Needs the ``vm`` script of the directory ``../shared``.
 """
@@ -19,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-VM = ROOT.parent / "shared" / "vm"
+from benchmarks.harness import CHECKOUT
+
+VM = CHECKOUT.parent / "shared" / "vm"
 LAUNCHER = Path(sys.executable).with_name("ts-cores-python")
 MEBIBYTES = 16
 
@@ -146,7 +147,7 @@ def report(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vm", description=__doc__)
+    parser = argparse.ArgumentParser(prog="./dev vm", description=__doc__)
     parser.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", metavar="TEXT", default="", help="boot only the guests whose name contains TEXT")
     options = parser.parse_args()
@@ -159,8 +160,8 @@ def main() -> int:
         if options.only not in name:
             continue
         print(f"{name}: {' '.join(arguments) or '2 sockets x 2 cores x 2 threads'}", flush=True)
-        command = [str(VM), *arguments, "--mem", "3G", "--", sys.executable, "-m", "benchmarks.vm", "--guest"]
-        if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        command = [str(VM), *arguments, "--mem", "3G", "--", sys.executable, "-m", "benchmarks.checks.vm", "--guest"]
+        if subprocess.run(command, cwd=CHECKOUT, check=False).returncode:
             failed.append(name)
     print(f"{len(failed)} of the guests failed{': ' + ', '.join(failed) if failed else ''}")
     return 1 if failed else 0

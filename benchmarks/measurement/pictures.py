@@ -17,7 +17,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.results import Cell, Config, Row, cells, spread
+from benchmarks.measurement.results import Cell, Config, Row, cells, spread
 from ts_plugin.machine.cpulist import parse_cpulist
 
 __all__ = ["COLOURS", "draw"]

@@ -1,6 +1,6 @@
 """Chaos: random scaling, registering, SIGKILL and load on real servers, watched from /proc by code that is not ours.
 
-``python -m benchmarks.chaos --minutes 10``. Two TorchServe servers share one ledger. A watcher reads the affinity masks
+``./dev chaos --minutes 10``. Two TorchServe servers share one ledger. A watcher reads the affinity masks
 of all threads of all workers from /proc ten times a second, by its own means. Whatever happened, at most GRACE seconds
 later (``--grace``) the masks must be disjoint (with more workers than cores: one core each, equally crowded), cover
 every core, and ``GET /cores`` must list exactly the workers that live. Exit status 0 without a violation.
@@ -25,12 +25,12 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks import archives
-from benchmarks.torchserve import RequestError, TorchServe, TorchServeError
+from benchmarks.harness import CHECKOUT, archives
+from benchmarks.harness.torchserve import RequestError, TorchServe, TorchServeError
 
 GRACE = 2.0  # seconds, the promise
 READ_BACK = 6.0  # seconds until a worker has looked at its own masks again
-PLUGINS = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
+PLUGINS = CHECKOUT / "ts_plugin" / "frontend"
 DAMAGE = ["", "{", '{"version": 0}', '{"version": 1, "generation": "x"}', "[" * 200_000, "\0" * 4096]
 UNFINISHED = ("idle cores", "more workers than cores, but not shared fairly")
 MAX_WORKERS = 3  # per model: more would only wait for the CPUs to start them
@@ -396,7 +396,7 @@ def run(minutes: float, seed: int, grace: float = GRACE) -> Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(prog="./dev chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
     parser.add_argument("--grace", type=float, default=GRACE, help="seconds until everything must be right again")
