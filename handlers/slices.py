@@ -10,6 +10,7 @@ from typing import Any
 from ts.torch_handler.base_handler import BaseHandler
 
 from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases.environment import collapsing
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.worker import follower
 from ts_plugin.worker.launcher import say
@@ -56,8 +57,7 @@ def _claim(context: Any) -> follower.Follower | None:
         return None
     say(f"{claim.describe(lease)} (claimed by the handler)")
     traps = [
-        f"{name} is set, and shrank the affinity mask at `import torch`; unset it"
-        for name in binding.collapsing(os.environ)
+        f"{name} is set, and shrank the affinity mask at `import torch`; unset it" for name in collapsing(os.environ)
     ]
     for problem in [*lease.notes, *([note] if note else []), *traps]:
         say(f"worker {worker}: {problem}", problem=True)

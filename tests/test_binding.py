@@ -8,14 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from ts_plugin.leases import binding
 from ts_plugin.machine import process
-from ts_plugin.planning.planner import Slice
-from ts_plugin.planning.policy import Allocator, Memory, OmpRuntime, Policy
+from ts_plugin.planning.policy import Memory
 
 ALLOWED = sorted(os.sched_getaffinity(0))
 needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
@@ -111,87 +109,6 @@ def test_cpus_that_the_kernel_does_not_have_are_an_error() -> None:
                 binding.bind_tree(child.pid, [100_000])
         finally:
             child.kill()
-
-
-THREE = Slice((0, 1, 2), 3, (0,), (0,), (0,))
-
-
-def test_the_environment_has_the_slices_threads() -> None:
-    environment = {"OMP_NUM_THREADS": "64"}
-    assert binding.prepare_environment(environment, THREE, Policy(allocator=Allocator.DEFAULT), library_roots=()) == []
-    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
-    assert environment["TORCHINDUCTOR_CPP_DYNAMIC_THREADS"] == "1"
-    assert "LD_PRELOAD" not in environment
-
-
-@pytest.mark.parametrize("own", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}, {}])
-def test_threads_spin_for_a_bounded_time_unless_the_user_says_how_long(own: dict[str, str]) -> None:
-    environment = dict(own)
-    binding.prepare_environment(environment, THREE, Policy(allocator=Allocator.DEFAULT), library_roots=())
-    expected = own or {"GOMP_SPINCOUNT": binding.SPIN_COUNT}
-    assert {
-        name: value for name, value in environment.items() if name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    } == expected
-
-
-@pytest.mark.parametrize("name", ["OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY"])
-def test_variables_that_collapse_the_mask_are_removed_with_a_note(name: str) -> None:
-    environment = {name: "true"}
-    notes = binding.prepare_environment(environment, THREE, Policy(allocator=Allocator.DEFAULT), library_roots=())
-    assert name not in environment
-    assert len(notes) == 1
-    assert notes[0].startswith(f"{name} removed")
-
-
-@pytest.fixture
-def prefix(tmp_path: Path) -> Path:
-    (tmp_path / "lib").mkdir()
-    return tmp_path
-
-
-def test_an_allocator_is_preloaded_where_it_is_found(prefix: Path) -> None:
-    (prefix / "lib" / "libjemalloc.so.2").touch()
-    environment = {"LD_PRELOAD": "/other.so"}
-    policy = Policy(allocator=Allocator.JEMALLOC)
-    assert binding.prepare_environment(environment, THREE, policy, library_roots=[str(prefix)]) == []
-    assert environment["LD_PRELOAD"] == f"{prefix}/lib/libjemalloc.so.2:/other.so"
-    assert "oversize_threshold" in environment["MALLOC_CONF"]
-    binding.prepare_environment(environment, THREE, policy, library_roots=[str(prefix)])
-    assert environment["LD_PRELOAD"].count("jemalloc") == 1, "not twice"
-
-
-def test_without_a_wish_tcmalloc_is_taken_and_jemalloc_is_not(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = ["libjemalloc.so.2"]
-    monkeypatch.setattr(os, "listdir", lambda path: there)
-    environment: dict[str, str] = {}
-    assert binding.prepare_environment(environment, THREE, Policy(), library_roots=[str(prefix)]) == []
-    assert "LD_PRELOAD" not in environment
-    there.append("libtcmalloc.so.4")
-    assert binding.prepare_environment(environment, THREE, Policy(), library_roots=[str(prefix)]) == []
-    assert environment["LD_PRELOAD"].endswith("/lib/libtcmalloc.so.4")
-
-
-def test_a_missing_allocator_is_a_note(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "listdir", lambda path: [])
-    environment: dict[str, str] = {}
-    notes = binding.prepare_environment(environment, THREE, Policy(allocator=Allocator.TCMALLOC), library_roots=())
-    assert notes == ["libtcmalloc.so not found: glibc's allocator serves; install it or drop the option"]
-    assert "LD_PRELOAD" not in environment
-
-
-def test_never_two_openmp_runtimes(prefix: Path) -> None:
-    (prefix / "lib" / "libiomp5.so").touch()
-    policy = Policy(allocator=Allocator.DEFAULT, omp_runtime=OmpRuntime.INTEL)
-    environment: dict[str, str] = {}
-    assert binding.prepare_environment(environment, THREE, policy, library_roots=[str(prefix)]) == []
-    assert environment.pop("LD_PRELOAD") == f"{prefix}/lib/libiomp5.so"
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    torch = prefix / "lib" / version / "site-packages" / "torch" / "lib"
-    torch.mkdir(parents=True)
-    (torch / "libgomp.so.1").touch()
-    notes = binding.prepare_environment(environment, THREE, policy, library_roots=[str(prefix)])
-    assert "this torch brings libgomp.so.1" in notes[0]
-    assert "LD_PRELOAD" not in environment
 
 
 def test_memory_policy_on_one_node_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ts_plugin.leases import ledger as ledger_module
+from ts_plugin.leases import directory
 from ts_plugin.leases.ledger import LEASE_VARIABLE, Lease, Ledger, LedgerError, Server, State, pack_lease, unpack_lease
 from ts_plugin.machine import process
 from ts_plugin.planning.planner import Demand, Slice
@@ -201,10 +201,10 @@ def test_a_file_in_the_directorys_place_is_an_error_with_the_path(ledger: Ledger
 
 
 def test_a_lock_that_is_never_released_ends_in_an_error(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(directory, "LOCK_TIMEOUT", 0.1)
     with ledger.locked():
         other = Ledger(ledger.directory)
-        with pytest.raises(LedgerError, match="held by another process"), other.locked():
+        with pytest.raises(LedgerError, match="held by another thread of this process"), other.locked():
             pass
     with Ledger(ledger.directory).locked():
         pass
@@ -242,5 +242,33 @@ def test_the_place_follows_from_the_user_alone(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/12345")
     assert Ledger().directory == place
     assert str(os.getuid()) in place
-    monkeypatch.setenv("TS_CORES_STATE_DIR", "relative")
-    assert Ledger().directory == os.path.abspath("relative")
+
+
+ONE_LOOK = """
+import os, sys
+from ts_plugin.leases.ledger import Ledger, LedgerError
+from ts_plugin.leases import coordinator
+os.chdir(sys.argv[1])
+try:
+    print(os.path.realpath(Ledger().directory))
+except LedgerError as error:
+    print(error)
+"""
+
+
+def test_a_relative_place_is_refused_in_every_working_directory(tmp_path: Path) -> None:
+    """A worker runs in the directory of its model, so each model would have a ledger, and slices would overlap."""
+    answers = set()
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        answer = subprocess.run(
+            [sys.executable, "-c", ONE_LOOK, str(tmp_path / name)],
+            env={**os.environ, "TS_CORES_STATE_DIR": "state"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        answers.add(answer.stdout)
+    (answer_of_both,) = answers
+    assert answer_of_both.startswith("state: TS_CORES_STATE_DIR is relative")
+    assert "set it to an absolute path" in answer_of_both

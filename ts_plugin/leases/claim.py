@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ts_plugin.leases import binding, coordinator
+from ts_plugin.leases import coordinator
+from ts_plugin.leases.environment import collapsing
 from ts_plugin.leases.ledger import Lease, Ledger, Server
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import format_cpulist
@@ -80,7 +81,7 @@ def own_mask(server: Server | None) -> frozenset[int]:
     if server is not None:
         return server.allowed
     mask = frozenset(os.sched_getaffinity(0))
-    if len(mask) == 1 and "torch" in sys.modules and binding.collapsing(os.environ):
+    if len(mask) == 1 and "torch" in sys.modules and collapsing(os.environ):
         with contextlib.suppress(OSError):
             return frozenset(os.sched_getaffinity(os.getppid()))
     return mask

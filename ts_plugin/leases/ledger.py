@@ -1,21 +1,20 @@
 """The machine-wide registry: which worker holds which slice. One small file, one lock, no daemon.
 
-All TorchServe servers of a user on this machine share it, so it lies at a place that follows from the user id alone.
-A lease ends with its process; who reads the ledger sees living workers only.
+All TorchServe servers of a user on this machine share it. A lease ends with its process, so readers see living workers
+only.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import stat
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
+from ts_plugin.leases.directory import Directory, StateError, state_directory
 from ts_plugin.machine import process
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.process import Identity
@@ -34,13 +33,9 @@ __all__ = [
     "unpack_lease",
 ]
 
+LedgerError = StateError  # whatever keeps a worker from the ledger
 VERSION = 1
-LOCK_TIMEOUT = 20.0  # seconds; TorchServe gives a worker 120 to start
-LEASE_VARIABLE = "TS_CORES_LEASE"  # in the environment of every worker that the launcher bound: the ledger's back-up
-
-
-class LedgerError(OSError):
-    """The ledger cannot be used; the message starts with the path and ends with the remedy."""
+LEASE_VARIABLE = "TS_CORES_LEASE"  # in the environment of every worker that the launcher bound; _recover reads it
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,37 +102,17 @@ class State:
         return next((lease for lease in self.leases if lease.pid == pid), None)
 
 
-def state_directory(environment: Mapping[str, str] = os.environ) -> str:
-    """Return the directory of the ledger: TS_CORES_STATE_DIR, or a place that follows from the user id alone.
-
-    It follows neither TMPDIR nor XDG_RUNTIME_DIR: two servers started from different sessions must meet there.
-    """
-    chosen = environment.get("TS_CORES_STATE_DIR")
-    if chosen:
-        return os.path.abspath(chosen)
-    base = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
-    return f"{base}/ts-cores-{os.getuid()}"
-
-
-_locks: set[int] = set()  # open lock files of this process
-
-
-def _release_in_child() -> None:
-    """Close what a child forked in the middle shares: it would hold the lock on after its parent's death."""
-    while _locks:
-        os.close(_locks.pop())
-
-
-os.register_at_fork(after_in_child=_release_in_child)
-
-
 class Ledger:
-    """The ledger file in ``directory``; nothing is touched before the first read or lock."""
+    """The ledger in ``directory``; nothing is touched before the first read or lock."""
 
     def __init__(self, directory: str | None = None) -> None:
-        self.directory = state_directory() if directory is None else directory
+        self._directory = Directory(directory)
         # Containers may share the directory, but a PID means nothing outside its namespace.
         self._name = f"ledger-{os.stat('/proc/self/ns/pid').st_ino}"
+
+    @property
+    def directory(self) -> str:
+        return self._directory.path
 
     @property
     def path(self) -> str:
@@ -167,22 +142,16 @@ class Ledger:
 
     @contextmanager
     def locked(self) -> Iterator[State]:
-        """Yield the living part of the ledger while no other process can change it.
+        """Yield the living part of the ledger while nobody else can change it.
 
         A missing or damaged ledger is rebuilt from the environments of the workers that run.
 
         Raises:
-            LedgerError: the directory cannot be used, or another process held the lock for LOCK_TIMEOUT seconds.
+            LedgerError: the directory cannot be used, or somebody else holds the lock for too long.
         """
-        lock = self._open(f"{self._name}.lock", os.O_RDWR | os.O_CREAT)
-        _locks.add(lock)
-        try:
-            self._wait_for(lock)
+        with self._directory.locked(f"{self._name}.lock"):
             state = self._load()
             yield (_recover(self.directory) if state is None else state).living()
-        finally:
-            _locks.discard(lock)
-            os.close(lock)
 
     def write(self, state: State) -> None:
         """Replace the content; the caller holds the lock. A reader sees the old content or the new, never a part.
@@ -192,8 +161,8 @@ class Ledger:
         """
         draft = f"{self._name}.new"
         text = json.dumps({"version": VERSION, **_pack_state(state)}, separators=(",", ":")).encode()
+        file = self._directory.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
-            file = self._open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
                 view = memoryview(text)
                 while view:
@@ -201,28 +170,13 @@ class Ledger:
             finally:
                 os.close(file)
             os.replace(f"{self.directory}/{draft}", self.path)
-        except LedgerError:
-            raise
         except OSError as error:
-            raise self._error(error) from error
-
-    def _wait_for(self, lock: int) -> None:
-        deadline = time.monotonic() + LOCK_TIMEOUT
-        while True:
-            try:
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise LedgerError(
-                        f"{self.directory}/{self._name}.lock: held by another process for {LOCK_TIMEOUT:.0f} s; "
-                        f"find it with: fuser {self.directory}/{self._name}.lock"
-                    ) from None
-                time.sleep(0.002)
+            raise self._directory.error(error) from error
 
     def _load(self) -> State | None:
         """Return the content; None where there is none, or none that this version can read."""
         try:
-            file = self._open(f"{self._name}.json", os.O_RDONLY)
+            file = self._directory.open(f"{self._name}.json", os.O_RDONLY)
         except FileNotFoundError:
             return None
         with open(file, "rb") as stream:
@@ -230,33 +184,8 @@ class Ledger:
         try:
             data = json.loads(text)
             return _unpack_state(data) if data["version"] == VERSION else None
-        except Exception:  # noqa: BLE001 - damage has no limits: no content may keep a worker from starting
+        except Exception:  # noqa: BLE001 - whatever the file contains, workers must start
             return None
-
-    def _open(self, name: str, flags: int) -> int:
-        """Open a file in the directory, which is made if need be, without following a planted link."""
-        try:
-            os.makedirs(self.directory, mode=0o700, exist_ok=True)
-            directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                status = os.fstat(directory)
-                if status.st_uid != os.getuid():
-                    raise PermissionError(f"belongs to user {status.st_uid}, not {os.getuid()}")
-                if stat.S_IMODE(status.st_mode) & 0o077:
-                    raise PermissionError(f"others may enter it (mode {stat.S_IMODE(status.st_mode):o})")
-                return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
-            finally:
-                os.close(directory)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise self._error(error) from error
-
-    def _error(self, error: OSError) -> LedgerError:
-        reason = error.strerror or str(error)
-        return LedgerError(
-            f"{self.directory}: {reason}; chmod 700 it, or set TS_CORES_STATE_DIR to a directory that is yours alone"
-        )
 
 
 def _recover(directory: str) -> State:
@@ -269,14 +198,16 @@ def _recover(directory: str) -> State:
     for pid in process.pids():
         environment = process.environment(pid)
         text = environment.get(LEASE_VARIABLE)
-        if text is None or state_directory(environment) != directory or process.owner(pid) != os.getuid():
+        if text is None or process.owner(pid) != os.getuid():
             continue
         try:
             lease = unpack_lease(text)
             if lease.pid != pid:
                 continue  # a child of the worker, which inherited the variable
+            if state_directory(environment) != directory:
+                continue  # a worker of another ledger
             mask = tuple(sorted(os.sched_getaffinity(pid)))
-        except Exception:  # noqa: BLE001 - anybody may have put anything there
+        except Exception:  # noqa: BLE001 - a variable can contain anything
             continue
         cores = replace(lease.slice, cpus=mask) if lease.slice.pinned else lease.slice
         leases.append(replace(lease, slice=cores))
@@ -317,7 +248,7 @@ def _unpack_state(data: dict[str, Any]) -> State:
     state: State = _unpack(State, {name: value for name, value in data.items() if name != "version"})
     numbers = [state.generation, *(number for lease in state.leases for number in (lease.pid, lease.start_time))]
     if not all(isinstance(number, int) for number in numbers):
-        raise TypeError("a number is not a number")
+        raise TypeError("a generation, PID or start time is not an integer")
     return state
 
 
@@ -335,19 +266,28 @@ def _unpack(kind: Any, data: dict[str, Any]) -> Any:
     return kind(**{name: READERS.get(name, _plain)(value) for name, value in data.items()})
 
 
+def _unpack_all(kind: Any, items: list[dict[str, Any]]) -> Any:
+    return tuple(_unpack(kind, item) for item in items)
+
+
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-READERS: dict[str, Callable[[Any], Any]] = {  # by field name, which means one thing wherever it stands
-    "servers": lambda items: tuple(_unpack(Server, item) for item in items),
-    "leases": lambda items: tuple(_unpack(Lease, item) for item in items),
-    "demand": lambda item: _unpack(Demand, item),
-    "slice": lambda item: _unpack(Slice, item),
-    "policy": lambda item: _unpack(Policy, item),
+# How to read a field, by its name, which means the same in every class above; _plain reads the fields not named here.
+READERS: dict[str, Callable[[Any], Any]] = {
+    "servers": partial(_unpack_all, Server),
+    "leases": partial(_unpack_all, Lease),
+    "demand": partial(_unpack, Demand),
+    "slice": partial(_unpack, Slice),
+    "policy": partial(_unpack, Policy),
     "pin": Pin,
     "memory": Memory,
     "allocator": Allocator,
     "omp_runtime": OmpRuntime,
-    **dict.fromkeys(("allowed", "held", "node_ids", "core_list", "reserved"), parse_cpulist),
+    "allowed": parse_cpulist,
+    "held": parse_cpulist,
+    "reserved": parse_cpulist,
+    "node_ids": parse_cpulist,
+    "core_list": parse_cpulist,
 }

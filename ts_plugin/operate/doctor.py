@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ts_plugin.leases import binding
+from ts_plugin.leases.environment import COLLAPSING, THREAD_COUNTS
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.operate.facts import JAR, Facts
 from ts_plugin.operate.view import count
@@ -240,7 +240,7 @@ def _machine(facts: Facts) -> Iterator[Finding]:
 
 
 def _openmp(facts: Facts) -> Iterator[Finding]:
-    for name in binding.COLLAPSING:
+    for name in COLLAPSING:
         if name in facts.environment:
             yield Finding(
                 Severity.WARNING,
@@ -249,7 +249,7 @@ def _openmp(facts: Facts) -> Iterator[Finding]:
                 "it shrinks a mask to one CPU at `import torch`; workers are rid of it, other programs are not",
                 f"unset {name}",
             )
-    counts = [f"{name}={facts.environment[name]}" for name in binding.THREAD_COUNTS if name in facts.environment]
+    counts = [f"{name}={facts.environment[name]}" for name in THREAD_COUNTS if name in facts.environment]
     if counts:
         what = f"{', '.join(counts)} in the environment"
         yield Finding(Severity.NOTE, "OpenMP", what, "workers get the count of their slice instead")

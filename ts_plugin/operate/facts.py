@@ -19,8 +19,9 @@ from pathlib import Path
 
 import psutil
 
-from ts_plugin.leases import binding, coordinator
+from ts_plugin.leases import coordinator
 from ts_plugin.leases.coordinator import Unbound
+from ts_plugin.leases.environment import COLLAPSING, prepare_environment
 from ts_plugin.leases.ledger import Ledger, LedgerError, State
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.discovery import DiscoveryError
@@ -219,9 +220,9 @@ def _preload_notes(environment: Mapping[str, str], config: Config | None) -> lis
         policy = parse_launcher_args(config.get("cpu_launcher_args") if config else "")
     except LauncherArgsError:
         return []
-    draft = {name: value for name, value in environment.items() if name not in binding.COLLAPSING}
+    draft = {name: value for name, value in environment.items() if name not in COLLAPSING}
     nothing = Slice(cpus=(), threads=1, numa_nodes=(), l3_domains=(), packages=())
-    return binding.prepare_environment(draft, nothing, policy, library_roots=(sys.prefix,))
+    return prepare_environment(draft, nothing, policy, library_roots=(sys.prefix,))
 
 
 def _astray(state: State) -> Iterator[tuple[int, int]]:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases.environment import set_thread_count
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.machine import discovery
 from ts_plugin.planning.planner import Slice
@@ -64,7 +65,7 @@ class Follower:
         wanted = self._wanted
         if wanted is self._applied:
             return
-        binding.set_thread_count(os.environ, wanted.threads)
+        set_thread_count(os.environ, wanted.threads)
         torch = sys.modules.get("torch")
         if torch is not None and torch.get_num_threads() != wanted.threads:
             torch.set_num_threads(wanted.threads)

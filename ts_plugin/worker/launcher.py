@@ -12,6 +12,7 @@ import sys
 from typing import NoReturn
 
 from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases.environment import prepare_environment
 from ts_plugin.leases.ledger import LEASE_VARIABLE, Ledger, pack_lease
 
 __all__ = ["main"]
@@ -43,7 +44,7 @@ def _bind(arguments: list[str], environment: dict[str, str]) -> str:
     notes = [*lease.notes, *policy.notes]
     note = binding.bind_memory(policy.memory, lease.slice.numa_nodes) if lease.slice.pinned else None
     notes += [note] if note else []
-    notes += binding.prepare_environment(environment, lease.slice, policy, library_roots=(sys.prefix,))
+    notes += prepare_environment(environment, lease.slice, policy, library_roots=(sys.prefix,))
     environment[LEASE_VARIABLE] = pack_lease(lease)
     say(claim.describe(lease))
     for note in notes:
