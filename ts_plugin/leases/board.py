@@ -1,0 +1,268 @@
+"""Who computes on which CPUs now, and what workers know of their requests. (The ledger says who owns the CPUs.)
+
+``Board`` is a file of record locks, with bytes for each CPU. A worker holds those of all CPUs that it computes on, from
+the start of a request to its end. The kernel releases them when the process ends, whatever ended it, and a forked
+child does not hold them: nothing is left to recover.
+
+A CPU has two bytes. ``USE`` is held by whoever computes there. ``RIGHT`` is held by the owner from the moment it wants
+to compute until it is done. Nobody borrows a CPU while its owner holds the right to it: an owner waits for one borrower
+at most, and an owner that took its CPUs back by force is safe from the next one.
+
+Places behind those of the CPUs stand for threads. Where a CFS quota bounds threads and CPUs are not pinned, a worker's
+threads are lent like cores (``thread_places``).
+
+``Records`` is a file that every worker maps: one record for each (``planning.width.Record``), written by its worker.
+
+Source: man 2 fcntl_locking, "Advisory record locking".
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ts_plugin.leases.directory import Directory, StateError
+from ts_plugin.machine.process import Identity
+from ts_plugin.planning.width import Measured, Record
+
+__all__ = ["Board", "Entry", "Records", "Totals", "thread_places"]
+
+USE, RIGHT = 0, 1 << 24  # where the bytes of the two kinds of lock start
+THREADS = 1 << 16  # the first place that is no CPU
+MOST_THREADS = 1 << 10  # of one worker
+FLOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, PID
+FIRST_PAUSE, LONGEST_PAUSE = 0.0001, 0.002  # seconds between two tries for a lock
+
+SLOTS = 1 << 12  # the most workers; a record that nobody has written takes no memory
+SIZE = 512  # bytes of a record
+HEAD = struct.Struct("=QIQQIIddddQQddI")
+MEASURED = struct.Struct("=Idd")
+WIDTHS = (SIZE - HEAD.size) // MEASURED.size  # the most service times that a record holds
+TRIES = 16  # a record that is just being written is read again
+
+
+def thread_places(slot: int, threads: int) -> range:
+    """Return the places of the threads of the worker whose record is in ``slot``."""
+    start = THREADS + slot * MOST_THREADS
+    return range(start, start + min(threads, MOST_THREADS))
+
+
+class Board:
+    """The locks of this process on the file ``name`` in ``directory``.
+
+    Nothing else may open that file in this process: closing any descriptor of it drops all locks.
+
+    Raises:
+        StateError: the directory or the file cannot be used.
+    """
+
+    def __init__(self, directory: Directory, name: str) -> None:
+        self._file = directory.open(name, os.O_RDWR | os.O_CREAT)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the file was deleted, so that others lock another one by now."""
+        return os.fstat(self._file).st_nlink == 0
+
+    def close(self) -> None:
+        """Release everything."""
+        os.close(self._file)
+
+    def take(self, places: Iterable[int], *, patience: float) -> bool:
+        """Take one's own ``places``; wait at most ``patience`` seconds for whoever computes there.
+
+        Returns False where somebody still does. The right to the places is held in any case, so that nobody else
+        borrows them.
+        """
+        own = list(_ranges(places))
+        deadline = 0.0
+        pause = FIRST_PAUSE
+        while not (self._lock(RIGHT, own) and self._lock(USE, own)):
+            now = time.monotonic()
+            deadline = deadline or now + patience
+            if now >= deadline:
+                return False
+            time.sleep(min(pause, deadline - now))
+            pause = min(pause * 1.25, LONGEST_PAUSE)
+        return True
+
+    def borrow(self, places: Iterable[int]) -> bool:
+        """Take ``places`` of somebody else, if nobody computes there and their owner does not want them."""
+        wanted = list(_ranges(places))
+        if not self._lock(USE, wanted):
+            return False
+        if any(self._holder(RIGHT + start, length) for start, length in wanted):
+            self._unlock(USE, wanted)
+            return False
+        return True
+
+    def give_back(self, places: Iterable[int]) -> None:
+        """Release borrowed ``places``."""
+        self._unlock(USE, _ranges(places))
+
+    def release(self) -> None:
+        """Release all that this process holds; one system call."""
+        fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def users(self, places: Iterable[int]) -> dict[int, tuple[int, ...]]:
+        """Return the PIDs of the other processes that compute on some of ``places``, and on which."""
+        found: dict[int, list[int]] = {}
+        for place in places:
+            if pid := self._holder(USE + place, 1):
+                found.setdefault(pid, []).append(place)
+        return {pid: tuple(held) for pid, held in found.items()}
+
+    def _lock(self, kind: int, ranges: list[tuple[int, int]]) -> bool:
+        for i, (start, length) in enumerate(ranges):
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, kind + start)
+            except (BlockingIOError, PermissionError):
+                if kind == USE:  # a part is of no use; rights are kept, so that no new borrower comes
+                    self._unlock(USE, ranges[:i])
+                return False
+        return True
+
+    def _unlock(self, kind: int, ranges: Iterable[tuple[int, int]]) -> None:
+        for start, length in ranges:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, length, kind + start)
+
+    def _holder(self, start: int, length: int) -> int:
+        """Return the PID of another process that holds one of the bytes, or 0."""
+        question = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+        kind, _, _, _, pid = FLOCK.unpack(fcntl.fcntl(self._file, fcntl.F_GETLK, question))
+        return 0 if kind == fcntl.F_UNLCK else int(pid)
+
+
+def _ranges(places: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) of every run of consecutive places."""
+    start = following = -1
+    for place in sorted(places):
+        if place != following:
+            if start != following:
+                yield start, following - start
+            start = place
+        following = place + 1
+    if start != following:
+        yield start, following - start
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a worker has counted since it started, for metrics and people.
+
+    ``wide`` requests computed on borrowed cores, ``borrowed`` core-seconds of them in all. ``waited`` is the time, in
+    seconds, that requests waited for the worker's own slice.
+    """
+
+    requests: int = 0
+    wide: int = 0
+    borrowed: float = 0.0
+    waited: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One worker's record, with its identity: a slot may still hold that of a worker that has ended."""
+
+    worker: Identity
+    record: Record
+    totals: Totals = Totals()
+
+
+class Records:
+    """The mapped file ``name`` in ``directory``.
+
+    Raises:
+        StateError: the directory or the file cannot be used, or it is full.
+    """
+
+    def __init__(self, directory: Directory, name: str) -> None:
+        file = directory.open(name, os.O_RDWR | os.O_CREAT)
+        try:
+            if os.fstat(file).st_size < SLOTS * SIZE:
+                os.ftruncate(file, SLOTS * SIZE)
+            self._memory = mmap.mmap(file, SLOTS * SIZE)
+        except OSError as error:
+            raise directory.error(error) from error
+        finally:
+            os.close(file)
+        self._path = f"{directory.path}/{name}"
+        self._version = 0
+
+    def take_slot(self, worker: Identity) -> int:
+        """Return a slot for ``worker``: its own, or the first whose worker has ended.
+
+        The caller holds the ledger's lock, so that no two workers take the same.
+        """
+        for slot in range(SLOTS):
+            known = self._identity(slot)
+            if known is None or known == worker or not known.alive():
+                self._memory[slot * SIZE : (slot + 1) * SIZE] = bytes(SIZE)
+                return slot
+        raise StateError(f"{self._path}: {SLOTS} workers have a record; no worker more can lend or borrow cores")
+
+    def slots(self) -> dict[Identity, int]:
+        """Return the slot of every worker that has written a record, dead ones included."""
+        found = {}
+        for slot in range(SLOTS):
+            worker = self._identity(slot)
+            if worker is None:
+                break
+            found[worker] = slot
+        return found
+
+    def write(self, slot: int, entry: Entry) -> None:
+        """Write the record of the calling worker."""
+        record, totals = entry.record, entry.totals
+        measured = record.measured[:WIDTHS]
+        idle_since = math.nan if record.idle_since is None else record.idle_since
+        text = HEAD.pack(
+            self._version + 2,
+            entry.worker.pid,
+            entry.worker.start_time,
+            record.model,
+            record.cores,
+            record.width,
+            record.rate,
+            record.seen,
+            record.at,
+            idle_since,
+            totals.requests,
+            totals.wide,
+            totals.borrowed,
+            totals.waited,
+            len(measured),
+        ) + b"".join(MEASURED.pack(one.cores, one.seconds, one.weight) for one in measured)
+        start = slot * SIZE
+        # Readers ignore a record while its version is odd, and read it again if the version has changed meanwhile.
+        struct.pack_into("=Q", self._memory, start, self._version + 1)
+        self._memory[start + 8 : start + len(text)] = text[8:]
+        self._version += 2
+        struct.pack_into("=Q", self._memory, start, self._version)
+
+    def read(self, slot: int) -> Entry | None:
+        """Return the content of ``slot``; None where there is none, or where its worker was killed while it wrote."""
+        start = slot * SIZE
+        for _ in range(TRIES):
+            text = self._memory[start : start + SIZE]
+            version, pid, start_time, model, cores, width, rate, seen, at, idle, *rest = HEAD.unpack_from(text)
+            requests, wide, borrowed, waited, count = rest
+            if version % 2 or struct.unpack_from("=Q", self._memory, start)[0] != version:
+                continue
+            if not pid or count > WIDTHS:
+                return None
+            measured = tuple(Measured(*MEASURED.unpack_from(text, HEAD.size + i * MEASURED.size)) for i in range(count))
+            idle_since = None if math.isnan(idle) else idle
+            record = Record(model, cores, width, measured, rate, seen, at, idle_since)
+            return Entry(Identity(pid, start_time), record, Totals(requests, wide, borrowed, waited))
+        return None
+
+    def _identity(self, slot: int) -> Identity | None:
+        _, pid, start_time = struct.unpack_from("=QIQ", self._memory, slot * SIZE)
+        return Identity(pid, start_time) if pid else None
