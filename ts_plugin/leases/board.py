@@ -33,7 +33,7 @@ from ts_plugin.planning.width import Measured, Record
 
 __all__ = ["Board", "Entry", "Records", "Totals", "thread_places"]
 
-USE, RIGHT = 0, 1 << 24  # where the bytes of the two kinds of lock start
+USE, RIGHT, SLOT = 0, 1 << 24, 1 << 25  # where the bytes of each kind of lock start
 THREADS = 1 << 16  # the first place that is no CPU
 MOST_THREADS = 1 << 10  # of one worker
 FLOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, PID
@@ -42,6 +42,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.0001, 0.002  # seconds between two tries for a lo
 SLOTS = 1 << 12  # the most workers; a record that nobody has written takes no memory
 SIZE = 512  # bytes of a record
 HEAD = struct.Struct("=QIQQIIddddQQddI")
+OWNER = struct.Struct("=QIQ")  # its first fields: version, PID, start time
+IDLE_SINCE, IDLE_OFFSET = struct.Struct("=d"), struct.calcsize("=QIQQIIddd")
 MEASURED = struct.Struct("=Idd")
 WIDTHS = (SIZE - HEAD.size) // MEASURED.size  # the most service times that a record holds
 TRIES = 16  # a record that is just being written is read again
@@ -107,8 +109,19 @@ class Board:
         self._unlock(USE, _ranges(places))
 
     def release(self) -> None:
-        """Release all that this process holds; one system call."""
-        fcntl.lockf(self._file, fcntl.LOCK_UN)
+        """Release all CPUs that this process holds; one system call."""
+        fcntl.lockf(self._file, fcntl.LOCK_UN, SLOT, 0)
+
+    def take_slot(self) -> int:
+        """Take the first free slot for a record; it is this process's as long as it lives.
+
+        Raises:
+            StateError: there is none.
+        """
+        for slot in range(SLOTS):
+            if self._lock(SLOT, [(slot, 1)]):
+                return slot
+        raise StateError(f"{SLOTS} workers have a record: this one cannot lend cores or borrow any")
 
     def users(self, places: Iterable[int]) -> dict[int, tuple[int, ...]]:
         """Return the PIDs of the other processes that compute on some of ``places``, and on which."""
@@ -179,7 +192,7 @@ class Records:
     """The mapped file ``name`` in ``directory``.
 
     Raises:
-        StateError: the directory or the file cannot be used, or it is full.
+        StateError: the directory or the file cannot be used.
     """
 
     def __init__(self, directory: Directory, name: str) -> None:
@@ -192,30 +205,22 @@ class Records:
             raise directory.error(error) from error
         finally:
             os.close(file)
-        self._path = f"{directory.path}/{name}"
         self._version = 0
 
-    def take_slot(self, worker: Identity) -> int:
-        """Return a slot for ``worker``: its own, or the first whose worker has ended.
-
-        The caller holds the ledger's lock, so that no two workers take the same.
-        """
-        for slot in range(SLOTS):
-            known = self._identity(slot)
-            if known is None or known == worker or not known.alive():
-                self._memory[slot * SIZE : (slot + 1) * SIZE] = bytes(SIZE)
-                return slot
-        raise StateError(f"{self._path}: {SLOTS} workers have a record; no worker more can lend or borrow cores")
-
     def slots(self) -> dict[Identity, int]:
-        """Return the slot of every worker that has written a record, dead ones included."""
+        """Return the slot of every worker that has written a record; some have ended."""
         found = {}
         for slot in range(SLOTS):
-            worker = self._identity(slot)
-            if worker is None:
-                break
-            found[worker] = slot
+            _, pid, start_time = OWNER.unpack_from(self._memory, slot * SIZE)
+            if not pid:
+                break  # slots are taken from the first on
+            found[Identity(pid, start_time)] = slot
         return found
+
+    def idle_since(self, slot: int) -> float | None:
+        """Return ``idle_since`` of the record in ``slot``."""
+        since: float = IDLE_SINCE.unpack_from(self._memory, slot * SIZE + IDLE_OFFSET)[0]
+        return None if math.isnan(since) else since
 
     def write(self, slot: int, entry: Entry) -> None:
         """Write the record of the calling worker."""
@@ -262,7 +267,3 @@ class Records:
             record = Record(model, cores, width, measured, rate, seen, at, idle_since)
             return Entry(Identity(pid, start_time), record, Totals(requests, wide, borrowed, waited))
         return None
-
-    def _identity(self, slot: int) -> Identity | None:
-        _, pid, start_time = struct.unpack_from("=QIQ", self._memory, slot * SIZE)
-        return Identity(pid, start_time) if pid else None

@@ -19,7 +19,7 @@ from ts_plugin.machine import process
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.process import Identity
 from ts_plugin.planning.planner import Demand, Slice
-from ts_plugin.planning.policy import Allocator, Memory, OmpRuntime, Pin, Policy
+from ts_plugin.planning.policy import Allocator, Lend, Memory, OmpRuntime, Pin, Policy
 
 __all__ = [
     "LEASE_VARIABLE",
@@ -282,6 +282,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "slice": partial(_unpack, Slice),
     "policy": partial(_unpack, Policy),
     "pin": Pin,
+    "lend": Lend,
     "memory": Memory,
     "allocator": Allocator,
     "omp_runtime": OmpRuntime,

@@ -20,6 +20,7 @@ __all__ = [
     "Memory",
     "OmpRuntime",
     "Option",
+    "Lend",
     "Pin",
     "Policy",
     "option_reference",
@@ -34,6 +35,11 @@ class LauncherArgsError(ValueError):
 class Pin(StrEnum):
     AUTO = "auto"  # pin unless a CFS quota says that the CPUs are shared with strangers
     ALWAYS = "always"
+    NEVER = "never"
+
+
+class Lend(StrEnum):
+    AUTO = "auto"  # idle cores compute for whoever has a request, as wide as pays
     NEVER = "never"
 
 
@@ -75,6 +81,7 @@ class Policy:
     use_e_cores: bool = False
     reserve_cores: int = 0
     pin: Pin = Pin.AUTO
+    lend: Lend = Lend.AUTO
     memory: Memory = Memory.PREFERRED
     allocator: Allocator | None = None
     omp_runtime: OmpRuntime | None = None
@@ -306,6 +313,14 @@ OPTIONS: tuple[Option, ...] = (
         "pin",
         _member(Pin),
         "bind workers to CPUs; auto bounds only their threads where a CFS quota is below the allowed cores",
+        "auto",
+    ),
+    Option(
+        ("--lend",),
+        "auto|never",
+        "lend",
+        _member(Lend),
+        "let a request compute on the cores of idle workers of its NUMA node, too, where that makes it faster",
         "auto",
     ),
     Option(
