@@ -12,7 +12,7 @@ import resource
 import sys
 import threading
 
-from ts_plugin.leases import claim
+from ts_plugin.leases import claim, coordinator
 from ts_plugin.leases.claim import Archive
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.planning.planner import PlanError
@@ -41,7 +41,7 @@ def main() -> None:
     archive = Archive(options.get("model", "model"), "1.0", options.get("cores"), options.get("share", 1.0))
     try:
         lease = claim.claim(ledger, archive=archive, worker=options.get("worker", "9000"))
-    except (OSError, PlanError, claim.CannotBind) as error:
+    except (OSError, PlanError, coordinator.CannotBind) as error:
         tell({"pid": os.getpid(), "error": str(error)})
         return
     for _ in range(options.get("extra_threads", 0)):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ts_plugin.leases import binding
-from ts_plugin.machine import process
+from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Allocator, Memory, OmpRuntime, Policy
 
@@ -58,7 +58,7 @@ def test_every_thread_and_child_moves(family: int) -> None:
     assert len(masks(family)) == 4
     binding.bind_tree(family, [ALLOWED[0]])
     assert masks(family) == [[ALLOWED[0]]] * 4
-    assert binding.bind_tree(family, [ALLOWED[0]]) == 0, "nothing left to do"
+    assert binding.bind_tree(family, [ALLOWED[0]]) == (0, ()), "nothing left to do"
 
 
 @needs_two
@@ -101,7 +101,7 @@ print("ready", flush=True); time.sleep(600)
 def test_a_process_that_is_gone_is_no_error() -> None:
     with subprocess.Popen(["true"]) as child:
         child.wait()
-        assert binding.bind_tree(child.pid, ALLOWED) == 0
+        assert binding.bind_tree(child.pid, ALLOWED) == (0, ())
 
 
 def test_cpus_that_the_kernel_does_not_have_are_an_error() -> None:
@@ -195,13 +195,13 @@ def test_never_two_openmp_runtimes(prefix: Path) -> None:
 
 
 def test_memory_policy_on_one_node_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "_memory_nodes", lambda: frozenset({0}))
+    monkeypatch.setattr(discovery, "memory_nodes", lambda: frozenset({0}))
     assert binding.bind_memory(Memory.PREFERRED, [0]) is None
     assert binding.bind_memory(Memory.NONE, [0, 1]) is None
 
 
 def test_a_memory_policy_that_the_kernel_refuses_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "_memory_nodes", lambda: frozenset({0, 1023}))
+    monkeypatch.setattr(discovery, "memory_nodes", lambda: frozenset({0, 1023}))
     note = binding.bind_memory(Memory.BIND, [1023])  # no machine here has such a node
     assert note is not None
     assert "memory policy bind for nodes 1023" in note
@@ -212,7 +212,8 @@ def test_a_memory_policy_is_set_and_inherited(monkeypatch: pytest.MonkeyPatch) -
     code = """
 from ts_plugin.leases import binding
 from ts_plugin.planning.policy import Memory
-binding._memory_nodes = lambda: frozenset({0, 1})
+from ts_plugin.machine import discovery
+discovery.memory_nodes = lambda: frozenset({0, 1})
 assert binding.bind_memory(Memory.PREFERRED, [0]) is None
 print(open("/proc/self/numa_maps").readline().split()[1])
 """

@@ -252,7 +252,7 @@ def frontend(state: Path) -> Callable[..., None]:
     def become(policy: Policy, error: str | None = None) -> None:
         me = process.identify(os.getpid())
         assert me is not None
-        coordinator.enlist(Ledger(str(state)), Server(me.pid, me.start_time, policy, frozenset(mask), error))
+        coordinator.register_server(Ledger(str(state)), Server(me.pid, me.start_time, policy, frozenset(mask), error))
 
     return become
 

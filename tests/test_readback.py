@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from ts_plugin.leases import binding
+from ts_plugin.leases import masks
+from ts_plugin.leases.binding import Outcome
 from ts_plugin.leases.ledger import Lease
 from ts_plugin.machine import process
 from ts_plugin.planning.planner import Demand, Slice
@@ -108,7 +109,7 @@ def test_pages_on_other_nodes_are_remote() -> None:
 def test_a_crowd_is_reported_once_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "state", lambda pid, tid: "R")
     monkeypatch.setattr(process, "threads", lambda pid: list(range(100)))
-    monkeypatch.setattr(binding, "bind_tree", lambda *_: 0)
+    monkeypatch.setattr(masks, "enforce", lambda lease: Outcome(0))
     look = ReadBack()
     problems = [look.read(lease_here(), thorough=False).problems for _ in range(5)]
     assert [len(found) for found in problems] == [0, 0, 1, 0, 0]

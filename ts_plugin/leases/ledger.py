@@ -27,6 +27,7 @@ __all__ = [
     "Lease",
     "Ledger",
     "LedgerError",
+    "Refusal",
     "Server",
     "State",
     "pack_lease",
@@ -45,7 +46,10 @@ class LedgerError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A worker owns a slice. ``moves`` counts how often it had to leave all its NUMA nodes."""
+    """A worker owns a slice. ``moves`` counts how often it had to leave all its NUMA nodes.
+
+    ``limit`` are the CPUs that taskset, say, holds it to; None if it may use whatever its cpuset has, now and later.
+    """
 
     pid: int
     start_time: int
@@ -57,6 +61,7 @@ class Lease:
     slice: Slice
     moves: int = 0
     notes: tuple[str, ...] = ()
+    limit: frozenset[int] | None = None
 
     @property
     def identity(self) -> Identity:
@@ -70,7 +75,8 @@ class Lease:
 class Server:
     """A TorchServe frontend and what its config.properties asks for.
 
-    ``allowed`` are the CPUs that it could use when it started: the frontend itself may be moved aside later.
+    ``allowed`` are the CPUs that it and its workers may use: the frontend itself may be moved aside.
+    ``limit`` is the same as a lease's.
     ``error`` says why its workers must serve unbound, a typo in ``cpu_launcher_args`` for example.
     """
 
@@ -79,6 +85,20 @@ class Server:
     policy: Policy
     allowed: frozenset[int]
     error: str | None = None
+    limit: frozenset[int] | None = None
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.pid, self.start_time)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a worker serves unbound; one that was started past the launcher cannot say so in its environment."""
+
+    pid: int
+    start_time: int
+    reason: str
 
     @property
     def identity(self) -> Identity:
@@ -94,13 +114,18 @@ class State:
     leases: tuple[Lease, ...] = ()
     reserved: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
 
     def living(self) -> State:
-        """Return this state without the leases and servers whose process has ended."""
+        """Return this state without the processes that have ended; what the plan for the last of them said ends too."""
+        leases = tuple(lease for lease in self.leases if lease.identity.alive())
         return replace(
             self,
             servers=tuple(server for server in self.servers if server.identity.alive()),
-            leases=tuple(lease for lease in self.leases if lease.identity.alive()),
+            leases=leases,
+            reserved=self.reserved if leases else frozenset(),
+            notes=self.notes if leases else (),
+            refusals=tuple(refusal for refusal in self.refusals if refusal.identity.alive()),
         )
 
     def lease_of(self, pid: int) -> Lease | None:
@@ -138,6 +163,7 @@ class Ledger:
         self.directory = state_directory() if directory is None else directory
         # Containers may share the directory, but a PID means nothing outside its namespace.
         self._name = f"ledger-{os.stat('/proc/self/ns/pid').st_ino}"
+        self.stale = False  # whether what `locked` yielded last is not what the file says
 
     @property
     def path(self) -> str:
@@ -178,8 +204,10 @@ class Ledger:
         _locks.add(lock)
         try:
             self._wait_for(lock)
-            state = self._load()
-            yield (_recover(self.directory) if state is None else state).living()
+            written = self._load()
+            state = (_recover(self.directory) if written is None else written).living()
+            self.stale = state != written
+            yield state
         finally:
             _locks.discard(lock)
             os.close(lock)
@@ -201,6 +229,7 @@ class Ledger:
             finally:
                 os.close(file)
             os.replace(f"{self.directory}/{draft}", self.path)
+            self.stale = False
         except LedgerError:
             raise
         except OSError as error:
@@ -282,7 +311,9 @@ def _recover(directory: str) -> State:
         leases.append(replace(lease, slice=cores))
         if lease.server_pid is not None and (frontend := process.identify(lease.server_pid)):
             demand = lease.demand
-            servers[frontend.pid] = Server(frontend.pid, frontend.start_time, demand.policy, demand.allowed)
+            servers[frontend.pid] = Server(
+                frontend.pid, frontend.start_time, demand.policy, demand.allowed, limit=lease.limit
+            )
     return State(servers=tuple(servers.values()), leases=tuple(leases))
 
 
@@ -342,6 +373,7 @@ def _plain(value: Any) -> Any:
 READERS: dict[str, Callable[[Any], Any]] = {  # by field name, which means one thing wherever it stands
     "servers": lambda items: tuple(_unpack(Server, item) for item in items),
     "leases": lambda items: tuple(_unpack(Lease, item) for item in items),
+    "refusals": lambda items: tuple(_unpack(Refusal, item) for item in items),
     "demand": lambda item: _unpack(Demand, item),
     "slice": lambda item: _unpack(Slice, item),
     "policy": lambda item: _unpack(Policy, item),
@@ -349,5 +381,5 @@ READERS: dict[str, Callable[[Any], Any]] = {  # by field name, which means one t
     "memory": Memory,
     "allocator": Allocator,
     "omp_runtime": OmpRuntime,
-    **dict.fromkeys(("allowed", "held", "node_ids", "core_list", "reserved"), parse_cpulist),
+    **dict.fromkeys(("allowed", "held", "limit", "node_ids", "core_list", "reserved"), parse_cpulist),
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ts_plugin.leases import binding
+from ts_plugin.leases import masks
 from ts_plugin.leases.ledger import Lease
 from ts_plugin.machine import process
 from ts_plugin.machine.cpulist import format_cpulist
@@ -29,7 +30,8 @@ METRICS = {  # name in metrics.yaml -> (unit, kind); all with the dimensions Mod
 class Reading:
     """What one look at this worker found.
 
-    ``outside``: threads whose mask reached outside the slice (repaired by now). ``migrations``: moves of its threads
+    ``outside``: threads whose mask reached outside the slice (repaired by now, unless the kernel's ``refusal`` is set).
+    ``migrations``: moves of its threads
     between CPUs since the last reading; None where the kernel does not count. ``remote_pages``: pages (of the kernel's
     page size) on NUMA nodes that are not the slice's; None where it was not looked at this time.
     """
@@ -38,6 +40,7 @@ class Reading:
     migrations: int | None
     remote_pages: int | None
     problems: tuple[str, ...] = ()
+    refusal: str | None = None
 
 
 class ReadBack:
@@ -54,10 +57,17 @@ class ReadBack:
         """
         pid = os.getpid()
         problems = []
-        outside = binding.bind_tree(pid, lease.slice.cpus)
-        if outside:
-            where = format_cpulist(lease.slice.cpus)
-            problems.append(f"{outside} threads had a mask outside the slice (CPUs {where}); put back")
+        refused_by_kernel = None
+        try:
+            outside, children = masks.enforce(lease)
+        except OSError as error:
+            outside, children = masks.outside(lease), ()
+            refused_by_kernel = refusal(lease, error)
+        else:
+            if outside:
+                where = format_cpulist(masks.reach(lease))
+                problems.append(f"{outside} threads had a mask outside the slice (CPUs {where}); put back")
+        problems += map(foreign_child, children)
         if lease.slice.pinned and (crowd := self._crowd(pid, lease.slice.threads)):
             problems.append(crowd)
         remote = None
@@ -68,7 +78,7 @@ class ReadBack:
                     f"two OpenMP runtimes in one process ({', '.join(runtimes)}): each starts its own threads; "
                     "remove one from LD_PRELOAD or from the model's requirements"
                 )
-        return Reading(outside, self._moves(pid), remote, tuple(problems))
+        return Reading(outside, self._moves(pid), remote, tuple(problems), refused_by_kernel)
 
     def _crowd(self, pid: int, threads: int) -> str | None:
         """Return a complaint once more threads than cores were runnable in PATIENCE readings in a row."""
@@ -86,6 +96,23 @@ class ReadBack:
         moves = sum(count - self._migrations.get(tid, 0) for tid, count in counts.items())
         first, self._migrations = not self._migrations, counts
         return 0 if first else max(0, moves)
+
+
+def refusal(lease: Lease, error: OSError) -> str:
+    """Return what it means that the kernel did not bind the worker itself."""
+    remedy = "its cpuset has none of them" if error.errno == errno.EINVAL else "a seccomp filter must let it pass"
+    return (
+        f"its own are CPUs {format_cpulist(masks.reach(lease))}, it runs on {format_cpulist(os.sched_getaffinity(0))}; "
+        f"sched_setaffinity: {error.strerror}; {remedy}"
+    )
+
+
+def foreign_child(pid: int) -> str:
+    """Return what it means that the kernel did not bind a child."""
+    return (
+        f"its child {pid} (user {process.owner(pid)}) runs outside the slice: "
+        "only that user or root may bind it; start it as the worker's user"
+    )
 
 
 def _remote_pages(nodes: tuple[int, ...]) -> int | None:
