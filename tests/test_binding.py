@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -226,3 +227,29 @@ def test_pages_of_a_process_that_is_gone_stay_with_a_note() -> None:
         child.wait()
         time.sleep(0)
         assert "stay where they are" in (binding.move_pages(child.pid, [0], [0]) or "")
+
+
+@needs_two
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start a child as another user")
+def test_a_child_of_another_user_keeps_nobody_else_from_being_bound() -> None:
+    """As with sudo: the kernel lets a worker bind its own threads and children, and not that one."""
+    code = """
+import json, os, subprocess, sys, threading
+from ts_plugin.leases import binding
+from ts_plugin.machine import process
+foreign = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+os.setuid(4242)
+own = subprocess.Popen(["sleep", "600"])
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+changed, refused = binding.bind_tree(os.getpid(), [int(sys.argv[1])])
+masks = {name: sorted(os.sched_getaffinity(child.pid)) for name, child in (("own", own), ("foreign", foreign))}
+masks["threads"] = sorted({cpu for tid in process.threads(os.getpid()) for cpu in os.sched_getaffinity(tid)})
+own.kill()
+print(json.dumps({**masks, "changed": changed, "refused": list(refused) == [foreign.pid], "foreign_pid": foreign.pid}))
+"""
+    arguments = [sys.executable, "-c", code, str(ALLOWED[0])]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60)
+    found = json.loads(done.stdout)
+    os.kill(found.pop("foreign_pid"), signal.SIGKILL)
+    first = [ALLOWED[0]]
+    assert found == {"own": first, "threads": first, "foreign": ALLOWED, "changed": 3, "refused": True}

@@ -136,15 +136,15 @@ def restore(ledger: Ledger, lease: Lease) -> State:
         return _commit(ledger, state, _divide(topology, wanted.leases).apply(wanted))[0]
 
 
-def replan(ledger: Ledger) -> State:
-    """Divide the machine anew among those who live; return the state that holds now.
+def replan(ledger: Ledger) -> tuple[State, dict[int, OSError]]:
+    """Divide the machine anew among those who live; return the state that holds now, and whom the kernel did not bind.
 
     Raises:
         LedgerError: the ledger cannot be used.
     """
     topology = discovery.read_topology()
     with ledger.locked() as state:
-        return _commit(ledger, state, _divide(topology, state.leases).apply(state))[0]
+        return _commit(ledger, state, _divide(topology, state.leases).apply(state))
 
 
 def leave(ledger: Ledger, pid: int, reason: str | None = None) -> None:

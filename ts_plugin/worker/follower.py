@@ -133,9 +133,10 @@ class Follower(hooks.Hook):
         """Divide what a death left behind, take over what the ledger says, and watch who is in it."""
         written = self._ledger.read_all()
         state = written.living()
+        refused: dict[int, OSError] = {}
         if state.leases != written.leases:
-            state = coordinator.replan(self._ledger)
-        self._adopt(state)
+            state, refused = coordinator.replan(self._ledger)
+        self._adopt(state, refused.get(self._lease.pid))
         self._observe(poll, state)
 
     def _look(self) -> None:
@@ -147,7 +148,7 @@ class Follower(hooks.Hook):
         reading = self._readback.read(self._lease, thorough=self._looks % THOROUGH == 1)
         for problem in reading.problems:
             self._report(problem)
-        self._note_refusal(reading.refusal)
+        self._bind(before=masks.reach(self._lease), refused=reading.refusal)
         if self._metrics is None:
             return
         export = readback.exporter(self._metrics, self._lease)
@@ -163,7 +164,8 @@ class Follower(hooks.Hook):
             export("Resizes", self._resizes)
             self._resizes = 0
 
-    def _adopt(self, state: State) -> None:
+    def _adopt(self, state: State, refused: OSError | None = None) -> None:
+        """Take over what ``state`` says of this worker; ``refused``: the kernel has said already that it does not."""
         own = self._lease
         lease = state.lease_of(own.pid)
         if lease is None:  # somebody deleted or damaged the ledger: enter again what is ours
@@ -174,28 +176,33 @@ class Follower(hooks.Hook):
         if lease.slice != own.slice:
             say(claim.describe(lease))
         self._lease = lease  # even if the kernel says no: the threads, at least, are ours to count
+        self._bind(before=masks.reach(own), refused=refused)
+        lease = self._lease  # may have changed on the way
         if lease.slice != self._wanted:
             left = set(self._wanted.numa_nodes) - set(lease.slice.numa_nodes)
             self._wanted = lease.slice
             self._resizes += 1
             if left and lease.slice.pinned:
                 self._move_pages(left)
-        try:
-            refused = masks.enforce(lease, before=masks.reach(own)).refused
-        except OSError as error:
-            self._note_refusal(readback.refusal(lease, error))
-        else:
-            self._note_refusal(None)
-            for child in refused:
-                self._report(readback.foreign_child(child))
 
-    def _note_refusal(self, refusal: str | None) -> None:
-        """Say in the log and in the ledger that this worker is not bound; take it back when it is."""
-        notes = [note for note in self._lease.notes if not note.startswith(NOT_BOUND)]
-        if refusal is not None:
-            notes.append(f"{NOT_BOUND}: {refusal}")
-            self._report(notes[-1])
-        self._tell(replace(self._lease, notes=tuple(notes)))
+    def _bind(self, *, before: frozenset[int], refused: OSError | None = None) -> None:
+        """Bind this process; say in the log and in the ledger that it is not bound, as long as that is so."""
+        lease = self._lease
+        notes = tuple(note for note in lease.notes if not note.startswith(NOT_BOUND))
+        if notes != lease.notes:
+            before = frozenset(os.sched_getaffinity(lease.pid))  # what it has is no choice of its own, so it follows
+        try:
+            if refused is not None:
+                raise refused
+            children = masks.enforce(lease, before=before).refused
+        except OSError as error:
+            note = f"{NOT_BOUND}: {readback.refusal(lease, error)}"
+            self._report(note)
+            notes = (*notes, note)
+        else:
+            for child in children:
+                self._report(readback.foreign_child(child))
+        self._tell(replace(lease, notes=notes))
 
     def _move_pages(self, left: set[int]) -> None:
         """Let the pages follow; outside the ledger's lock, since gigabytes take seconds."""

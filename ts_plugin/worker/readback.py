@@ -40,7 +40,7 @@ class Reading:
     migrations: int | None
     remote_pages: int | None
     problems: tuple[str, ...] = ()
-    refusal: str | None = None
+    refusal: OSError | None = None
 
 
 class ReadBack:
@@ -57,12 +57,12 @@ class ReadBack:
         """
         pid = os.getpid()
         problems = []
-        refused_by_kernel = None
+        refused = None
         try:
             outside, children = masks.enforce(lease)
         except OSError as error:
             outside, children = masks.outside(lease), ()
-            refused_by_kernel = refusal(lease, error)
+            refused = error
         else:
             if outside:
                 where = format_cpulist(masks.reach(lease))
@@ -78,7 +78,7 @@ class ReadBack:
                     f"two OpenMP runtimes in one process ({', '.join(runtimes)}): each starts its own threads; "
                     "remove one from LD_PRELOAD or from the model's requirements"
                 )
-        return Reading(outside, self._moves(pid), remote, tuple(problems), refused_by_kernel)
+        return Reading(outside, self._moves(pid), remote, tuple(problems), refused)
 
     def _crowd(self, pid: int, threads: int) -> str | None:
         """Return a complaint once more threads than cores were runnable in PATIENCE readings in a row."""
