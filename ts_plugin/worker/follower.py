@@ -19,7 +19,7 @@ from ts_plugin.leases import binding, claim, coordinator, masks
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.machine import discovery
 from ts_plugin.planning.planner import Slice
-from ts_plugin.worker import hooks, readback
+from ts_plugin.worker import hooks, openmp, readback
 from ts_plugin.worker.log import say
 
 __all__ = ["Follower", "attach", "current"]
@@ -69,7 +69,9 @@ class Follower(hooks.Hook):
         if torch is not None and torch.get_num_threads() != wanted.threads:
             torch.set_num_threads(wanted.threads)
         if self._applied is not None and self._applied.numa_nodes != wanted.numa_nodes and wanted.pinned:
-            binding.bind_memory(self._lease.demand.policy.memory, wanted.numa_nodes)
+            if note := binding.bind_memory(self._lease.demand.policy.memory, wanted.numa_nodes):
+                self._report(note)
+            openmp.end_team()  # its threads keep the policy of the nodes that were left
         self._applied = wanted
 
     def on_load(self, context: Any) -> None:

@@ -11,10 +11,10 @@ from ts_plugin.leases import masks
 from ts_plugin.leases.ledger import Lease
 from ts_plugin.machine import process
 from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.worker import openmp
 
 __all__ = ["METRICS", "ReadBack", "Reading"]
 
-OPENMP = ("libgomp", "libiomp5", "libomp")
 PATIENCE = 3  # readings in a row before an overload is worth a line in the log
 
 METRICS = {  # name in metrics.yaml -> (unit, kind); all with the dimensions ModelName and WorkerName
@@ -73,7 +73,7 @@ class ReadBack:
         remote = None
         if thorough:
             remote = _remote_pages(lease.slice.numa_nodes)
-            if len(runtimes := _openmp_runtimes()) > 1:
+            if len(runtimes := openmp.runtimes()) > 1:
                 problems.append(
                     f"two OpenMP runtimes in one process ({', '.join(runtimes)}): each starts its own threads; "
                     "remove one from LD_PRELOAD or from the model's requirements"
@@ -131,19 +131,6 @@ def _remote_pages(nodes: tuple[int, ...]) -> int | None:
     except OSError:
         return None
     return remote
-
-
-def _openmp_runtimes() -> list[str]:
-    found = set()
-    try:
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name = line.rpartition("/")[2].strip()
-                if name.startswith(OPENMP):
-                    found.add(name)
-    except OSError:
-        return []
-    return sorted(found)
 
 
 def exporter(cache: object, lease: Lease) -> Callable[[str, float], None] | None:
