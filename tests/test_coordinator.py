@@ -20,8 +20,10 @@ from tests.conftest import CHECKOUT
 from tests.cpuset import Cpuset
 from tests.eventually import eventually
 from ts_plugin.leases import coordinator
+from ts_plugin.leases import ledger as ledger_module
 from ts_plugin.leases.ledger import Lease, Ledger, Server
 from ts_plugin.machine import discovery, process
+from ts_plugin.machine.topology import Topology
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Pin, Policy
 
@@ -404,3 +406,31 @@ def test_a_limit_set_with_taskset_outlasts_changes_of_the_cpuset(
     assert eventually(lambda: worker.follow()["cpus"] == [LAST]), "the kernel gives it all of such a cpuset"
     cpuset.allow(ALLOWED)
     assert eventually(lambda: worker.follow()["cpus"] == [FIRST])
+
+
+def test_a_frontend_that_is_entered_again_keeps_what_it_was_allowed_at_first(state: Path) -> None:
+    """It may have been moved aside since: its mask is no limit for its workers then."""
+    ledger = Ledger(str(state))
+    me = process.identify(os.getpid())
+    assert me is not None
+    coordinator.register_server(ledger, Server(me.pid, me.start_time, Policy(), ALLOWED))
+    aside = Server(me.pid, me.start_time, Policy(pin=Pin.NEVER), frozenset({LAST}), limit=frozenset({LAST}))
+    coordinator.register_server(ledger, aside)
+    assert ledger.read().servers == (Server(me.pid, me.start_time, Policy(pin=Pin.NEVER), ALLOWED),)
+
+
+def test_the_machine_is_read_before_the_lock_that_all_workers_share(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def read_while_the_lock_is_free() -> Topology:
+        with Ledger(str(state)).locked():
+            reads.append(1)
+        return TOPOLOGY
+
+    monkeypatch.setattr(ledger_module, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(discovery, "read_topology", read_while_the_lock_is_free)
+    coordinator.replan(Ledger(str(state)))
+    coordinator.leave(Ledger(str(state)), os.getpid(), "a reason")
+    assert len(reads) == 2

@@ -128,7 +128,7 @@ def restore(ledger: Ledger, lease: Lease) -> State:
     """Enter a lease again that somebody deleted with the ledger; return the state that holds now.
 
     Raises:
-        LedgerError: the ledger cannot be used. PlanError: no plan exists with this worker in it; nothing has changed.
+        LedgerError: the ledger cannot be used.
     """
     topology = discovery.read_topology()
     with ledger.locked() as state:
