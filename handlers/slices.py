@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from typing import Any
 
 from ts.torch_handler.base_handler import BaseHandler
 
-from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases import claim
 from ts_plugin.leases.environment import collapsing
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.leases.ledger import Lease
 from ts_plugin.worker import follower
-from ts_plugin.worker.launcher import say
+from ts_plugin.worker.start import start
 
 __all__ = ["CoreSliceHandler", "CoreSliceMixin"]
 
@@ -30,7 +29,7 @@ class CoreSliceMixin:
 
         ``context`` is TorchServe's ts.context.Context.
         """
-        own = follower.current() or _claim(context)
+        own = follower.current() or _start(context)
         if own is not None:
             own.follow()
         super().initialize(context)  # type: ignore[misc]
@@ -40,25 +39,18 @@ class CoreSliceHandler(CoreSliceMixin, BaseHandler):  # type: ignore[misc]
     """TorchServe's BaseHandler on its own physical cores: subclass it as you would subclass BaseHandler."""
 
 
-def _claim(context: Any) -> follower.Follower | None:
-    properties = context.system_properties
+def _start(context: Any) -> follower.Follower | None:
+    directory = context.system_properties.get("model_dir")
     worker = claim.worker_id(sys.argv)
-    try:
-        ledger = Ledger()
-        archive = claim.read_archive(properties.get("model_dir"))
-        lease = claim.claim(ledger, archive=archive, worker=worker)
-        note = binding.bind_memory(lease.demand.policy.memory, lease.slice.numa_nodes) if lease.slice.pinned else None
-        own = follower.attach(ledger, lease)
-        own.loaded(context)
-    except Exception as error:  # noqa: BLE001 - a pinning plug-in never takes serving down, whatever went wrong
-        say(f"worker {worker} serves UNBOUND: {' '.join(str(error).split())}", problem=True)
-        with contextlib.suppress(Exception):
-            coordinator.leave(Ledger(), os.getpid())
+    lease, _ = start(worker=worker, archive=directory, prepare=_traps, how=" (claimed by the handler)")
+    if lease is None:
         return None
-    say(f"{claim.describe(lease)} (claimed by the handler)")
-    traps = [
+    own = follower.attach(lease)
+    own.on_load(context)  # came before this
+    return own
+
+
+def _traps(lease: Lease) -> list[str]:
+    return [
         f"{name} is set, and shrank the affinity mask at `import torch`; unset it" for name in collapsing(os.environ)
     ]
-    for problem in [*lease.notes, *([note] if note else []), *traps]:
-        say(f"worker {worker}: {problem}", problem=True)
-    return own

@@ -1,7 +1,8 @@
 """A process that claims a slice as a worker does, without TorchServe around it: for tests of leases.
 
 Every line that it reads applies the slice's threads as a request would; each is answered with a JSON line of facts. The
-lines "full" and "free" first let every write of this process fail as on a full disk, or succeed again.
+lines "full" and "free" first let every write of this process fail as on a full disk, or succeed again; "forbid" lets
+the kernel refuse every mask that this process sets from then on, as the option "forbid" does from the start.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import resource
 import sys
 import threading
 
-from ts_plugin.leases import claim
+from tests.seccomp import forbid_affinity
+from ts_plugin.leases import claim, coordinator
 from ts_plugin.leases.claim import Archive
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.planning.planner import PlanError
@@ -39,9 +41,13 @@ def main() -> None:
     options = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     ledger = Ledger()
     archive = Archive(options.get("model", "model"), "1.0", options.get("cores"), options.get("share", 1.0))
+    if options.get("only"):
+        os.sched_setaffinity(0, options["only"])
+    if options.get("forbid"):
+        forbid_affinity()
     try:
         lease = claim.claim(ledger, archive=archive, worker=options.get("worker", "9000"))
-    except (OSError, PlanError, claim.CannotBind) as error:
+    except (OSError, PlanError, coordinator.CannotBind) as error:
         tell({"pid": os.getpid(), "error": str(error)})
         return
     for _ in range(options.get("extra_threads", 0)):
@@ -56,6 +62,8 @@ def main() -> None:
     for line in sys.stdin:
         if line.strip() in LIMITS:
             resource.setrlimit(resource.RLIMIT_FSIZE, (LIMITS[line.strip()], resource.RLIM_INFINITY))
+        elif line.strip() == "forbid":
+            forbid_affinity()
         own.follow()
         tell(facts(own))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from ts_plugin.leases import binding
-from ts_plugin.machine import process
+from ts_plugin.machine import discovery, process
 from ts_plugin.planning.policy import Memory
 
 ALLOWED = sorted(os.sched_getaffinity(0))
@@ -56,7 +57,7 @@ def test_every_thread_and_child_moves(family: int) -> None:
     assert len(masks(family)) == 4
     binding.bind_tree(family, [ALLOWED[0]])
     assert masks(family) == [[ALLOWED[0]]] * 4
-    assert binding.bind_tree(family, [ALLOWED[0]]) == 0, "nothing left to do"
+    assert binding.bind_tree(family, [ALLOWED[0]]) == (0, ()), "nothing left to do"
 
 
 @needs_two
@@ -99,7 +100,7 @@ print("ready", flush=True); time.sleep(600)
 def test_a_process_that_is_gone_is_no_error() -> None:
     with subprocess.Popen(["true"]) as child:
         child.wait()
-        assert binding.bind_tree(child.pid, ALLOWED) == 0
+        assert binding.bind_tree(child.pid, ALLOWED) == (0, ())
 
 
 def test_cpus_that_the_kernel_does_not_have_are_an_error() -> None:
@@ -112,13 +113,13 @@ def test_cpus_that_the_kernel_does_not_have_are_an_error() -> None:
 
 
 def test_memory_policy_on_one_node_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "_memory_nodes", lambda: frozenset({0}))
+    monkeypatch.setattr(discovery, "memory_nodes", lambda: frozenset({0}))
     assert binding.bind_memory(Memory.PREFERRED, [0]) is None
     assert binding.bind_memory(Memory.NONE, [0, 1]) is None
 
 
 def test_a_memory_policy_that_the_kernel_refuses_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "_memory_nodes", lambda: frozenset({0, 1023}))
+    monkeypatch.setattr(discovery, "memory_nodes", lambda: frozenset({0, 1023}))
     note = binding.bind_memory(Memory.BIND, [1023])  # no machine here has such a node
     assert note is not None
     assert "memory policy bind for nodes 1023" in note
@@ -129,7 +130,8 @@ def test_a_memory_policy_is_set_and_inherited(monkeypatch: pytest.MonkeyPatch) -
     code = """
 from ts_plugin.leases import binding
 from ts_plugin.planning.policy import Memory
-binding._memory_nodes = lambda: frozenset({0, 1})
+from ts_plugin.machine import discovery
+discovery.memory_nodes = lambda: frozenset({0, 1})
 assert binding.bind_memory(Memory.PREFERRED, [0]) is None
 print(open("/proc/self/numa_maps").readline().split()[1])
 """
@@ -142,3 +144,29 @@ def test_pages_of_a_process_that_is_gone_stay_with_a_note() -> None:
         child.wait()
         time.sleep(0)
         assert "stay where they are" in (binding.move_pages(child.pid, [0], [0]) or "")
+
+
+@needs_two
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start a child as another user")
+def test_a_child_of_another_user_keeps_nobody_else_from_being_bound() -> None:
+    """As with sudo: the kernel lets a worker bind its own threads and children, and not that one."""
+    code = """
+import json, os, subprocess, sys, threading
+from ts_plugin.leases import binding
+from ts_plugin.machine import process
+foreign = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+os.setuid(4242)
+own = subprocess.Popen(["sleep", "600"])
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+changed, refused = binding.bind_tree(os.getpid(), [int(sys.argv[1])])
+masks = {name: sorted(os.sched_getaffinity(child.pid)) for name, child in (("own", own), ("foreign", foreign))}
+masks["threads"] = sorted({cpu for tid in process.threads(os.getpid()) for cpu in os.sched_getaffinity(tid)})
+own.kill()
+print(json.dumps({**masks, "changed": changed, "refused": list(refused) == [foreign.pid], "foreign_pid": foreign.pid}))
+"""
+    arguments = [sys.executable, "-c", code, str(ALLOWED[0])]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60)
+    found = json.loads(done.stdout)
+    os.kill(found.pop("foreign_pid"), signal.SIGKILL)
+    first = [ALLOWED[0]]
+    assert found == {"own": first, "threads": first, "foreign": ALLOWED, "changed": 3, "refused": True}

@@ -11,8 +11,8 @@ import pytest
 
 from ts_plugin.leases import claim
 from ts_plugin.leases.claim import Archive
-from ts_plugin.leases.ledger import Server
-from ts_plugin.planning.policy import Policy
+from ts_plugin.machine import discovery
+from ts_plugin.machine.topology import Allowance
 
 
 @pytest.fixture
@@ -94,17 +94,22 @@ def test_worker_id(monkeypatch: pytest.MonkeyPatch, arguments: list[str], rank: 
     assert claim.worker_id(arguments) == expected
 
 
-def test_the_mask_is_the_one_the_frontend_started_with() -> None:
-    assert claim.own_mask(Server(1, 0, Policy(), frozenset({3, 5}))) == {3, 5}
-    assert claim.own_mask(None) == os.sched_getaffinity(0)
+ALL = Allowance(frozenset({4, 5, 6, 7}))
+
+
+def test_a_mask_that_spans_the_cpuset_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "read_mask", lambda pid: frozenset({3, 4, 5, 6, 7}))
+    assert claim.own_limit(ALL) is None
+    monkeypatch.setattr(discovery, "read_mask", lambda pid: frozenset({3, 4, 5}))
+    assert claim.own_limit(ALL) == frozenset({3, 4, 5}), "taskset's"
 
 
 def test_one_cpu_that_openmp_left_over_is_not_taken_for_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = {os.getpid(): {7}, os.getppid(): {4, 5, 6, 7}}
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: wide[pid or os.getpid()])
-    assert claim.own_mask(None) == {7}, "one CPU may be all there is"
+    wide = {os.getpid(): frozenset({7}), os.getppid(): frozenset({4, 5, 6, 7})}
+    monkeypatch.setattr(discovery, "read_mask", lambda pid: wide[pid])
+    assert claim.own_limit(ALL) == frozenset({7}), "one CPU may be all there is"
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert claim.own_mask(None) == {7}, "no runtime has run yet"
+    assert claim.own_limit(ALL) == frozenset({7}), "no runtime has run yet"
     monkeypatch.setitem(sys.modules, "torch", os)
-    assert claim.own_mask(None) == {4, 5, 6, 7}, "the parent's mask"
+    assert claim.own_limit(ALL) is None, "the parent's mask"

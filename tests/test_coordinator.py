@@ -10,40 +10,51 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import CHECKOUT
+from tests.cpuset import Cpuset
 from tests.eventually import eventually
-from ts_plugin.leases import coordinator
-from ts_plugin.leases.ledger import Ledger, Server
+from ts_plugin.leases import coordinator, directory
+from ts_plugin.leases.ledger import Lease, Ledger, Server
 from ts_plugin.machine import discovery, process
+from ts_plugin.machine.topology import Topology
+from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Pin, Policy
 
 TOPOLOGY = discovery.read_topology()
-CORES = len(TOPOLOGY.cores_of(os.sched_getaffinity(0)))
+ALLOWED = frozenset(os.sched_getaffinity(0))
+CORES = len(TOPOLOGY.cores_of(ALLOWED))
+FIRST, LAST = (TOPOLOGY.cores_of(ALLOWED)[place].number for place in (0, -1))
 pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
 
 
 class Claimant:
     """A process that claimed a slice like a worker; see claimant.py."""
 
-    def __init__(self, state: Path, **options: Any) -> None:
+    def __init__(self, state: Path, cpuset: Cpuset | None = None, **options: Any) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("claimant.py")), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "TS_CORES_STATE_DIR": str(state)},
+            env={**os.environ, "TS_CORES_STATE_DIR": str(state), "PYTHONPATH": str(CHECKOUT)},
+            preexec_fn=None if cpuset is None else cpuset.enter,
         )
         self.pid = self.process.pid
+        self.log: list[str] = []
 
     def facts(self) -> dict[str, Any]:
         """Return the next line of facts; lines of the log in between are passed over."""
         assert self.process.stdout is not None
         while not (line := self.process.stdout.readline()).startswith("{"):
             assert line, "the claimant ended"
+            self.log.append(line)
         facts: dict[str, Any] = json.loads(line)
         return facts
 
@@ -252,7 +263,7 @@ def frontend(state: Path) -> Callable[..., None]:
     def become(policy: Policy, error: str | None = None) -> None:
         me = process.identify(os.getpid())
         assert me is not None
-        coordinator.enlist(Ledger(str(state)), Server(me.pid, me.start_time, policy, frozenset(mask), error))
+        coordinator.register_server(Ledger(str(state)), Server(me.pid, me.start_time, policy, frozenset(mask), error))
 
     return become
 
@@ -282,3 +293,143 @@ def test_never_pinned_still_gets_its_threads(start: Callable[..., Claimant], fro
     facts = start(worker="9001").facts()
     assert facts["threads"] == CORES // 2
     assert facts["mask"] == sorted(os.sched_getaffinity(0))
+
+
+def test_a_worker_that_the_kernel_does_not_bind_gets_no_slice(start: Callable[..., Claimant], state: Path) -> None:
+    bound = start()
+    bound.facts()
+    refused = start(worker="9001", forbid=True)
+    error = refused.facts()["error"]
+    assert "Operation not permitted" in error
+    assert "seccomp" in error
+    assert {lease.pid for lease in Ledger(str(state)).read().leases} == {bound.pid}
+    assert divided(bound), "its cores go back"
+
+
+def test_a_worker_that_cannot_follow_any_more_says_so_once_and_counts_its_threads(
+    start: Callable[..., Claimant], state: Path
+) -> None:
+    stuck = start()
+    stuck.facts()
+    stuck.follow("forbid")
+    late = start(worker="9001")
+    late.facts()
+    late.kill()  # what its death frees, nobody else can give: the worker's own follower has to
+    ledger = Ledger(str(state))
+    assert eventually(lambda: any("NOT BOUND" in note for lease in ledger.read().leases for note in lease.notes))
+    assert eventually(lambda: stuck.follow()["threads"] == CORES), "as the ledger says"
+    time.sleep(1.5)  # a few rounds
+    stuck.follow()
+    assert sum("NOT BOUND" in line for line in stuck.log) == 1
+    again = start(worker="9002")
+    again.facts()  # it may bind others
+    assert eventually(lambda: len(ledger.read().leases) == 2 and divided(stuck, again))
+    assert eventually(lambda: not any(lease.notes for lease in ledger.read().leases)), (
+        "the note lasts as long as it is so"
+    )
+
+
+def asleep(state: Path, policy: Policy, cpu: int) -> subprocess.Popen[bytes]:
+    """A process that follows nothing, in the ledger with a slice of one CPU, as a worker of this process."""
+    sleeper = subprocess.Popen(["sleep", "600"])
+    os.sched_setaffinity(sleeper.pid, {cpu})
+    me = process.identify(sleeper.pid)
+    assert me is not None
+    slice_of = Slice((cpu,), 1, (0,), (0,), (0,))
+    lease = Lease(me.pid, me.start_time, "m", "1.0", "8000", os.getpid(), Demand(ALLOWED, policy), slice_of)
+    ledger = Ledger(str(state))
+    with ledger.locked() as before:
+        ledger.write(replace(before, leases=(*before.leases, lease)))
+    return sleeper
+
+
+def test_a_demand_that_became_impossible_is_its_own_servers_problem(
+    start: Callable[..., Claimant], state: Path
+) -> None:
+    gone = max(TOPOLOGY.online) + 1  # a CPU that went offline under the first server's list
+    with asleep(state, Policy(core_list=frozenset({FIRST, gone})), FIRST) as sleeper:
+        try:
+            worker = start()
+            assert worker.facts()["threads"] == CORES - 1, "all but the core that the other one keeps"
+            ledger = Ledger(str(state))
+            assert eventually(lambda: FIRST not in next(iter(worker.masks())))
+            assert os.sched_getaffinity(sleeper.pid) == {FIRST}
+            (note,) = [note for note in ledger.read().notes if "--core-list" in note]
+            assert f"the workers of process {os.getpid()} keep their slices: CPUs {gone} of --core-list" in note
+            second = start(worker="9001")
+            assert "error" not in second.facts()
+        finally:
+            sleeper.kill()
+    assert eventually(lambda: divided(worker, second)), "until its end"
+    assert ledger.read().notes == ()
+
+
+def test_notes_end_with_the_last_worker(start: Callable[..., Claimant], state: Path) -> None:
+    only = start(cores=10_000)
+    only.facts()
+    assert Ledger(str(state)).read().notes
+    only.kill()
+    assert Ledger(str(state)).read().notes == ()
+
+
+@pytest.fixture
+def cpuset() -> Iterator[Cpuset]:
+    made = Cpuset.create(frozenset({FIRST}))
+    if made is None:
+        pytest.skip("needs the right to make a cgroup with a cpuset")
+    yield made
+    made.remove()
+
+
+def test_slices_follow_a_cpuset_that_is_widened_and_moved(cpuset: Cpuset, start: Callable[..., Claimant]) -> None:
+    worker = start(cpuset=cpuset)
+    assert worker.facts()["cpus"] == [FIRST]
+    cpuset.allow(ALLOWED)
+    assert eventually(lambda: worker.follow()["threads"] == CORES)
+    assert divided(worker)
+    cpuset.allow(frozenset({LAST}))
+    assert eventually(lambda: worker.follow()["cpus"] == [LAST])
+    assert eventually(lambda: worker.masks() == {frozenset({LAST})})
+    cpuset.allow(ALLOWED)
+    assert eventually(lambda: worker.follow()["threads"] == CORES)
+    assert eventually(lambda: divided(worker))
+
+
+def test_a_limit_set_with_taskset_outlasts_changes_of_the_cpuset(
+    cpuset: Cpuset, start: Callable[..., Claimant]
+) -> None:
+    cpuset.allow(ALLOWED)
+    worker = start(cpuset=cpuset, only=[FIRST])
+    assert worker.facts()["cpus"] == [FIRST]
+    cpuset.allow(frozenset({LAST}))
+    assert eventually(lambda: worker.follow()["cpus"] == [LAST]), "the kernel gives it all of such a cpuset"
+    cpuset.allow(ALLOWED)
+    assert eventually(lambda: worker.follow()["cpus"] == [FIRST])
+
+
+def test_a_frontend_that_is_entered_again_keeps_what_it_was_allowed_at_first(state: Path) -> None:
+    """It may have been moved aside since: its mask is no limit for its workers then."""
+    ledger = Ledger(str(state))
+    me = process.identify(os.getpid())
+    assert me is not None
+    coordinator.register_server(ledger, Server(me.pid, me.start_time, Policy(), ALLOWED))
+    aside = Server(me.pid, me.start_time, Policy(pin=Pin.NEVER), frozenset({LAST}), limit=frozenset({LAST}))
+    coordinator.register_server(ledger, aside)
+    assert ledger.read().servers == (Server(me.pid, me.start_time, Policy(pin=Pin.NEVER), ALLOWED),)
+
+
+def test_the_machine_is_read_before_the_lock_that_all_workers_share(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def read_while_the_lock_is_free() -> Topology:
+        with Ledger(str(state)).locked():
+            reads.append(1)
+        return TOPOLOGY
+
+    monkeypatch.setattr(directory, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(discovery, "read_topology", read_while_the_lock_is_free)
+    coordinator.replan(Ledger(str(state)))
+    coordinator.leave(Ledger(str(state)), os.getpid(), "a reason")
+    assert len(reads) == 2

@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.checks.topologies import unpacked
 from ts_plugin.machine.cpulist import parse_cpulist
-from ts_plugin.machine.discovery import DiscoveryError, read_allowance, read_topology
-from ts_plugin.machine.topology import Core, NumaNode, Topology
+from ts_plugin.machine.discovery import DiscoveryError, read_allowance, read_bounds, read_mask, read_topology
+from ts_plugin.machine.topology import Allowance, Core, NumaNode, Topology
 
 CAPTURES = Path(__file__).resolve().parents[2] / "shared" / "topologies"
 RECORDS = sorted([*CAPTURES.glob("json/*.json"), *CAPTURES.glob("derived/json/*.json")])
@@ -405,3 +405,29 @@ def test_captured_machine(record: Path) -> None:
         assert (distances == expected.get("distance")) is not differs("distance")
     unlisted = {number for number, entry in entries.items() if entry["node"] is None}
     assert {number for node in nodes.values() for number in node.cpus} == unlisted
+
+
+def test_bounds_follow_the_cpuset_and_the_cpus_that_are_online_whatever_the_mask(tmp_path: Path) -> None:
+    files = {"proc/self/mountinfo": V2, "proc/self/cgroup": "0::/", "proc/self/status": "Cpus_allowed_list:\t0\n"}
+    for online, cpuset, cpus in (("0-5", "0", {0}), ("0-5", "0-3", {0, 1, 2, 3}), ("0-2", "0-3", {0, 1, 2})):
+        root = tree(tmp_path, {"online": online, "cg/cpuset.cpus.effective": cpuset} | files)
+        assert read_bounds(root).cpus == cpus
+
+
+@pytest.mark.parametrize(
+    ("mask", "limit", "later"),
+    [
+        pytest.param("0-3", None, {2, 3, 4, 5}, id="a mask that spans the cpuset is no limit"),
+        pytest.param("0-127", None, {2, 3, 4, 5}, id="nor is one of all CPUs that there may ever be"),
+        pytest.param("2", {2}, {2}, id="taskset's mask is"),
+        pytest.param("2,9", {2, 9}, {2}, id="with a CPU that is offline now"),
+        pytest.param("0-1", {0, 1}, {2, 3, 4, 5}, id="until the cpuset has none of it, as the kernel does it"),
+    ],
+)
+def test_a_limit_is_what_holds_a_process_back_inside_its_cpuset(
+    tmp_path: Path, mask: str, limit: set[int] | None, later: set[int]
+) -> None:
+    root = tree(tmp_path, {"proc/7/status": f"Name:\tpython\nCpus_allowed_list:\t{mask}\n", "online": "0-5"})
+    found = Allowance(frozenset({0, 1, 2})).limit(read_mask(7, root))
+    assert found == (None if limit is None else frozenset(limit))
+    assert Allowance(frozenset({2, 3, 4, 5})).within(found).cpus == later

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from ts_plugin.leases import binding
+from ts_plugin.leases import masks
+from ts_plugin.leases.binding import Outcome
 from ts_plugin.leases.ledger import Lease
 from ts_plugin.machine import process
 from ts_plugin.planning.planner import Demand, Slice
-from ts_plugin.worker import readback
+from ts_plugin.worker import openmp
 from ts_plugin.worker.readback import ReadBack
 
 ALLOWED = tuple(sorted(os.sched_getaffinity(0)))
@@ -80,14 +81,14 @@ print(json.dumps([first, look.read(wide, thorough=False).migrations]))
 
 
 def test_a_thorough_look_finds_two_openmp_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readback, "_openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
+    monkeypatch.setattr(openmp, "runtimes", lambda: {"libgomp.so.1": "", "libiomp5.so": ""})
     problems = ReadBack().read(lease_here(), thorough=True).problems
     assert any("libgomp.so.1, libiomp5.so" in problem for problem in problems)
     assert ReadBack().read(lease_here(), thorough=False).problems == ()
 
 
 def test_the_openmp_runtime_of_torch_is_seen_in_a_real_process() -> None:
-    code = "import torch; from ts_plugin.worker.readback import _openmp_runtimes; print(_openmp_runtimes())"
+    code = "import torch; from ts_plugin.worker import openmp; print(*openmp.runtimes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.count("lib") == 1, done.stdout
 
@@ -108,7 +109,7 @@ def test_pages_on_other_nodes_are_remote() -> None:
 def test_a_crowd_is_reported_once_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "state", lambda pid, tid: "R")
     monkeypatch.setattr(process, "threads", lambda pid: list(range(100)))
-    monkeypatch.setattr(binding, "bind_tree", lambda *_: 0)
+    monkeypatch.setattr(masks, "enforce", lambda lease: Outcome(0))
     look = ReadBack()
     problems = [look.read(lease_here(), thorough=False).problems for _ in range(5)]
     assert [len(found) for found in problems] == [0, 0, 1, 0, 0]

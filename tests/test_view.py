@@ -10,7 +10,7 @@ import pytest
 from tests.machines import machine
 from ts_plugin.leases.coordinator import Unbound
 from ts_plugin.leases.ledger import Lease, State
-from ts_plugin.machine import process
+from ts_plugin.machine import cpu_time, process
 from ts_plugin.machine.topology import Topology
 from ts_plugin.operate import view
 from ts_plugin.operate.view import Use, View, tag
@@ -116,7 +116,7 @@ def test_ticks(tmp_path: Path) -> None:
     (tmp_path / "stat").write_text(
         "cpu  30 0 10 100 0 0 0 0 0 0\ncpu0 10 1 5 50 2 1 1 3 0 0\ncpu7 20 0 5 50 0 0 0 0\nintr 1 2 3\n"
     )
-    assert view.ticks(str(tmp_path)) == {0: (21, 73), 7: (25, 75)}
+    assert cpu_time.ticks(str(tmp_path)) == {0: (21, 73), 7: (25, 75)}
 
 
 def test_look_at_this_machine() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ts_plugin.leases import coordinator
 from ts_plugin.leases.ledger import Ledger, LedgerError, Server
-from ts_plugin.machine import discovery, process
+from ts_plugin.machine import cpu_time, discovery, process
 from ts_plugin.operate.core_map import core_map
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     elif command == "cores" and "--html" in options:
         from ts_plugin.operate import picture, view
 
-        sys.stdout.buffer.write(picture.html(view.look(server_pid), ticks=view.ticks()).encode())
+        sys.stdout.buffer.write(picture.html(view.look(server_pid), ticks=cpu_time.ticks()).encode())
         return 0
     elif command == "cores":
         answer = {"enabled": "--enabled" in options, **core_map(Ledger().read(), server_pid=server_pid)}
@@ -59,10 +59,13 @@ def take_over(ledger: Ledger, server_pid: int, launcher_args: str) -> dict[str, 
         warnings.append(f"{error}; workers serve UNBOUND")
     try:
         identity = process.identify(server_pid)
-        allowance = discovery.read_allowance(affinity=os.sched_getaffinity(server_pid))
+        bounds = discovery.read_bounds()
+        limit = bounds.limit(discovery.read_mask(server_pid))
+        allowance = bounds.within(limit)
         warnings += [*discovery.read_topology().notes, *allowance.notes]
         if identity is not None:
-            coordinator.enlist(ledger, Server(server_pid, identity.start_time, policy, allowance.cpus, error))
+            server = Server(server_pid, identity.start_time, policy, allowance.cpus, error, limit)
+            coordinator.register_server(ledger, server)
     except OSError as problem:
         warnings.append(f"{problem}; workers serve UNBOUND")
     return {"python": _launcher_path(), "warnings": warnings}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from ts_plugin.machine import process
-from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
+from ts_plugin.machine import discovery, process
+from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.planning.policy import Memory
 
 __all__ = [
+    "Outcome",
     "bind_process",
     "bind_tree",
     "bind_memory",
@@ -22,20 +25,35 @@ SYSCALLS = {"x86_64": (238, 256), "aarch64": (237, 238), "riscv64": (237, 238), 
 SYSCALLS |= {"ppc64le": (261, 258), "s390x": (270, 287)}
 
 
-def bind_tree(pid: int, cpus: Iterable[int], *, before: Iterable[int] = ()) -> int:
-    """Keep every thread of ``pid`` and of its descendants on ``cpus``; return how many masks had to change.
+class Outcome(NamedTuple):
+    """How many threads got another mask, and which children's masks the kernel does not let this user set."""
 
-    A thread that was narrowed on purpose inside the slice stays so; one that spanned all of ``before`` follows.
+    changed: int
+    refused: tuple[int, ...] = ()
+
+
+def bind_tree(pid: int, cpus: Iterable[int], *, before: Iterable[int] = ()) -> Outcome:
+    """Keep every thread of ``pid`` and of its descendants on ``cpus``.
+
+    A thread that was narrowed on purpose inside ``cpus`` stays so; one that spanned all of ``before`` follows.
     Threads that start meanwhile inherit their creator's mask, so the walk repeats until it finds nothing to do.
 
     Raises:
-        OSError: the kernel takes none of ``cpus`` (EINVAL), or the process is another user's (EPERM).
+        OSError: the kernel takes none of ``cpus`` (EINVAL), or refuses ``pid`` itself (EPERM: another user, seccomp).
     """
-    return sum(bind_process(member, cpus, before=before) for member in process.tree(pid))
+    changed, refused = 0, []
+    for member in process.tree(pid):
+        try:
+            changed += bind_process(member, cpus, before=before)
+        except OSError:
+            if member == pid:
+                raise
+            refused.append(member)
+    return Outcome(changed, tuple(refused))
 
 
 def bind_process(pid: int, cpus: Iterable[int], *, before: Iterable[int] = ()) -> int:
-    """Do what ``bind_tree`` does for the threads of ``pid`` alone."""
+    """Do what ``bind_tree`` does for the threads of ``pid`` alone; return how many masks had to change."""
     target, old = frozenset(cpus), frozenset(before)
     changed = 0
     for _ in range(8):
@@ -52,9 +70,12 @@ def _bind_thread(tid: int, target: frozenset[int], old: frozenset[int]) -> bool:
         if mask == target or (mask < target and mask != old):
             return False
         os.sched_setaffinity(tid, target)
-        return os.sched_getaffinity(tid) != mask  # a cpuset may cut the new mask back to the old one
+        now = os.sched_getaffinity(tid)
     except ProcessLookupError:
         return False
+    if not now <= target:
+        raise OSError(errno.ENOTSUP, f"accepted CPUs {format_cpulist(target)}, left {format_cpulist(now)}")
+    return now != mask  # a cpuset may cut the new mask back to the old one
 
 
 def bind_memory(kind: Memory, nodes: Iterable[int]) -> str | None:
@@ -63,7 +84,7 @@ def bind_memory(kind: Memory, nodes: Iterable[int]) -> str | None:
     Returns a note where the kernel refuses (containers often answer EPERM): first touch under the mask decides then.
     Source: man 2 set_mempolicy; MPOL_PREFERRED_MANY needs Linux 5.15.
     """
-    present = _memory_nodes()
+    present = discovery.memory_nodes()
     wanted = sorted(present.intersection(nodes))
     if kind is Memory.NONE or not wanted or len(present) < 2:
         return None
@@ -94,17 +115,6 @@ def move_pages(pid: int, sources: Iterable[int], targets: Iterable[int]) -> str 
     return f"pages of {pid} stay where they are: {os.strerror(failure)}" if failure else None
 
 
-def _memory_nodes() -> frozenset[int]:
-    """Return the NUMA nodes that have memory; with fewer than two there is nothing to choose, and no ctypes to load."""
-    for name in ("has_memory", "has_normal_memory", "online"):
-        try:
-            with open(f"/sys/devices/system/node/{name}", encoding="ascii") as file:
-                return parse_cpulist(file.read())
-        except OSError:
-            continue
-    return frozenset()
-
-
 def _node_mask(nodes: Iterable[int]) -> tuple[object, int]:
     """Return an array of unsigned longs with a bit per node, and its size in bits plus one, as the kernel counts."""
     import ctypes  # only machines with several NUMA nodes come here: others need not wait for the import
@@ -119,7 +129,6 @@ def _node_mask(nodes: Iterable[int]) -> tuple[object, int]:
 def _syscall(which: int, *arguments: object) -> int:
     """Return 0 or the errno."""
     import ctypes
-    import errno
 
     numbers = SYSCALLS.get(os.uname().machine)
     if numbers is None:

@@ -1,8 +1,7 @@
-"""A worker's claim: who it is, what it may use, what its archive asks for, and the lease that it gets."""
+"""A worker's claim: who it is, what it may use, and what its archive asks for; the coordinator gives the lease."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -11,20 +10,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ts_plugin.leases import coordinator
+from ts_plugin.leases.coordinator import Applicant
 from ts_plugin.leases.environment import collapsing
-from ts_plugin.leases.ledger import Lease, Ledger, Server
+from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import format_cpulist
-from ts_plugin.planning.planner import Demand, Slice
-from ts_plugin.planning.policy import Policy
+from ts_plugin.machine.topology import Allowance
 
-__all__ = ["Archive", "CannotBind", "claim", "describe", "read_archive", "worker_id"]
-
-NOTHING = Slice(cpus=(), threads=1, numa_nodes=(), l3_domains=(), packages=())
-
-
-class CannotBind(RuntimeError):
-    """This worker must serve unbound; the message is the reason and the remedy."""
+__all__ = ["Archive", "claim", "describe", "own_limit", "read_archive", "worker_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,49 +35,35 @@ def claim(ledger: Ledger, *, archive: Archive, worker: str) -> Lease:
     """Enter this process into the ledger, which binds it, and return its lease.
 
     Raises:
-        CannotBind: the frontend's config.properties has an error.
-        LedgerError, PlanError: see ``coordinator.join``.
+        CannotBind, LedgerError, PlanError: see ``coordinator.join``.
     """
     pid = os.getpid()
-    server = coordinator.server_of(ledger.read(), pid)
-    if server is not None and server.error is not None:
-        raise CannotBind(server.error)
-    allowance = discovery.read_allowance(affinity=own_mask(server))
-    demand = Demand(
-        allowed=allowance.cpus,
-        policy=Policy() if server is None else server.policy,
-        quota=allowance.quota,
-        cores=archive.cores,
-        share=archive.share,
-    )
     identity = process.identify(pid)
-    lease = Lease(
+    bounds = discovery.read_bounds()
+    applicant = Applicant(
         pid=pid,
         start_time=identity.start_time if identity else 0,
         model=archive.model,
         version=archive.version,
         worker_id=worker,
-        server_pid=None if server is None else server.pid,
-        demand=demand,
-        slice=NOTHING,
+        bounds=bounds,
+        limit=own_limit(bounds),
+        cores=archive.cores,
+        share=archive.share,
         notes=archive.notes,
     )
-    return coordinator.join(ledger, lease)
+    return coordinator.join(ledger, applicant)
 
 
-def own_mask(server: Server | None) -> frozenset[int]:
-    """Return the CPUs that this process was meant to have.
+def own_limit(bounds: Allowance) -> frozenset[int] | None:
+    """Return the CPUs that this process was held to when it started, inside ``bounds``; None for all of them.
 
-    Not the mask that a frontend moved aside handed down, and not the one CPU that an OpenMP runtime which was told to
-    bind its threads left to the main thread at `import torch`.
+    Not the one CPU that an OpenMP runtime which was told to bind its threads left to the main thread at `import torch`.
     """
-    if server is not None:
-        return server.allowed
-    mask = frozenset(os.sched_getaffinity(0))
-    if len(mask) == 1 and "torch" in sys.modules and collapsing(os.environ):
-        with contextlib.suppress(OSError):
-            return frozenset(os.sched_getaffinity(os.getppid()))
-    return mask
+    limit = bounds.limit(discovery.read_mask(os.getpid()))
+    if limit is not None and len(limit) == 1 and "torch" in sys.modules and collapsing(os.environ):
+        return bounds.limit(discovery.read_mask(os.getppid()))
+    return limit
 
 
 def worker_id(arguments: Sequence[str]) -> str:

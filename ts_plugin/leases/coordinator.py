@@ -1,4 +1,4 @@
-"""Join, leave, settle: one plan for all living workers, written to the ledger and then told to the kernel.
+"""Join, leave, replan: one plan for all living workers, written to the ledger and then told to the kernel.
 
 Whoever changes who is alive holds the ledger's lock, plans, writes and binds all workers, the others' threads included.
 The ledger is written first: if the process dies half-way, any other worker finds the truth there and finishes the job.
@@ -6,20 +6,62 @@ The ledger is written first: if the process dies half-way, any other worker find
 
 from __future__ import annotations
 
-import contextlib
-import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ts_plugin.leases import binding
-from ts_plugin.leases.ledger import Lease, Ledger, LedgerError, Server, State
+from ts_plugin.leases import masks
+from ts_plugin.leases.ledger import Lease, Ledger, Refusal, Server, State
 from ts_plugin.machine import discovery, process
-from ts_plugin.planning.planner import PlanError, plan
+from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.machine.topology import Allowance, Topology
+from ts_plugin.planning.planner import Demand, PlanError, Slice, plan
+from ts_plugin.planning.policy import Policy
 
-__all__ = ["UNBOUND_VARIABLE", "Unbound", "amend", "enlist", "join", "leave", "server_of", "settle", "unbound_workers"]
+__all__ = [
+    "UNBOUND_VARIABLE",
+    "Applicant",
+    "CannotBind",
+    "Unbound",
+    "join",
+    "leave",
+    "register_server",
+    "replan",
+    "restore",
+    "server_of",
+    "unbound_workers",
+    "update_demand",
+]
 
 UNBOUND_VARIABLE = "TS_CORES_UNBOUND"  # in a worker's environment: why the launcher could not bind it
 WORKER_SCRIPT = "/ts/model_service_worker.py"
-PAST_LAUNCHER = "started past the launcher, and its handler does not claim a slice; use CoreSliceMixin"
+PAST_LAUNCHER = (
+    "started past the launcher, and its handler does not claim a slice; use CoreSliceMixin "
+    "(if it does use it, the claim failed before the ledger could be written: the worker's log says why)"
+)
+
+
+class CannotBind(RuntimeError):
+    """This worker must serve unbound; the message is the reason and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applicant:
+    """A worker that asks for a slice.
+
+    ``bounds`` is what its cgroups let it use, ``limit`` the CPUs that its own mask held it to when it started, or None;
+    its server's limit goes before that. ``cores`` and ``share`` are what its archive asks for.
+    """
+
+    pid: int
+    start_time: int
+    model: str
+    version: str
+    worker_id: str
+    bounds: Allowance
+    limit: frozenset[int] | None = None
+    cores: int | None = None
+    share: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,52 +73,102 @@ class Unbound:
     server_pid: int | None = None
 
 
-def join(ledger: Ledger, lease: Lease) -> Lease:
+def join(ledger: Ledger, applicant: Applicant) -> Lease:
     """Give a new worker its slice, make room for it among the others, bind it, and return its lease.
 
-    ``lease.slice`` is ignored. It is bound before the lock is released: the next change may take cores from it again.
+    It is bound before the lock is released: the next change may take cores from it again.
 
     Raises:
-        LedgerError: the ledger cannot be used. PlanError: no plan exists with this worker in it; nothing has changed.
+        CannotBind: the frontend's config.properties has an error, or the kernel does not bind this process.
+        LedgerError: the ledger cannot be used. PlanError: no plan exists with this worker in it.
+        In all cases the others have, or get back, what they had.
     """
+    topology = discovery.read_topology()  # takes milliseconds, so before the lock that all workers share
     with ledger.locked() as state:
-        others = tuple(other for other in state.leases if other.pid != lease.pid)
-        after = _settle(ledger, state, replace(state, leases=(*others, lease)))
-    joined = after.lease_of(lease.pid)
-    if joined is None:  # it died between the two lines above; whoever asks is another process then
-        raise LedgerError(f"{ledger.path}: process {lease.pid} ended while it joined")
-    return joined
+        server = server_of(state, applicant.pid)
+        if server is not None and server.error is not None:
+            raise CannotBind(server.error)
+        limit = applicant.limit if server is None else server.limit
+        demand = Demand(
+            allowed=applicant.bounds.within(limit).cpus,
+            policy=Policy() if server is None else server.policy,
+            quota=applicant.bounds.quota,
+            cores=applicant.cores,
+            share=applicant.share,
+        )
+        others = _without(state, applicant.pid)
+        newcomer = _Asking(applicant.pid, applicant.pid if server is None else server.pid, demand)
+        division = _divide(topology, others.leases, newcomer)
+        lease = Lease(
+            pid=applicant.pid,
+            start_time=applicant.start_time,
+            model=applicant.model,
+            version=applicant.version,
+            worker_id=applicant.worker_id,
+            server_pid=None if server is None else server.pid,
+            demand=demand,
+            slice=division.slices[applicant.pid],
+            notes=applicant.notes,
+            limit=limit,
+        )
+        after = division.apply(_allowing(others, lease))
+        after, refused = _commit(ledger, state, replace(after, leases=(*after.leases, lease)))
+        if error := refused.get(lease.pid):
+            rest = _without(after, lease.pid)
+            _commit(ledger, after, _divide(topology, rest.leases).apply(rest))
+            cpus = format_cpulist(masks.reach(lease))
+            raise CannotBind(
+                f"CPUs {cpus}: sched_setaffinity: {error.strerror}; a seccomp filter must let it pass, "
+                "and the cpuset must have these CPUs"
+            ) from error
+    return lease
 
 
-def settle(ledger: Ledger) -> State:
-    """Divide the machine anew among those who live; return the state that holds now.
+def restore(ledger: Ledger, lease: Lease) -> State:
+    """Enter a lease again that somebody deleted with the ledger; return the state that holds now.
 
     Raises:
         LedgerError: the ledger cannot be used.
     """
+    topology = discovery.read_topology()
     with ledger.locked() as state:
-        try:
-            return _settle(ledger, state, state)
-        except PlanError as error:  # CPUs went offline under a core list, say: everyone keeps what it has
-            return replace(state, notes=(*state.notes, str(error)))
+        wanted = replace(state, leases=(*_without(state, lease.pid).leases, lease))
+        return _commit(ledger, state, _divide(topology, wanted.leases).apply(wanted))[0]
 
 
-def leave(ledger: Ledger, pid: int) -> None:
-    """End the lease of a worker that lives on unbound.
+def replan(ledger: Ledger) -> tuple[State, dict[int, OSError]]:
+    """Divide the machine anew among those who live; return the state that holds now, and whom the kernel did not bind.
 
     Raises:
-        LedgerError: the ledger cannot be used. PlanError: no plan exists for the others.
+        LedgerError: the ledger cannot be used.
     """
+    topology = discovery.read_topology()
     with ledger.locked() as state:
-        _settle(ledger, state, replace(state, leases=tuple(lease for lease in state.leases if lease.pid != pid)))
+        return _commit(ledger, state, _divide(topology, state.leases).apply(state))
 
 
-def amend(ledger: Ledger, corrected: Lease) -> None:
+def leave(ledger: Ledger, pid: int, reason: str | None = None) -> None:
+    """End the lease, if any, of a worker that lives on unbound, and enter the reason.
+
+    Raises:
+        LedgerError: the ledger cannot be used.
+    """
+    topology = discovery.read_topology()
+    with ledger.locked() as state:
+        wanted = _without(state, pid)
+        if reason is not None and (identity := process.identify(pid)):
+            refusal = Refusal(pid, identity.start_time, reason)
+            wanted = replace(wanted, refusals=(*wanted.refusals, refusal))
+        _commit(ledger, state, _divide(topology, wanted.leases).apply(wanted))
+
+
+def update_demand(ledger: Ledger, corrected: Lease) -> None:
     """Take over the model's name, demand and notes of ``corrected``, which a worker knows better than when it joined.
 
     Raises:
-        LedgerError: the ledger cannot be used. PlanError: no plan exists with this demand; nothing has changed.
+        LedgerError: the ledger cannot be used.
     """
+    topology = discovery.read_topology()
     with ledger.locked() as state:
         leases = tuple(
             replace(lease, model=corrected.model, demand=corrected.demand, notes=corrected.notes)
@@ -84,12 +176,19 @@ def amend(ledger: Ledger, corrected: Lease) -> None:
             else lease
             for lease in state.leases
         )
-        _settle(ledger, state, replace(state, leases=leases))
+        wanted = _allowing(replace(state, leases=leases), corrected)
+        _commit(ledger, state, _divide(topology, leases).apply(wanted))
 
 
-def enlist(ledger: Ledger, server: Server) -> None:
-    """Enter a TorchServe frontend with what its config.properties asks for."""
+def register_server(ledger: Ledger, server: Server) -> None:
+    """Enter a TorchServe frontend with what its config.properties asks for.
+
+    One that is entered again keeps what it was allowed at first: it may have been moved aside since.
+    """
     with ledger.locked() as state:
+        for known in state.servers:
+            if known.identity == server.identity:
+                server = replace(server, allowed=known.allowed, limit=known.limit)
         others = tuple(other for other in state.servers if other.pid != server.pid)
         ledger.write(replace(state, generation=state.generation + 1, servers=(*others, server)))
 
@@ -108,6 +207,7 @@ def server_of(state: State, pid: int) -> Server | None:
 def unbound_workers(state: State) -> list[Unbound]:
     """Return the TorchServe workers of this machine that hold no lease in ``state``, as far as /proc shows them."""
     bound = {lease.pid for lease in state.leases}
+    reasons = {refusal.pid: refusal.reason for refusal in state.refusals}
     found = []
     for pid in process.pids():
         arguments = process.command_line(pid)
@@ -115,54 +215,110 @@ def unbound_workers(state: State) -> list[Unbound]:
             continue
         if process.parent(pid) in bound:  # a child that a worker forked looks like the worker
             continue
-        reason = process.environment(pid).get(UNBOUND_VARIABLE, PAST_LAUNCHER)
+        reason = process.environment(pid).get(UNBOUND_VARIABLE) or reasons.get(pid, PAST_LAUNCHER)
         server = server_of(state, pid)
         # A frontend that could not be entered into the ledger is still the parent of its workers.
         found.append(Unbound(pid, reason, server.pid if server else process.parent(pid)))
     return found
 
 
-def _settle(ledger: Ledger, before: State, wanted: State) -> State:
-    """Plan ``wanted``, write it if it differs from the ledger, and make the kernel agree with it."""
-    topology = discovery.read_topology()
-    demands = [replace(lease.demand, held=_held(lease, before)) for lease in wanted.leases]
-    result = plan(topology, demands)
-    leases = []
-    for lease, cores in zip(wanted.leases, result.slices, strict=True):
-        known = before.lease_of(lease.pid)
-        moved = known is not None and not set(known.slice.numa_nodes) & set(cores.numa_nodes)
-        leases.append(replace(lease, slice=cores, moves=lease.moves + moved))
-    after = replace(wanted, leases=tuple(leases), reserved=result.reserved, notes=result.notes)
-    on_disk = ledger.read_all()
-    if replace(after, generation=on_disk.generation) != on_disk:
+def _without(state: State, pid: int) -> State:
+    return replace(
+        state,
+        leases=tuple(lease for lease in state.leases if lease.pid != pid),
+        refusals=tuple(refusal for refusal in state.refusals if refusal.pid != pid),
+    )
+
+
+def _allowing(state: State, lease: Lease) -> State:
+    """Let the frontend of ``lease`` be allowed what its worker is, which is in the same cpuset and looked last."""
+    servers = tuple(
+        replace(server, allowed=lease.demand.allowed) if server.pid == lease.server_pid else server
+        for server in state.servers
+    )
+    return replace(state, servers=servers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """A worker in the planner's eyes. ``owner``: whose mistake an impossible demand is, by PID."""
+
+    pid: int
+    owner: int
+    demand: Demand
+
+
+@dataclass(frozen=True, slots=True)
+class _Division:
+    """A slice for every PID that could be planned; the others keep what they have, and ``notes`` say why."""
+
+    slices: dict[int, Slice]
+    reserved: frozenset[int]
+    notes: tuple[str, ...]
+
+    def apply(self, state: State) -> State:
+        leases = []
+        for lease in state.leases:
+            cores = self.slices.get(lease.pid, lease.slice)
+            moved = not set(lease.slice.numa_nodes) & set(cores.numa_nodes)
+            leases.append(replace(lease, slice=cores, moves=lease.moves + moved))
+        return replace(state, leases=tuple(leases), reserved=self.reserved, notes=self.notes)
+
+
+def _divide(topology: Topology, leases: Iterable[Lease], newcomer: _Asking | None = None) -> _Division:
+    """Plan for all. A server whose demands are impossible by themselves keeps its slices; the others share the rest.
+
+    Raises:
+        PlanError: the newcomer cannot get a slice.
+    """
+    asking = [
+        _Asking(lease.pid, lease.server_pid or lease.pid, replace(lease.demand, held=_held(lease))) for lease in leases
+    ]
+    asking += [newcomer] if newcomer else []
+    try:
+        return _planned(topology, asking)
+    except PlanError as error:
+        together = error
+    impossible: dict[int, PlanError] = {}
+    for owner in dict.fromkeys(worker.owner for worker in asking):
+        try:
+            _planned(topology, [worker for worker in asking if worker.owner == owner])
+        except PlanError as error:
+            impossible[owner] = error
+    # Where each server alone could be served, the last one to come is one too many.
+    failed = impossible or {(newcomer or asking[-1]).owner: together}
+    if newcomer and newcomer.owner in failed:
+        raise failed[newcomer.owner]
+    notes = tuple(f"the workers of process {owner} keep their slices: {error}" for owner, error in failed.items())
+    kept = {cpu for worker in asking if worker.owner in failed for cpu in worker.demand.held}
+    taken = {cpu for core in topology.cores_of(kept) for cpu in core.cpus}
+    rest = [
+        replace(worker, demand=replace(worker.demand, allowed=worker.demand.allowed - taken or worker.demand.allowed))
+        for worker in asking
+        if worker.owner not in failed
+    ]
+    try:
+        division = _planned(topology, rest)
+    except PlanError as error:
+        if newcomer:
+            raise
+        return _Division({}, frozenset(), (*notes, str(error)))
+    return replace(division, notes=(*division.notes, *notes))
+
+
+def _planned(topology: Topology, asking: Sequence[_Asking]) -> _Division:
+    result = plan(topology, [worker.demand for worker in asking])
+    slices = {worker.pid: cores for worker, cores in zip(asking, result.slices, strict=True)}
+    return _Division(slices, result.reserved, result.notes)
+
+
+def _held(lease: Lease) -> frozenset[int]:
+    return frozenset(lease.slice.cpus) if lease.slice.pinned else frozenset()
+
+
+def _commit(ledger: Ledger, before: State, after: State) -> tuple[State, dict[int, OSError]]:
+    """Write ``after`` if the file says something else, and make the kernel agree; return what it refused, by PID."""
+    if ledger.stale or after != before:
         after = replace(after, generation=before.generation + 1)
         ledger.write(after)
-    _enforce(before, after)
-    return after
-
-
-def _held(lease: Lease, before: State) -> frozenset[int]:
-    known = before.lease_of(lease.pid)
-    return frozenset() if known is None or not known.slice.pinned else frozenset(known.slice.cpus)
-
-
-def _enforce(before: State, after: State) -> None:
-    """Bind every worker: those who only lose cores first, then those who gain some, newcomers last."""
-    changes = []
-    for lease in after.leases:
-        known = before.lease_of(lease.pid)
-        gains = known is None or not set(lease.slice.cpus) <= set(known.slice.cpus)
-        changes.append((known is None, gains, lease, None if known is None else known.slice.cpus))
-    for _, _, lease, held in sorted(changes, key=lambda change: change[:2]):
-        with contextlib.suppress(OSError):  # it ended, or its cpuset changed: its own follower sees that and says so
-            binding.bind_tree(lease.pid, lease.slice.cpus, before=held or os.sched_getaffinity(lease.pid))
-    for server in after.servers:
-        _move_frontend(server, after)
-
-
-def _move_frontend(server: Server, state: State) -> None:
-    """Keep the frontend's own threads off the slices where they can go elsewhere: reserved cores, idle SMT siblings."""
-    held = {cpu for lease in state.leases if lease.slice.pinned for cpu in lease.slice.cpus}
-    free = (server.allowed & state.reserved) or (server.allowed - held)
-    with contextlib.suppress(OSError):  # gone already
-        binding.bind_process(server.pid, free or server.allowed, before=os.sched_getaffinity(server.pid))
+    return after, masks.enforce_all(before, after)

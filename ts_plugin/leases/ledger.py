@@ -26,6 +26,7 @@ __all__ = [
     "Lease",
     "Ledger",
     "LedgerError",
+    "Refusal",
     "Server",
     "State",
     "pack_lease",
@@ -40,7 +41,10 @@ LEASE_VARIABLE = "TS_CORES_LEASE"  # in the environment of every worker that the
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A worker owns a slice. ``moves`` counts how often it had to leave all its NUMA nodes."""
+    """A worker owns a slice. ``moves`` counts how often it had to leave all its NUMA nodes.
+
+    ``limit`` are the CPUs that taskset, say, holds it to; None if it may use whatever its cpuset has, now and later.
+    """
 
     pid: int
     start_time: int
@@ -52,6 +56,7 @@ class Lease:
     slice: Slice
     moves: int = 0
     notes: tuple[str, ...] = ()
+    limit: frozenset[int] | None = None
 
     @property
     def identity(self) -> Identity:
@@ -65,7 +70,8 @@ class Lease:
 class Server:
     """A TorchServe frontend and what its config.properties asks for.
 
-    ``allowed`` are the CPUs that it could use when it started: the frontend itself may be moved aside later.
+    ``allowed`` are the CPUs that it and its workers may use: the frontend itself may be moved aside.
+    ``limit`` is the same as a lease's.
     ``error`` says why its workers must serve unbound, a typo in ``cpu_launcher_args`` for example.
     """
 
@@ -74,6 +80,20 @@ class Server:
     policy: Policy
     allowed: frozenset[int]
     error: str | None = None
+    limit: frozenset[int] | None = None
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.pid, self.start_time)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a worker serves unbound; one that was started past the launcher cannot say so in its environment."""
+
+    pid: int
+    start_time: int
+    reason: str
 
     @property
     def identity(self) -> Identity:
@@ -89,13 +109,18 @@ class State:
     leases: tuple[Lease, ...] = ()
     reserved: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
 
     def living(self) -> State:
-        """Return this state without the leases and servers whose process has ended."""
+        """Return this state without the processes that have ended; what the plan for the last of them said ends too."""
+        leases = tuple(lease for lease in self.leases if lease.identity.alive())
         return replace(
             self,
             servers=tuple(server for server in self.servers if server.identity.alive()),
-            leases=tuple(lease for lease in self.leases if lease.identity.alive()),
+            leases=leases,
+            reserved=self.reserved if leases else frozenset(),
+            notes=self.notes if leases else (),
+            refusals=tuple(refusal for refusal in self.refusals if refusal.identity.alive()),
         )
 
     def lease_of(self, pid: int) -> Lease | None:
@@ -109,6 +134,7 @@ class Ledger:
         self._directory = Directory(directory)
         # Containers may share the directory, but a PID means nothing outside its namespace.
         self._name = f"ledger-{os.stat('/proc/self/ns/pid').st_ino}"
+        self.stale = False  # whether what `locked` yielded last is not what the file says
 
     @property
     def directory(self) -> str:
@@ -150,8 +176,10 @@ class Ledger:
             LedgerError: the directory cannot be used, or somebody else holds the lock for too long.
         """
         with self._directory.locked(f"{self._name}.lock"):
-            state = self._load()
-            yield (_recover(self.directory) if state is None else state).living()
+            written = self._load()
+            state = (_recover(self.directory) if written is None else written).living()
+            self.stale = state != written
+            yield state
 
     def write(self, state: State) -> None:
         """Replace the content; the caller holds the lock. A reader sees the old content or the new, never a part.
@@ -170,6 +198,7 @@ class Ledger:
             finally:
                 os.close(file)
             os.replace(f"{self.directory}/{draft}", self.path)
+            self.stale = False
         except OSError as error:
             raise self._directory.error(error) from error
 
@@ -213,7 +242,9 @@ def _recover(directory: str) -> State:
         leases.append(replace(lease, slice=cores))
         if lease.server_pid is not None and (frontend := process.identify(lease.server_pid)):
             demand = lease.demand
-            servers[frontend.pid] = Server(frontend.pid, frontend.start_time, demand.policy, demand.allowed)
+            servers[frontend.pid] = Server(
+                frontend.pid, frontend.start_time, demand.policy, demand.allowed, limit=lease.limit
+            )
     return State(servers=tuple(servers.values()), leases=tuple(leases))
 
 
@@ -278,6 +309,7 @@ def _plain(value: Any) -> Any:
 READERS: dict[str, Callable[[Any], Any]] = {
     "servers": partial(_unpack_all, Server),
     "leases": partial(_unpack_all, Lease),
+    "refusals": partial(_unpack_all, Refusal),
     "demand": partial(_unpack, Demand),
     "slice": partial(_unpack, Slice),
     "policy": partial(_unpack, Policy),
@@ -288,6 +320,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "omp_runtime": OmpRuntime,
     "allowed": parse_cpulist,
     "held": parse_cpulist,
+    "limit": parse_cpulist,
     "reserved": parse_cpulist,
     "node_ids": parse_cpulist,
     "core_list": parse_cpulist,

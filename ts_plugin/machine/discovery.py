@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TypeVar
 
 from ts_plugin.machine.cgroups import Cgroups
@@ -16,7 +17,7 @@ from ts_plugin.machine.cpulist import CpuListError, format_cpulist, parse_cpulis
 from ts_plugin.machine.topology import Allowance, Core, NumaNode, Topology
 from ts_plugin.machine.tree import Tree
 
-__all__ = ["DiscoveryError", "read_allowance", "read_topology"]
+__all__ = ["DiscoveryError", "memory_nodes", "read_allowance", "read_bounds", "read_mask", "read_topology"]
 
 _CPU = "sys/devices/system/cpu"
 _NODE = "sys/devices/system/node"
@@ -80,27 +81,58 @@ def read_allowance(root: str = "/", affinity: Iterable[int] | None = None) -> Al
         cpuset.cpus.effective), Documentation/scheduler/sched-bwc.rst; man 5 proc (/proc/pid/mountinfo), man 7 cgroups.
     """
     tree = Tree(root)
-    online = _online(tree)
-    if affinity is not None:
-        mask = frozenset(affinity)
-    elif root == "/":
-        mask = frozenset(os.sched_getaffinity(0))
-    else:
-        mask = _captured_mask(tree) or online
-    cpus = mask & online
+    mask = frozenset(affinity) if affinity is not None else _own_mask(tree) or _online(tree)
+    bounds = _bounds(tree, mask)
+    return replace(bounds, cpus=bounds.cpus & mask)
+
+
+def read_bounds(root: str = "/") -> Allowance:
+    """Return what a process with this one's cgroups may use if no affinity mask holds it back further.
+
+    Source: see ``read_allowance``.
+    """
+    tree = Tree(root)
+    return _bounds(tree, _own_mask(tree) or _online(tree))
+
+
+def read_mask(pid: int, root: str = "/") -> frozenset[int] | None:
+    """Return the affinity mask of ``pid``; unlike sched_getaffinity with the CPUs that are offline now.
+
+    Source: man 5 proc, /proc/pid/status, Cpus_allowed_list.
+    """
+    return _captured_mask(Tree(root), str(pid))
+
+
+def memory_nodes(root: str = "/") -> frozenset[int]:
+    """Return the NUMA nodes that have memory. Source: Documentation/ABI/stable/sysfs-devices-node."""
+    tree = Tree(root)
+    for name in ("has_memory", "has_normal_memory", "online"):
+        nodes = tree.cpulist(f"{_NODE}/{name}")
+        if nodes is not None:
+            return nodes
+    return frozenset()
+
+
+def _bounds(tree: Tree, mask: frozenset[int]) -> Allowance:
+    """Return the online CPUs of the cpuset, and the quota; one that has no CPU of ``mask`` is somebody else's."""
+    cpus = _online(tree)
     cgroups = Cgroups(tree)
     cpuset = cgroups.cpuset()
     if cpuset is not None:
-        if cpus & cpuset:
+        if cpus & mask & cpuset:
             cpus &= cpuset
         else:
-            mask_text = format_cpulist(cpus)
+            mask_text = format_cpulist(cpus & mask)
             tree.notes.append(f"cpuset {format_cpulist(cpuset)} has no CPU of the affinity mask {mask_text}; ignored")
     return Allowance(cpus=cpus, quota=cgroups.quota(), notes=tuple(tree.notes))
 
 
-def _captured_mask(tree: Tree) -> frozenset[int] | None:
-    path = "proc/self/status"
+def _own_mask(tree: Tree) -> frozenset[int] | None:
+    return frozenset(os.sched_getaffinity(0)) if tree.base == "/" else _captured_mask(tree, "self")
+
+
+def _captured_mask(tree: Tree, pid: str) -> frozenset[int] | None:
+    path = f"proc/{pid}/status"
     for line in (tree.text(path) or "").splitlines():
         if line.startswith("Cpus_allowed_list:"):
             try:

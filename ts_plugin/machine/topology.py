@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["Allowance", "Core", "NumaNode", "Topology"]
 
@@ -76,3 +76,14 @@ class Allowance:
     cpus: frozenset[int]
     quota: float | None = None
     notes: tuple[str, ...] = ()
+
+    def limit(self, mask: frozenset[int] | None) -> frozenset[int] | None:
+        """Return ``mask`` if it holds a process back further than this, by taskset for example; else None.
+
+        A mask that spans the cpuset is no wish for just these CPUs: it follows the cpuset, and CPUs that come online.
+        """
+        return None if mask is None or mask >= self.cpus else mask
+
+    def within(self, limit: frozenset[int] | None) -> Allowance:
+        """Return what is left inside ``limit``; where that is nothing, all of it, as the kernel does it."""
+        return self if limit is None or limit.isdisjoint(self.cpus) else replace(self, cpus=self.cpus & limit)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ts_plugin import __version__
 from ts_plugin.leases.ledger import Ledger, LedgerError
-from ts_plugin.machine import discovery
+from ts_plugin.machine import cpu_time, discovery
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.operate import view
 from ts_plugin.operate.core_map import core_map
@@ -172,7 +172,7 @@ def _write_pictures(options: argparse.Namespace) -> None:
     if options.svg:
         _write(options.svg, picture.svg(now))
     if options.html:
-        _write(options.html, picture.html(now, ticks=view.ticks(), reload=reload))
+        _write(options.html, picture.html(now, ticks=cpu_time.ticks(), reload=reload))
 
 
 def _write(file: Path, text: str) -> None:
@@ -190,11 +190,11 @@ def _watch(server_pid: int | None) -> None:
 
     from ts_plugin.operate.terminal import Map, utilisation
 
-    before = view.ticks()
+    before = cpu_time.ticks()
     with Live(Map(view.look(server_pid)), console=_console(), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(LOOK_EVERY)
-            after = view.ticks()
+            after = cpu_time.ticks()
             live.update(Map(view.look(server_pid), utilisation(before, after)), refresh=True)
             before = after
 

@@ -32,7 +32,7 @@ DETAILED = 64  # cores up to which every tile carries its CPU numbers
 
 
 def utilisation(before: Mapping[int, tuple[int, int]], after: Mapping[int, tuple[int, int]]) -> dict[int, float]:
-    """Return the busy share (0 to 1) of every CPU between two readings of `view.ticks`."""
+    """Return the busy share (0 to 1) of every CPU between two readings of `machine.cpu_time.ticks`."""
     return {
         cpu: (busy - before[cpu][0]) / (total - before[cpu][1])
         for cpu, (busy, total) in after.items()

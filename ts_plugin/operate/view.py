@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
-from pathlib import Path
 
 from ts_plugin.leases import coordinator
 from ts_plugin.leases.coordinator import Unbound
@@ -15,7 +14,7 @@ from ts_plugin.machine import discovery
 from ts_plugin.machine.topology import Core, Topology
 from ts_plugin.planning.planner import Plan, Slice
 
-__all__ = ["WORDS", "Group", "Use", "View", "Worker", "count", "look", "of_plan", "of_state", "tag", "ticks"]
+__all__ = ["WORDS", "Group", "Use", "View", "Worker", "count", "look", "of_plan", "of_state", "tag"]
 
 
 class Use(StrEnum):
@@ -205,21 +204,6 @@ def of_plan(topology: Topology, plan: Plan, allowed: frozenset[int], notes: tupl
     """Return the picture of what would be given."""
     workers = tuple(Worker(piece, worker_id=str(number)) for number, piece in enumerate(plan.slices))
     return View(topology, workers, allowed, plan.reserved, notes=notes, title="ts-cores plan")
-
-
-def ticks(proc: str = "/proc") -> dict[int, tuple[int, int]]:
-    """Return each CPU's (busy, total) time since boot in clock ticks; utilisation is a quotient of differences.
-
-    Source: man 5 proc, /proc/stat; guest time is part of user time, iowait counts as idle.
-    """
-    found = {}
-    for line in Path(proc, "stat").read_text(encoding="ascii").splitlines():
-        name, *values = line.split()
-        if name.startswith("cpu") and name != "cpu":
-            user, nice, system, idle, iowait, irq, softirq, steal = (int(value) for value in values[:8])
-            busy = user + nice + system + irq + softirq + steal
-            found[int(name[3:])] = (busy, busy + idle + iowait)
-    return found
 
 
 def tag(index: int) -> str:

@@ -15,22 +15,23 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases import binding, claim, coordinator, masks
 from ts_plugin.leases.environment import set_thread_count
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.machine import discovery
 from ts_plugin.planning.planner import Slice
-from ts_plugin.worker import readback
-from ts_plugin.worker.launcher import say
+from ts_plugin.worker import hooks, openmp, readback
+from ts_plugin.worker.log import say
 
-__all__ = ["Follower", "current"]
+__all__ = ["Follower", "attach", "current"]
 
 INTERVAL = 0.5  # seconds between two stats of the ledger; a death is seen at once
 LOOK_INTERVAL = 5.0  # seconds between two read-backs
 THOROUGH = 12  # every so many read-backs also memory and libraries are looked at
+NOT_BOUND = "NOT BOUND to its slice"  # the start of a note that lasts as long as this is so
 
 
-class Follower:
+class Follower(hooks.Hook):
     """Keeps this process on the slice of ``lease``, which it must already be bound to."""
 
     def __init__(self, ledger: Ledger, lease: Lease) -> None:
@@ -38,7 +39,6 @@ class Follower:
         self._lease = lease
         self._wanted: Slice = lease.slice
         self._applied: Slice | None = None
-        self._allowed = lease.demand.allowed
         self._mutex = threading.RLock()  # the watching thread against the one that loads the model
         self._peers: tuple[Lease, ...] = ()
         self._pidfds: dict[int, int] = {}
@@ -70,29 +70,38 @@ class Follower:
         if torch is not None and torch.get_num_threads() != wanted.threads:
             torch.set_num_threads(wanted.threads)
         if self._applied is not None and self._applied.numa_nodes != wanted.numa_nodes and wanted.pinned:
-            binding.bind_memory(self._lease.demand.policy.memory, wanted.numa_nodes)
+            if note := binding.bind_memory(self._lease.demand.policy.memory, wanted.numa_nodes):
+                self._report(note)
+            openmp.end_team()  # its threads keep the policy of the nodes that were left
         self._applied = wanted
 
-    def loaded(self, context: Any) -> None:
+    def on_load(self, context: Any) -> None:
         """Take over what TorchServe says at load time: the registered name, whether a GPU does the work, the metrics.
 
-        ``context`` is its ts.context.Context. A GPU worker keeps one core, which feeds the device.
+        A GPU worker keeps one core, which feeds the device.
         """
         gpu = context.system_properties.get("gpu_id") is not None
         with self._mutex:
             lease = self._lease
             demand = replace(lease.demand, cores=1) if gpu else lease.demand
             try:
-                self._amend(replace(lease, model=context.model_name, demand=demand))
+                self._tell(replace(lease, model=context.model_name, demand=demand))
             except Exception as error:  # noqa: BLE001 - the model loads all the same
                 self._report(str(error))
             self._metrics = context.metrics
+        self.follow()
 
-    def _amend(self, lease: Lease) -> None:
+    def on_request_start(self) -> None:
+        self.follow()
+
+    def on_request_end(self) -> None:
+        """Nothing to do: the slice is this worker's between requests, too."""
+
+    def _tell(self, lease: Lease) -> None:
         """Enter what has changed about this worker; remembered, so that a rebuilt ledger learns it again."""
         if lease == self._lease:
             return
-        coordinator.amend(self._ledger, lease)
+        coordinator.update_demand(self._ledger, lease)
         self._lease = replace(self._lease, model=lease.model, demand=lease.demand, notes=lease.notes)
         self._adopt(self._ledger.read())
 
@@ -124,23 +133,25 @@ class Follower:
                 time.sleep(INTERVAL)
 
     def _catch_up(self, poll: select.poll) -> None:
-        """Settle what a death left behind, take over what the ledger says, and watch who is in it."""
+        """Divide what a death left behind, take over what the ledger says, and watch who is in it."""
         written = self._ledger.read_all()
         state = written.living()
+        refused: dict[int, OSError] = {}
         if state.leases != written.leases:
-            state = coordinator.settle(self._ledger)
-        self._adopt(state)
+            state, refused = coordinator.replan(self._ledger)
+        self._adopt(state, refused.get(self._lease.pid))
         self._observe(poll, state)
 
     def _look(self) -> None:
-        """Compare reality with the slice, and what this process may use with what it could use before."""
-        allowance = discovery.read_allowance(affinity=self._allowed)
+        """Compare what this process may use now with what it could use before, and reality with the slice."""
+        allowance = discovery.read_bounds().within(self._lease.limit)
         demand = replace(self._lease.demand, allowed=allowance.cpus, quota=allowance.quota)
-        self._amend(replace(self._lease, demand=demand))
+        self._tell(replace(self._lease, demand=demand))
         self._looks += 1
         reading = self._readback.read(self._lease, thorough=self._looks % THOROUGH == 1)
         for problem in reading.problems:
             self._report(problem)
+        self._bind(before=masks.reach(self._lease), refused=reading.refusal)
         if self._metrics is None:
             return
         export = readback.exporter(self._metrics, self._lease)
@@ -156,18 +167,20 @@ class Follower:
             export("Resizes", self._resizes)
             self._resizes = 0
 
-    def _adopt(self, state: State) -> None:
+    def _adopt(self, state: State, refused: OSError | None = None) -> None:
+        """Take over what ``state`` says of this worker; ``refused``: the kernel has said already that it does not."""
         own = self._lease
         lease = state.lease_of(own.pid)
         if lease is None:  # somebody deleted or damaged the ledger: enter again what is ours
-            lease = coordinator.join(self._ledger, own)
+            lease = coordinator.restore(self._ledger, own).lease_of(own.pid) or own
         elif (lease.model, lease.demand) != (own.model, own.demand):  # rebuilt from what we were at the start
-            coordinator.amend(self._ledger, own)
+            coordinator.update_demand(self._ledger, own)
             lease = self._ledger.read().lease_of(own.pid) or own
         if lease.slice != own.slice:
             say(claim.describe(lease))
-        binding.bind_tree(lease.pid, lease.slice.cpus, before=own.slice.cpus)
-        self._lease = lease
+        self._lease = lease  # even if the kernel says no: the threads, at least, are ours to count
+        self._bind(before=masks.reach(own), refused=refused)
+        lease = self._lease  # may have changed on the way
         if lease.slice != self._wanted:
             left = set(self._wanted.numa_nodes) - set(lease.slice.numa_nodes)
             self._wanted = lease.slice
@@ -175,12 +188,31 @@ class Follower:
             if left and lease.slice.pinned:
                 self._move_pages(left)
 
+    def _bind(self, *, before: frozenset[int], refused: OSError | None = None) -> None:
+        """Bind this process; say in the log and in the ledger that it is not bound, as long as that is so."""
+        lease = self._lease
+        notes = tuple(note for note in lease.notes if not note.startswith(NOT_BOUND))
+        if notes != lease.notes:
+            before = frozenset(os.sched_getaffinity(lease.pid))  # what it has is no choice of its own, so it follows
+        try:
+            if refused is not None:
+                raise refused
+            children = masks.enforce(lease, before=before).refused
+        except OSError as error:
+            note = f"{NOT_BOUND}: {readback.refusal(lease, error)}"
+            self._report(note)
+            notes = (*notes, note)
+        else:
+            for child in children:
+                self._report(readback.foreign_child(child))
+        self._tell(replace(lease, notes=notes))
+
     def _move_pages(self, left: set[int]) -> None:
         """Let the pages follow; outside the ledger's lock, since gigabytes take seconds."""
         note = binding.move_pages(self._lease.pid, left, self._lease.slice.numa_nodes)
         if note is not None and note not in self._lease.notes:
             self._report(note)
-            self._amend(replace(self._lease, notes=(*self._lease.notes, note)))
+            self._tell(replace(self._lease, notes=(*self._lease.notes, note)))
 
     def _observe(self, poll: select.poll, state: State) -> None:
         """Hold a pidfd of every other worker, which becomes readable when that worker ends."""
@@ -193,7 +225,7 @@ class Follower:
             try:
                 self._pidfds[pid] = os.pidfd_open(pid)
             except ProcessLookupError:  # just now
-                coordinator.settle(self._ledger)
+                coordinator.replan(self._ledger)
             except (OSError, AttributeError):  # an old kernel, a sandbox, too many files: look at /proc instead
                 self._blind = True
             else:
@@ -205,24 +237,15 @@ class Follower:
             self._reported.add(trouble)
 
 
-def attach(ledger: Ledger, lease: Lease) -> Follower:
-    """Follow ``lease`` in this process from now on, at the request boundaries of whatever handler it runs.
-
-    Source: ts/service.py, ts/async_service.py: the synchronous and the asynchronous `predict` both begin with
-    `Service.retrieve_data_for_inference`, in the thread that runs the model.
-    """
+def attach(lease: Lease) -> Follower:
+    """Follow ``lease`` in this process from now on, at the request boundaries of whatever handler it runs."""
     global _current
-    own = _current = Follower(ledger, lease)
-    own.start()  # before the import, which takes seconds
-    from ts.service import Service
-
-    receive = Service.retrieve_data_for_inference
-
-    def follow_and_receive(batch: Any) -> Any:
-        own.follow()
-        return receive(batch)
-
-    Service.retrieve_data_for_inference = staticmethod(follow_and_receive)
+    own = _current = Follower(Ledger(), lease)
+    own.start()  # before TorchServe is imported, which takes seconds
+    try:
+        hooks.install([own])
+    except Exception as error:  # noqa: BLE001 - the worker is bound already; it must serve even if it cannot follow
+        own._report(f"its threads will not follow its slice: {type(error).__name__}: {error}")
     return own
 
 

@@ -6,62 +6,36 @@ is already local. This runs at every worker start, so it imports little; torch l
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from typing import NoReturn
 
-from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases import claim, coordinator
 from ts_plugin.leases.environment import prepare_environment
-from ts_plugin.leases.ledger import LEASE_VARIABLE, Ledger, pack_lease
+from ts_plugin.leases.ledger import LEASE_VARIABLE, Lease, pack_lease
+from ts_plugin.worker.start import start
 
 __all__ = ["main"]
+
+INSIDE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")  # runs the worker and follows its slice
 
 
 def main(arguments: list[str]) -> NoReturn:
     """Replace this process by the interpreter that runs ``arguments``, as a bound worker if that is what they start."""
+    python = sys.executable
     if not (arguments and arguments[0].endswith(coordinator.WORKER_SCRIPT)):
-        os.execv(sys.executable, [sys.executable, *arguments])  # metric collector, pip, venv
+        os.execv(python, [python, *arguments])  # metric collector, pip, venv
+
     environment = dict(os.environ)
-    try:
-        starter = [_bind(arguments, environment)]
-    except Exception as error:  # noqa: BLE001 - a pinning plug-in never takes serving down, whatever went wrong
-        reason = " ".join(f"{error}".split()) or type(error).__name__
-        environment[coordinator.UNBOUND_VARIABLE] = reason
-        environment.pop(LEASE_VARIABLE, None)
-        say(f"worker {claim.worker_id(arguments)} serves UNBOUND: {reason}", problem=True)
-        _unbind()
-        starter = []
-    os.execve(sys.executable, [sys.executable, *starter, *arguments], environment)
 
+    def prepare(lease: Lease) -> list[str]:
+        policy = lease.demand.policy
+        return prepare_environment(environment, lease.slice, policy, library_roots=(sys.prefix,))
 
-def _bind(arguments: list[str], environment: dict[str, str]) -> str:
-    """Claim a slice for this process, and return the program that runs the worker inside it."""
-    ledger = Ledger()
-    archive = claim.read_archive(os.getcwd())
-    lease = claim.claim(ledger, archive=archive, worker=claim.worker_id(arguments))
-    policy = lease.demand.policy
-    notes = [*lease.notes, *policy.notes]
-    note = binding.bind_memory(policy.memory, lease.slice.numa_nodes) if lease.slice.pinned else None
-    notes += [note] if note else []
-    notes += prepare_environment(environment, lease.slice, policy, library_roots=(sys.prefix,))
+    lease, reason = start(worker=claim.worker_id(arguments), archive=os.getcwd(), prepare=prepare)
+    if lease is None:
+        unbound = {**os.environ, coordinator.UNBOUND_VARIABLE: reason}
+        unbound.pop(LEASE_VARIABLE, None)
+        os.execve(python, [python, *arguments], unbound)
     environment[LEASE_VARIABLE] = pack_lease(lease)
-    say(claim.describe(lease))
-    for note in notes:
-        say(f"worker {lease.worker_id}: {note}", problem=True)
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
-
-
-def _unbind() -> None:
-    """Give back what this process may hold already, and use what its frontend could use before it was moved aside."""
-    with contextlib.suppress(Exception):
-        coordinator.leave(Ledger(), os.getpid())
-    with contextlib.suppress(Exception):
-        server = coordinator.server_of(Ledger().read(), os.getpid())
-        os.sched_setaffinity(0, claim.own_mask(server))
-
-
-def say(text: str, *, problem: bool = False) -> None:
-    """Write one line where TorchServe logs it: stdout at level INFO, stderr at level WARN."""
-    with contextlib.suppress(OSError):  # a reader that is gone
-        os.write(2 if problem else 1, f"ts-cores: {text}\n".encode(errors="backslashreplace"))
+    os.execve(python, [python, INSIDE, *arguments], environment)

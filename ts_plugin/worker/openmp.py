@@ -1,8 +1,8 @@
-"""torch's OpenMP runtime: loaded where it sees all CPUs, and its idle threads ended when they should leave a core.
+"""torch's OpenMP runtime: loaded where it sees all CPUs, and its team ended when its threads should leave a core.
 
 libgomp counts the CPUs of the mask once, when it is loaded. With more threads than that it lets them sleep after 100
 spins instead of 300,000, and a forward pass takes up to three times as long: a worker that was bound to one core before
-`import torch` stays slow on every slice that it grows into or borrows. So it is loaded under a wide mask, before torch.
+`import torch` would stay slow on every larger slice. So libgomp is loaded before torch, under a wide mask.
 
 Source: libgomp, config/linux/proc.c (gomp_init_num_threads), config/linux/wait.h (do_spin), team.c (gomp_pause_host).
 """
@@ -14,20 +14,21 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["end_idle_threads", "load"]
+__all__ = ["end_team", "load", "runtimes"]
 
+NAMES = ("libgomp", "libiomp5", "libomp")
 MOST_CPUS = 8192  # Linux is built for no more
-SOFT = 1  # omp_pause_soft of <omp.h>
+PAUSE_SOFT = 1  # omp_pause_resource_t: keep what the program has set
 
-_runtime: Any = None
+_libgomp: Any = None
 
 
 def load() -> None:
     """Load torch's libgomp while this thread may use every CPU that its cpuset has; costs a few milliseconds.
 
-    Does nothing where torch is loaded already or brings no libgomp: other runtimes count when they start threads.
+    Does nothing where torch is loaded already or brings no libgomp: other runtimes count CPUs when they start threads.
     """
-    global _runtime
+    global _libgomp
     if "torch" in sys.modules or (path := _bundled()) is None:
         return
     mask = os.sched_getaffinity(0)
@@ -36,27 +37,55 @@ def load() -> None:
 
         os.sched_setaffinity(0, range(MOST_CPUS))  # the kernel leaves those that the cpuset has
         try:
-            _runtime = ctypes.CDLL(path)
+            _libgomp = ctypes.CDLL(path)
         finally:
             os.sched_setaffinity(0, mask)
 
 
-def end_idle_threads() -> bool:
-    """End the threads that wait for this thread's next parallel region; return whether the runtime can do that.
+def end_team() -> bool:
+    """End the threads that compute for the calling one; return False where the runtime cannot do that.
 
-    They would spin on their cores for up to 20 ms more. The next region starts new ones, with the mask that this
-    thread has then, some 20 microseconds each.
+    Idle ones would spin on their cores for up to 20 ms. The next parallel region starts new ones, some 20 microseconds
+    each, which inherit the mask and the memory policy that the calling thread has then.
 
-    Source: OpenMP 5.0, omp_pause_resource_all.
+    Source: OpenMP 5.0, omp_pause_resource_all; libgomp has it since GCC 9. Intel's and LLVM's keep their threads.
     """
-    global _runtime
-    if _runtime is None:
-        _runtime = _loaded() or False
-    return bool(_runtime) and _runtime.omp_pause_resource_all(SOFT) == 0
+    global _libgomp
+    if _libgomp is None:
+        _libgomp = _find() or False
+    return bool(_libgomp) and _libgomp.omp_pause_resource_all(PAUSE_SOFT) == 0
+
+
+def runtimes() -> dict[str, str]:
+    """Return file name -> path of every OpenMP runtime in this process."""
+    found = {}
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                path = line.rstrip("\n").partition("/")[2]
+                name = os.path.basename(path)
+                if name.startswith(NAMES):
+                    found[name] = f"/{path}"
+    except OSError:
+        return {}
+    return dict(sorted(found.items()))
+
+
+def _find() -> Any:
+    """Return the libgomp that this process has loaded, or None."""
+    import ctypes
+
+    for name, path in runtimes().items():
+        if name.startswith("libgomp"):
+            with contextlib.suppress(OSError):  # a file that was replaced
+                library = ctypes.CDLL(path)
+                if hasattr(library, "omp_pause_resource_all"):
+                    return library
+    return None
 
 
 def _bundled() -> str | None:
-    """Return the path of the libgomp inside the torch package; torch finds the same file and takes what is loaded."""
+    """Return the path of the libgomp inside the torch package; torch takes the one that is loaded already."""
     from importlib.util import find_spec
 
     with contextlib.suppress(ImportError, ValueError):
@@ -67,17 +96,4 @@ def _bundled() -> str | None:
                     for file in sorted(os.listdir(directory)):
                         if file.startswith("libgomp"):
                             return f"{directory}/{file}"
-    return None
-
-
-def _loaded() -> Any:
-    """Return the libgomp that this process has loaded, or None; Intel's and LLVM's keep their threads when paused."""
-    import ctypes
-
-    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-        for line in maps:
-            path = line.partition("/")[2].strip()
-            if path.rpartition("/")[2].startswith("libgomp"):
-                runtime = ctypes.CDLL(f"/{path}")
-                return runtime if hasattr(runtime, "omp_pause_resource_all") else None
     return None

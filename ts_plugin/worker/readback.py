@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ts_plugin.leases import binding
+from ts_plugin.leases import masks
 from ts_plugin.leases.ledger import Lease
 from ts_plugin.machine import process
 from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.worker import openmp
 
 __all__ = ["METRICS", "ReadBack", "Reading"]
 
-OPENMP = ("libgomp", "libiomp5", "libomp")
 PATIENCE = 3  # readings in a row before an overload is worth a line in the log
 
 METRICS = {  # name in metrics.yaml -> (unit, kind); all with the dimensions ModelName and WorkerName
@@ -29,7 +30,8 @@ METRICS = {  # name in metrics.yaml -> (unit, kind); all with the dimensions Mod
 class Reading:
     """What one look at this worker found.
 
-    ``outside``: threads whose mask reached outside the slice (repaired by now). ``migrations``: moves of its threads
+    ``outside``: threads whose mask reached outside the slice (repaired by now, unless the kernel's ``refusal`` is set).
+    ``migrations``: moves of its threads
     between CPUs since the last reading; None where the kernel does not count. ``remote_pages``: pages (of the kernel's
     page size) on NUMA nodes that are not the slice's; None where it was not looked at this time.
     """
@@ -38,6 +40,7 @@ class Reading:
     migrations: int | None
     remote_pages: int | None
     problems: tuple[str, ...] = ()
+    refusal: OSError | None = None
 
 
 class ReadBack:
@@ -54,21 +57,28 @@ class ReadBack:
         """
         pid = os.getpid()
         problems = []
-        outside = binding.bind_tree(pid, lease.slice.cpus)
-        if outside:
-            where = format_cpulist(lease.slice.cpus)
-            problems.append(f"{outside} threads had a mask outside the slice (CPUs {where}); put back")
+        refused = None
+        try:
+            outside, children = masks.enforce(lease)
+        except OSError as error:
+            outside, children = masks.outside(lease), ()
+            refused = error
+        else:
+            if outside:
+                where = format_cpulist(masks.reach(lease))
+                problems.append(f"{outside} threads had a mask outside the slice (CPUs {where}); put back")
+        problems += map(foreign_child, children)
         if lease.slice.pinned and (crowd := self._crowd(pid, lease.slice.threads)):
             problems.append(crowd)
         remote = None
         if thorough:
             remote = _remote_pages(lease.slice.numa_nodes)
-            if len(runtimes := _openmp_runtimes()) > 1:
+            if len(runtimes := openmp.runtimes()) > 1:
                 problems.append(
                     f"two OpenMP runtimes in one process ({', '.join(runtimes)}): each starts its own threads; "
                     "remove one from LD_PRELOAD or from the model's requirements"
                 )
-        return Reading(outside, self._moves(pid), remote, tuple(problems))
+        return Reading(outside, self._moves(pid), remote, tuple(problems), refused)
 
     def _crowd(self, pid: int, threads: int) -> str | None:
         """Return a complaint once more threads than cores were runnable in PATIENCE readings in a row."""
@@ -88,6 +98,23 @@ class ReadBack:
         return 0 if first else max(0, moves)
 
 
+def refusal(lease: Lease, error: OSError) -> str:
+    """Return what it means that the kernel did not bind the worker itself."""
+    remedy = "its cpuset has none of them" if error.errno == errno.EINVAL else "a seccomp filter must let it pass"
+    return (
+        f"its own are CPUs {format_cpulist(masks.reach(lease))}, it runs on {format_cpulist(os.sched_getaffinity(0))}; "
+        f"sched_setaffinity: {error.strerror}; {remedy}"
+    )
+
+
+def foreign_child(pid: int) -> str:
+    """Return what it means that the kernel did not bind a child."""
+    return (
+        f"its child {pid} (user {process.owner(pid)}) runs outside the slice: "
+        "only that user or root may bind it; start it as the worker's user"
+    )
+
+
 def _remote_pages(nodes: tuple[int, ...]) -> int | None:
     """Return the pages of this process that lie on other nodes. Source: man 7 numa, /proc/pid/numa_maps."""
     if not nodes:
@@ -104,19 +131,6 @@ def _remote_pages(nodes: tuple[int, ...]) -> int | None:
     except OSError:
         return None
     return remote
-
-
-def _openmp_runtimes() -> list[str]:
-    found = set()
-    try:
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name = line.rpartition("/")[2].strip()
-                if name.startswith(OPENMP):
-                    found.add(name)
-    except OSError:
-        return []
-    return sorted(found)
 
 
 def exporter(cache: object, lease: Lease) -> Callable[[str, float], None] | None:

@@ -1,0 +1,86 @@
+"""The only patches of TorchServe: when its worker loads a model, and when a request starts and ends.
+
+Source, TorchServe 0.12: ts/model_service_worker.py calls ts.service.Service(...) right before the handler's
+`initialize`, and `Service.predict` for each batch, in the thread that runs the model. With asyncCommunication
+ts/async_service.py puts its own coroutine `predict` into the service's place. Both send what a handler streams from
+inside, turn a handler's exceptions into answers, and return the answer without sending it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ts_plugin.worker.log import say
+
+__all__ = ["Hook", "install"]
+
+
+class Hook(Protocol):
+    """What wants to know. An exception is logged once and never reaches TorchServe."""
+
+    def on_load(self, context: Any) -> None:
+        """Called before a model is loaded, in the thread that loads it; ``context`` is ts.context.Context."""
+
+    def on_request_start(self) -> None:
+        """Called with a batch in hand, before the handler sees it, in the thread that runs the model.
+
+        The requests of an asynchronous handler overlap; every start has its end.
+        """
+
+    def on_request_end(self) -> None:
+        """Called in the same thread when the answer is computed, whatever the handler did; it is sent after that."""
+
+
+def install(hooks: Sequence[Hook]) -> None:
+    """Patch TorchServe for the rest of this process: ``hooks`` are called in order, in reverse at a request's end.
+
+    Raises:
+        ImportError, AttributeError: this TorchServe is built otherwise; nothing is patched then.
+    """
+    from ts import async_service
+    from ts.service import Service
+
+    first_to_last, last_to_first = _called(hooks), _called(hooks[::-1])
+    construct, predict, predict_later = Service.__init__, Service.predict, async_service.predict
+
+    @functools.wraps(construct)
+    def construct_and_tell(self: Any, *arguments: Any, **options: Any) -> None:
+        construct(self, *arguments, **options)
+        first_to_last("on_load", self.context)
+
+    @functools.wraps(predict)
+    def predict_and_tell(self: Any, batch: Any) -> Any:
+        first_to_last("on_request_start")
+        try:
+            return predict(self, batch)
+        finally:
+            last_to_first("on_request_end")
+
+    @functools.wraps(predict_later)
+    async def predict_later_and_tell(self: Any, batch: Any) -> Any:
+        first_to_last("on_request_start")
+        try:
+            return await predict_later(self, batch)
+        finally:
+            last_to_first("on_request_end")
+
+    Service.__init__, Service.predict = construct_and_tell, predict_and_tell
+    async_service.predict = predict_later_and_tell
+
+
+def _called(hooks: Sequence[Hook]) -> Callable[..., None]:
+    said: set[str] = set()
+
+    def call(name: str, *arguments: Any) -> None:
+        for hook in hooks:
+            try:
+                getattr(hook, name)(*arguments)
+            except Exception as error:  # noqa: BLE001 - a request is answered whatever happens to the slice
+                trouble = f"{name}: {type(error).__name__}: {error}"
+                if trouble not in said:
+                    said.add(trouble)
+                    say(trouble, problem=True)
+
+    return call

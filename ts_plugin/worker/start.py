@@ -1,0 +1,59 @@
+"""A worker's start, for the launcher and the handlers alike: claim a slice, say so, or serve unbound and say why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ts_plugin.leases import binding, claim, coordinator, masks
+from ts_plugin.leases.ledger import Lease, Ledger
+from ts_plugin.worker.log import say
+
+__all__ = ["Start", "start"]
+
+
+class Start(NamedTuple):
+    """A worker's lease, or None and the reason why it serves unbound."""
+
+    lease: Lease | None
+    reason: str = ""
+
+
+def start(*, worker: str, archive: str, prepare: Callable[[Lease], list[str]], how: str = "") -> Start:
+    """Claim a slice for this process, which binds it, and set the memory policy of the calling thread.
+
+    ``worker`` is TorchServe's number for it, ``archive`` the directory of its model, ``how`` follows the line in the
+    log. ``prepare`` does what else the slice needs and returns notes for the log. Whatever goes wrong, the worker
+    serves: unbound, on the CPUs that it had, with its lease given back.
+    """
+    had = os.sched_getaffinity(0)
+    try:
+        lease = claim.claim(Ledger(), archive=claim.read_archive(archive), worker=worker)
+        policy = lease.demand.policy
+        notes = [*lease.notes, *policy.notes]
+        if lease.slice.pinned and (note := binding.bind_memory(policy.memory, lease.slice.numa_nodes)):
+            notes.append(note)
+        notes += prepare(lease)
+    except Exception as error:  # noqa: BLE001 - a pinning plug-in never takes serving down, whatever went wrong
+        reason = " ".join(str(error).split()) or type(error).__name__
+        say(f"worker {worker} serves UNBOUND: {reason}", problem=True)
+        _give_back(reason, frozenset(had))
+        return Start(None, reason)
+    say(f"{claim.describe(lease)}{how}")
+    for note in notes:
+        say(f"worker {worker}: {note}", problem=True)
+    return Start(lease)
+
+
+def _give_back(reason: str, had: frozenset[int]) -> None:
+    """End the lease, and use what the frontend could use before it was moved aside, or else what this process had."""
+    pid = os.getpid()
+    held = os.sched_getaffinity(0)
+    with contextlib.suppress(Exception):
+        server = coordinator.server_of(Ledger().read(), pid)
+        had = had if server is None else server.allowed
+    with contextlib.suppress(Exception):
+        coordinator.leave(Ledger(), pid, reason)
+    masks.release(pid, had, held=held)
