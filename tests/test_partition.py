@@ -152,7 +152,11 @@ HARD = [  # where a simpler search misses the best
 @pytest.mark.parametrize(("workers", "domains"), HARD)
 def test_no_division_of_a_hard_machine_crosses_less(workers: int, domains: list[tuple[int, int, int]]) -> None:
     """Each domain: its NUMA node, its package, its cores."""
-    check([CoreGroup(0, node, package, i, count) for i, (node, package, count) in enumerate(domains)], workers, equal=False)
+    check(
+        [CoreGroup(0, node, package, i, count) for i, (node, package, count) in enumerate(domains)],
+        workers,
+        equal=False,
+    )
 
 
 def test_two_odd_nodes_make_room_for_one_more() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heapreplace
-from itertools import permutations
+from itertools import chain, permutations
 
 from ts_plugin.planning.core_groups import (
     LEVELS,
@@ -19,7 +19,6 @@ from ts_plugin.planning.core_groups import (
     Part,
     PlanError,
     by_level,
-    size_of,
 )
 
 __all__ = ["cut", "pack", "repair"]
@@ -74,12 +73,9 @@ def cut(
             # So many nodes stay idle that somebody gets less than half of the equal share.
             limits = Limits(max(1, limits.least // 2), total)
         return found
-    candidates = []
-    for levels in _ORDERS if workers <= _MANY else _ORDERS[:1]:
-        if found := _Search(groups, workers, limits, costs, homes).run(levels):
-            candidates.append(found)
-    row = range(len(groups))
-    parts = min(candidates or [_cut_evenly(groups, row, workers)], key=costs.parts)
+    orders = _ORDERS if workers <= _MANY else _ORDERS[:1]
+    tried = [_Search(groups, workers, limits, costs, homes).run(levels) for levels in orders]
+    parts = min(filter(None, tried), key=costs.parts, default=_cut_evenly(groups, range(len(groups)), workers))
     return min(parts, repair(groups, parts, [limits.least] * workers, limits.most, distance), key=costs.parts)
 
 
@@ -105,7 +101,7 @@ class _Search:
         self.costs = costs
         self.homes = homes or [0] * len(groups)
         self.spare_nodes = spare_nodes
-        self.rows: dict[tuple[int, ...], _Table] = {}
+        self.rows: dict[tuple[tuple[int, ...], ...], _Table] = {}
         self.near = workers if workers <= _MANY or spare_nodes else 1
 
     def run(self, levels: Sequence[str]) -> list[Part] | None:
@@ -119,7 +115,9 @@ class _Search:
     def _numbers(self, size: int) -> range:
         """Numbers of parts worth trying for so many cores."""
         possible, share = self.limits.parts(size), size * self.workers // self.costs.total
-        return range(max(possible.start, share - self.near), min(possible.stop, self.workers + 1, share + 2 + self.near))
+        return range(
+            max(possible.start, share - self.near), min(possible.stop, self.workers + 1, share + 2 + self.near)
+        )
 
     def _table(self, members: tuple[int, ...], levels: Sequence[str], wanted: range) -> _Table:
         """The cheapest divisions of ``members`` into ``wanted`` numbers of parts; a number may be impossible."""
@@ -148,16 +146,18 @@ class _Search:
             for blocks in _joins(sizes, homes, count):
                 options = []
                 for block in blocks:
-                    joined = tuple(i for child in block for i in children[child])
-                    row = tables[block[0]] if len(block) == 1 else self._with_moves(self._row(joined), joined, level)
-                    options.append(row)
+                    if len(block) == 1:
+                        options.append(tables[block[0]])
+                    else:
+                        joined = tuple(children[child] for child in block)
+                        options.append(self._with_moves(self._row(joined), chain.from_iterable(joined), level))
                 for p, entry in self._combine(options, range(missing[0], missing[-1] + 1)).items():
                     if p in missing and (p not in found or entry[0] < found[p][0]):
                         found[p] = entry
             result |= found
-        return result
+        return dict(sorted(result.items()))  # among equals, the first groups get the fewest parts
 
-    def _with_moves(self, table: _Table, members: Sequence[int], level: str) -> _Table:
+    def _with_moves(self, table: _Table, members: Iterable[int], level: str) -> _Table:
         """Add the moves that follow where fewer parts than are at home in a group stay there; far ones count more."""
         here = sum(self.homes[i] for i in members)
         unit = self.costs.weight["move"] << (0 if level == "l3" else 12)
@@ -180,23 +180,34 @@ class _Search:
             reached = longer
         return reached
 
-    def _row(self, members: tuple[int, ...]) -> _Table:
-        """Divide joined groups as one row of cores, cut at the ends of core groups, and evenly in short runs."""
-        if members in self.rows:
-            return self.rows[members]
-        reached: list[_Table] = [{0: (0, [])}, *({} for _ in members)]
-        top = self._numbers(self._size(members)).stop
+    def _row(self, spans: tuple[tuple[int, ...], ...]) -> _Table:
+        """Divide joined groups as one row of cores: in their order, or so that small core groups meet."""
+        if spans not in self.rows:
+            rising = [sorted(span, key=lambda i: self.groups[i].size) for span in spans]
+            found: _Table = {}
+            for order in (
+                [i for span in spans for i in span],
+                [i for span in (rising[0][::-1], *rising[1:]) for i in span],
+            ):
+                for number, (cost, parts) in self._cut_row(order).items():
+                    _improve(found, number, cost, parts)
+            self.rows[spans] = found
+        return self.rows[spans]
+
+    def _cut_row(self, row: Sequence[int]) -> _Table:
+        """Cut at the ends of core groups, and evenly in short runs."""
+        reached: list[_Table] = [{0: (0, [])}, *({} for _ in row)]
+        most = self._numbers(self._size(row)).stop
         for start, here in enumerate(reached[:-1]):
-            for stop in range(start + 1, len(members) + 1) if here else ():
-                run = members[start:stop]
+            for stop in range(start + 1, len(row) + 1) if here else ():
+                run = row[start:stop]
                 for q in self._numbers(self._size(run)):
                     if q > 1 and stop - start > _SPAN:
                         break
                     cost, parts = self._evenly(run, q)
                     for p, (before, others) in here.items():
-                        if p + q < top:
+                        if p + q < most:
                             _improve(reached[stop], p + q, before + cost, (others, parts))
-        self.rows[members] = reached[-1]
         return reached[-1]
 
     def _evenly(self, members: Sequence[int], parts: int) -> tuple[int, list[Part]]:
@@ -244,18 +255,20 @@ def _cut_evenly(groups: Sequence[CoreGroup], row: Sequence[int], parts: int) -> 
 def _joins(sizes: Sequence[int], homes: Sequence[int], count: int) -> Iterator[list[list[int]]]:
     """Ways to join groups into ``count`` blocks: all of them for few groups, else one with blocks of about one size.
 
-    Groups where workers are at home are kept apart if it can be helped.
+    Groups where workers are at home are kept apart if it can be helped; neighbours stay together.
     """
     if len(sizes) <= _FEW or len(sizes) - count == 1:
         yield from _set_partitions(len(sizes), count)
         return
-    blocks: list[list[int]] = [[] for _ in range(count)]
+    blocks: list[list[tuple[int, int]]] = [[] for _ in range(count)]
     lightest = [(0, block) for block in range(count)]
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], -homes[i], i)):
+    looks = list(zip(sizes, homes, strict=True))
+    for look in sorted(looks, reverse=True):
         size, block = lightest[0]
-        blocks[block].append(i)
-        heapreplace(lightest, (size + sizes[i], block))
-    yield sorted(map(sorted, blocks))
+        blocks[block].append(look)
+        heapreplace(lightest, (size + look[0], block))
+    alike = {look: [i for i, other in enumerate(looks) if other == look] for look in looks}
+    yield sorted(sorted(alike[look].pop(0) for look in block) for block in blocks)
 
 
 def _set_partitions(count: int, blocks: int) -> Iterator[list[list[int]]]:
