@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heapreplace
-from itertools import chain, permutations
+from itertools import chain, combinations, permutations
 
 from ts_plugin.planning.core_groups import (
     LEVELS,
@@ -73,9 +73,12 @@ def cut(
             # So many nodes stay idle that somebody gets less than half of the equal share.
             limits = Limits(max(1, limits.least // 2), total)
         return found
-    orders = _ORDERS if workers <= _MANY else _ORDERS[:1]
-    tried = [_Search(groups, workers, limits, costs, homes).run(levels) for levels in orders]
-    parts = min(filter(None, tried), key=costs.parts, default=_cut_evenly(groups, range(len(groups)), workers))
+    parts = _cut_evenly(groups, range(len(groups)), workers)
+    for levels in _ORDERS if workers <= _MANY else _ORDERS[:1]:
+        found = _Search(groups, workers, limits, costs, homes).run(levels)
+        parts = min(parts, found or parts, key=costs.parts)
+        if costs.parts(parts) < costs.weight["package"]:
+            break  # Only L3 domains are crossed.
     return min(parts, repair(groups, parts, [limits.least] * workers, limits.most, distance), key=costs.parts)
 
 
@@ -102,7 +105,7 @@ class _Search:
         self.homes = homes or [0] * len(groups)
         self.spare_nodes = spare_nodes
         self.rows: dict[tuple[tuple[int, ...], ...], _Table] = {}
-        self.near = workers if workers <= _MANY or spare_nodes else 1
+        self.near = workers if len(groups) <= _MANY or spare_nodes else 1
 
     def run(self, levels: Sequence[str]) -> list[Part] | None:
         order = sorted(range(len(self.groups)), key=lambda i: ([getattr(self.groups[i], name) for name in levels], i))
@@ -148,9 +151,11 @@ class _Search:
                 for block in blocks:
                     if len(block) == 1:
                         options.append(tables[block[0]])
-                    else:
-                        joined = tuple(children[child] for child in block)
-                        options.append(self._with_moves(self._row(joined), chain.from_iterable(joined), level))
+                        continue
+                    spans = tuple(children[child] for child in block)
+                    joined = tuple(chain.from_iterable(spans))
+                    table = self._row(spans) if missing[-1] > count else self._whole(joined)
+                    options.append(self._with_moves(table, joined, level))
                 for p, entry in self._combine(options, range(missing[0], missing[-1] + 1)).items():
                     if p in missing and (p not in found or entry[0] < found[p][0]):
                         found[p] = entry
@@ -179,6 +184,9 @@ class _Search:
                         _improve(longer, p + q, cost + more, (parts, others))
             reached = longer
         return reached
+
+    def _whole(self, members: Sequence[int]) -> _Table:
+        return {1: self._evenly(members, 1)} if 1 in self.limits.parts(self._size(members)) else {}
 
     def _row(self, spans: tuple[tuple[int, ...], ...]) -> _Table:
         """Divide joined groups as one row of cores: in their order, or so that small core groups meet."""
@@ -257,12 +265,15 @@ def _joins(sizes: Sequence[int], homes: Sequence[int], count: int) -> Iterator[l
 
     Groups where workers are at home are kept apart if it can be helped; neighbours stay together.
     """
-    if len(sizes) <= _FEW or len(sizes) - count == 1:
+    looks = list(zip(sizes, homes, strict=True))
+    if len(sizes) <= _FEW:
         yield from _set_partitions(len(sizes), count)
         return
+    if len(sizes) - count == 1:
+        for a, b in {(looks[a], looks[b]): (a, b) for a, b in combinations(reversed(range(len(sizes))), 2)}.values():
+            yield [[a, b], *([i] for i in range(len(sizes)) if i not in (a, b))]
     blocks: list[list[tuple[int, int]]] = [[] for _ in range(count)]
     lightest = [(0, block) for block in range(count)]
-    looks = list(zip(sizes, homes, strict=True))
     for look in sorted(looks, reverse=True):
         size, block = lightest[0]
         blocks[block].append(look)
