@@ -31,7 +31,7 @@ class CoreSliceMixin:
         """
         own = follower.current() or _start(context)
         if own is not None:
-            own.follow()
+            own.elastic.hold()
         super().initialize(context)  # type: ignore[misc]
 
 
@@ -47,6 +47,7 @@ def _start(context: Any) -> follower.Follower | None:
         return None
     own = follower.attach(lease)
     own.on_load(context)  # came before this
+    own.elastic.on_load(context)
     return own
 
 

@@ -57,14 +57,16 @@ def main() -> None:
     own = follower.Follower(ledger, lease)  # not attach(): that needs TorchServe, and would import torch 64 times
     if options.get("follows", True):
         own.start()
-    own.follow()
+    own.elastic.hold()
+    own.elastic.on_loaded()
     tell(facts(own))
     for line in sys.stdin:
         if line.strip() in LIMITS:
             resource.setrlimit(resource.RLIMIT_FSIZE, (LIMITS[line.strip()], resource.RLIM_INFINITY))
         elif line.strip() == "forbid":
             forbid_affinity()
-        own.follow()
+        own.elastic.hold()
+        own.elastic.on_loaded()
         tell(facts(own))
 
 

@@ -116,7 +116,7 @@ def join(ledger: Ledger, applicant: Applicant) -> Lease:
         if error := refused.get(lease.pid):
             rest = _without(after, lease.pid)
             _commit(ledger, after, _divide(topology, rest.leases).apply(rest))
-            cpus = format_cpulist(masks.reach(lease))
+            cpus = format_cpulist(lease.slice.cpus)
             raise CannotBind(
                 f"CPUs {cpus}: sched_setaffinity: {error.strerror}; a seccomp filter must let it pass, "
                 "and the cpuset must have these CPUs"

@@ -140,6 +140,10 @@ class Ledger:
     def directory(self) -> str:
         return self._directory.path
 
+    def beside(self, what: str) -> tuple[Directory, str]:
+        """Return where another file of the same machine and PID namespace lies, for ``Directory.open``."""
+        return self._directory, self._name.replace("ledger", what)
+
     @property
     def path(self) -> str:
         return f"{self.directory}/{self._name}.json"
@@ -320,6 +324,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "omp_runtime": OmpRuntime,
     "allowed": parse_cpulist,
     "held": parse_cpulist,
+    "reach": parse_cpulist,
     "limit": parse_cpulist,
     "reserved": parse_cpulist,
     "node_ids": parse_cpulist,

@@ -1,9 +1,10 @@
 """The only place that sets affinity masks. Who may set whose:
 
-- Who holds the ledger's lock binds every worker to what the new plan lets it reach, and moves the frontends aside.
-- A worker's follower binds its own process, children included, to what its own lease lets it reach.
-- Inside that, the thread that runs a request may narrow itself and the threads that it started: a mask that is a part
-  of what the worker may reach is left alone.
+- Who holds the ledger's lock binds newcomers to their slice, keeps everybody else inside what the new plan lets it
+  reach, and moves the frontends aside.
+- Inside that, a worker binds its own process: to its slice, and the thread that runs a request (``bind_thread``), whose
+  threads inherit its mask, to what that request computes on.
+- An owner that has waited too long for its slice takes it back from whoever computes there (``evict``).
 """
 
 from __future__ import annotations
@@ -17,31 +18,48 @@ from ts_plugin.leases.binding import Outcome
 from ts_plugin.leases.ledger import Lease, Server, State
 from ts_plugin.machine import process
 
-__all__ = ["enforce", "enforce_all", "outside", "reach", "release"]
+__all__ = ["bind_thread", "enforce", "enforce_all", "evict", "outside", "reach", "release"]
 
 
 def reach(lease: Lease) -> frozenset[int]:
-    """Return the CPUs that the threads of a worker may run on at most: its slice.
-
-    Whoever binds a worker asks here, so a worker that may borrow CPUs beyond its slice needs a change here alone.
-    """
-    return frozenset(lease.slice.cpus)
+    """Return the CPUs that the threads of a worker may run on at most: its slice, and those that lend to it."""
+    return lease.slice.reach or frozenset(lease.slice.cpus)
 
 
-def enforce(lease: Lease, *, before: Iterable[int] = ()) -> Outcome:
-    """Keep all threads of a worker and of its children on what it may reach; see ``binding.bind_tree``.
+def enforce(lease: Lease, cpus: Iterable[int], *, before: Iterable[int] = ()) -> Outcome:
+    """Keep all threads of a worker and of its children on ``cpus``; see ``binding.bind_tree``.
 
-    ``before`` is what it could reach until now: threads that spanned it follow.
+    ``before`` are the CPUs that it could use until now: threads that spanned them follow.
 
     Raises:
         OSError: the kernel refuses this for the worker itself.
     """
-    return binding.bind_tree(lease.pid, reach(lease), before=before)
+    return binding.bind_tree(lease.pid, cpus, before=before)
 
 
-def outside(lease: Lease) -> int:
-    """Return how many threads of a worker, without its children, may run outside of what it may reach."""
-    return sum(1 for tid in process.threads(lease.pid) if not _mask(tid) <= reach(lease))
+def bind_thread(cpus: Iterable[int]) -> None:
+    """Bind the calling thread; threads that it starts inherit its mask.
+
+    Raises:
+        OSError: the kernel refuses it.
+    """
+    os.sched_setaffinity(0, cpus)
+
+
+def evict(pid: int, cpus: Iterable[int]) -> None:
+    """Take ``cpus`` from all threads of a worker that has others left; it computes on with those."""
+    unwanted = frozenset(cpus)
+    for tid in process.threads(pid):
+        with contextlib.suppress(OSError):  # just ended
+            mask = os.sched_getaffinity(tid)
+            if mask & unwanted and mask - unwanted:
+                os.sched_setaffinity(tid, mask - unwanted)
+
+
+def outside(pid: int, cpus: Iterable[int]) -> int:
+    """Return how many threads of ``pid``, without its children, may run outside of ``cpus``."""
+    inside = frozenset(cpus)
+    return sum(1 for tid in process.threads(pid) if not _mask(tid) <= inside)
 
 
 def enforce_all(before: State, after: State) -> dict[int, OSError]:
@@ -57,7 +75,8 @@ def enforce_all(before: State, after: State) -> dict[int, OSError]:
     refused = {}
     for _, _, lease, old in sorted(changes, key=lambda change: change[:2]):
         try:
-            enforce(lease, before=old or os.sched_getaffinity(lease.pid))
+            target = reach(lease) if old else frozenset(lease.slice.cpus)
+            enforce(lease, target, before=old or os.sched_getaffinity(lease.pid))
         except ProcessLookupError:  # just ended
             continue
         except OSError as error:

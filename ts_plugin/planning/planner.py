@@ -16,7 +16,7 @@ from ts_plugin.machine.topology import Core, Topology
 from ts_plugin.planning.allotment import Taker, allot, apportion
 from ts_plugin.planning.core_groups import PlanError
 from ts_plugin.planning.eligibility import eligible_cpus, fastest_cores, mixes_types
-from ts_plugin.planning.policy import Pin, Policy
+from ts_plugin.planning.policy import Lend, Pin, Policy
 from ts_plugin.planning.pool import Worker, divide, pack, share_cores
 
 __all__ = ["Demand", "Plan", "PlanError", "Slice", "plan"]
@@ -46,6 +46,9 @@ class Slice:
 
     One CPU per core and as many threads as cores; with ``Policy.logical`` all siblings and as many threads as CPUs.
     ``pinned`` is False where only the threads are bounded; ``cpus`` are then all CPUs that it may use.
+
+    ``reach`` are the CPUs of all slices that lend to each other, this one included: equal for all of them. Empty where
+    the slice neither lends nor borrows.
     """
 
     cpus: tuple[int, ...]
@@ -54,6 +57,7 @@ class Slice:
     l3_domains: tuple[int, ...]
     packages: tuple[int, ...]
     pinned: bool = True
+    reach: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,7 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
     loads = _Loads()
     for pool, cores in zip(pools, _allot(topology, pools), strict=True):
         slices.update(_assign(topology, pool, cores, loads, notes))
-    chosen = tuple(slices[place] for place in range(len(demands)))
+    chosen = _lending(topology, [slices[place] for place in range(len(demands))], members)
     allowed = topology.online.intersection(frozenset().union(*(demand.allowed for demand in demands)))
     busy = frozenset(cpu for piece in chosen for cpu in piece.cpus)
     free = {i for i, core in enumerate(topology.cores) if i in reserved or busy.isdisjoint(core.cpus)}
@@ -102,6 +106,29 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
         reserved=allowed & _cpus(topology, reserved),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _lending(topology: Topology, slices: Sequence[Slice], members: Sequence[_Member]) -> tuple[Slice, ...]:
+    """Tell every slice its reach: slices lend to each other on one NUMA node, of one core type, under one rule.
+
+    Slices that share cores do not lend: their workers may compute at the same time already.
+    """
+    workers = Counter(cpu for piece in slices if piece.pinned for cpu in piece.cpus)
+    types = {cpu: core.kind for core in topology.cores for cpu in core.cpus}
+    domains: dict[object, list[int]] = {}
+    for place, (piece, member) in enumerate(zip(slices, members, strict=True)):
+        policy = member.demand.policy
+        if policy.lend is Lend.NEVER or (piece.pinned and any(workers[cpu] > 1 for cpu in piece.cpus)):
+            continue
+        kinds = frozenset(types[cpu] for cpu in piece.cpus)
+        place_of = (piece.numa_nodes, kinds, policy.logical) if piece.pinned else (member.demand.quota, policy.pin)
+        domains.setdefault((member.cpus, piece.pinned, place_of), []).append(place)
+    found = list(slices)
+    for places in domains.values():
+        reach = frozenset(cpu for place in places for cpu in slices[place].cpus)
+        for place in places:
+            found[place] = replace(slices[place], reach=reach)
+    return tuple(found)
 
 
 def _cpus(topology: Topology, cores: Iterable[int]) -> frozenset[int]:

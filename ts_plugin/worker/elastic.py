@@ -1,10 +1,10 @@
-"""Inside a worker, at the boundaries of its requests: the cores and the number of threads that each one computes with.
+"""Inside a worker, at the boundaries of its requests: which cores and how many threads each one computes with.
 
 Between requests a worker computes on nothing, and its slice may be borrowed. A request waits for the worker's own slice,
 takes idle neighbours' slices up to the width that pays (``planning.width``), computes, and gives all of it back. Nobody
-computes on a core that somebody else computes on: the locks of the board say who does, and die with their process.
+computes on a core that somebody else computes on: the locks of the board say who does, and end with their process.
 
-A worker whose boundaries are not known (asynchronous handlers, torchrun, threads of its own) holds its slice for good.
+A worker whose requests have no clear boundaries (asynchronous handlers, torchrun, threads of its own) keeps its slice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from ts_plugin.worker import hooks, openmp
 __all__ = ["Elastic"]
 
 START_PATIENCE = 1.0  # seconds that a starting worker waits for whoever still computes on its slice
+NO_WAIT = 0.0002  # seconds: what taking a free slice takes at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,256 +45,297 @@ class _Ground:
 
 
 class Elastic(hooks.Hook):
-    """The requests of this process.
+    """The masks and the thread count of this process, which computes on the slice of ``lease`` until ``on_loaded``.
 
-    The follower's thread calls ``adopt``; everything else is called by the thread that loads and runs the model.
-    ``report`` writes one line into the log, once.
+    The follower's thread calls ``adopt`` and ``bind``; the thread that loads and runs the model calls everything else.
+    ``report`` writes a line into the log, once.
     """
 
     def __init__(self, ledger: Ledger, lease: Lease, report: Callable[[str], None]) -> None:
+        self._ledger = ledger
         self._report = report
-        self._mutex = threading.Lock()  # the follower's thread against the boundaries of a request
+        self._mutex = threading.Lock()  # one thread's ground and masks against the other's
         self._ground = _Ground(lease)
-        self._computes = False
-        self._cpus = frozenset(lease.slice.cpus)  # mask of the thread that computes, where CPUs are pinned
-        self._threads: int | None = None
+        self._exchange: _Exchange | None = None
+        self._keeps: str | None = None  # why this worker neither lends nor borrows
+        self._computes = True
+        self._requests = 0  # under way: at most one, or boundaries mean nothing
+        self._cpus = self._bound = frozenset(lease.slice.cpus)  # of the thread that computes; of all others
+        self._threads = 0
         self._applied: Slice | None = None
-        self._keeps: str | None = None
-        self._locks: _Locks | None = None
-        self.totals = Totals()
-        if lease.slice.reach:
-            try:
-                self._locks = _Locks(ledger, lease)
-            except OSError as error:
-                report(f"lends and borrows no cores: {error}")
+        self._join(lease)
         os.register_at_fork(after_in_child=self._narrow_child)
 
     @property
-    def cpus(self) -> frozenset[int]:
-        """The CPUs that threads of this process may run on now."""
-        return self._cpus
+    def totals(self) -> Totals:
+        return Totals() if self._exchange is None else self._exchange.totals
 
-    # ---- called by the follower's thread ------------------------------------------------------------
+    # ---- the follower's thread -------------------------------------------------------------------------
 
-    def adopt(self, lease: Lease, state: State) -> binding.Outcome | None:
-        """Own ``lease`` from the next request on, and bind what does not compute; see ``masks.enforce``.
+    def adopt(self, lease: Lease, state: State) -> None:
+        """Compute on the slice of ``lease`` from the next request on; ``state`` tells the neighbours."""
+        with self._mutex:
+            moved = lease.slice.cpus != self._ground.own.cpus
+            self._ground = _Ground(lease, _neighbours(lease, state))
+            self._join(lease)
+            if self._exchange is not None:
+                self._exchange.forget_decision()
+                if self._keeps is not None and moved:
+                    self._exchange.keep(lease)
+
+    def bind(self, *, before: Iterable[int] | None = None) -> binding.Outcome:
+        """Keep every thread of this process and of its children on what it computes with now, or else on its slice.
+
+        ``before``: what threads span that should follow, if not what they were bound to last.
 
         Raises:
             OSError: the kernel refuses it.
         """
         with self._mutex:
-            self._ground = _Ground(lease, _neighbours(lease, state))
-            if self._locks is not None:
-                self._locks.forget_decision()
-                if self._computes and self._keeps is None:
-                    return None  # at the end of the request
-                if self._keeps is not None and self._applied != lease.slice:
-                    self._locks.keep(lease)
-            return self._narrow()
+            lease = self._ground.lease
+            busy = self._computes and self._exchange is not None and self._keeps is None
+            target = self._cpus if busy else frozenset(lease.slice.cpus)
+            old, self._bound = self._bound if before is None else before, target
+            if not busy:
+                self._cpus = target
+            return masks.enforce(lease, target, before=old)
 
-    def _narrow(self) -> binding.Outcome:
-        """Bind the whole process to its slice."""
-        lease = self._ground.lease
-        before, self._cpus = self._cpus, frozenset(lease.slice.cpus)
-        return masks.enforce(lease, before=before)
+    @property
+    def cpus(self) -> frozenset[int]:
+        """The CPUs that ``bind`` keeps this process on."""
+        return self._bound
 
-    # ---- called by the thread that runs the model ------------------------------------------------------
+    def _join(self, lease: Lease) -> None:
+        """Lend and borrow from now on, or stop doing so, as the plan says."""
+        if not lease.slice.reach:
+            if self._exchange is not None and not self._computes:
+                self._exchange.close()
+                self._exchange = None
+        elif self._exchange is None:
+            try:
+                self._exchange = _Exchange(self._ledger, lease)
+            except OSError as error:
+                self._report(f"neither lends cores nor borrows any: {error}")
+
+    # ---- the thread that loads and runs the model ------------------------------------------------------
 
     def on_load(self, context: Any) -> None:
-        """Hold the slice while the model loads, which computes; ``context`` is ts.context.Context."""
-        self.hold()
+        """Hold the slice while the model loads, which computes; ``context`` is TorchServe's ts.context.Context."""
         settings = getattr(context, "model_yaml_config", None) or {}
         if settings.get("asyncCommunication"):
-            self._keep("its handler is asynchronous: its requests overlap")
-        elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            self._keep("it is one of several ranks under torchrun, which wait for each other")
+            self._keep("its handler is asynchronous, so its requests overlap")
+        elif int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            self._keep("it is one of several ranks of torchrun, which wait for each other")
         elif context.system_properties.get("gpu_id") is not None:
-            self._keep("it feeds a GPU")
+            self._keep("its core feeds a GPU")
+        self.hold()
 
     def hold(self) -> None:
-        """Compute on the slice alone from now on: the start of a worker, before its first request."""
+        """Compute on the slice alone, outside of any request: the start of a worker."""
         with self._mutex:
             self._computes = True
-            ground = self._ground
-        if self._locks is not None:
-            self._locks.take_own(ground, START_PATIENCE)
-        self._compute_with(ground.own.cpus, ground.own.threads)
+            ground, exchange = self._ground, self._exchange
+        if exchange is not None:
+            exchange.take_own(ground, START_PATIENCE)
+        self._compute_on(ground.own, ground.own.cpus, ground.own.threads)
 
     def on_loaded(self) -> None:
-        """The model is loaded: the worker is idle."""
+        """Be idle."""
         if "ts.handler_utils.micro_batching" in sys.modules:
             self._keep("its handler computes in threads of its own (MicroBatching)")
         self._finish()
 
     def on_request_start(self) -> None:
-        if self._keeps is None and self._computes and self._locks is not None:
+        self._requests += 1
+        if self._requests > 1:
             self._keep("its requests overlap")
         with self._mutex:
             self._computes = True
-            ground = self._ground
-        if self._keeps is not None or self._locks is None:
-            self._compute_with(ground.own.cpus, ground.own.threads)
-            return
-        cpus, threads = self._locks.take(ground)
-        self._compute_with(cpus, threads)
-        self._locks.begin(threads)
+            ground, exchange = self._ground, self._exchange
+        cpus, threads = ground.own.cpus, ground.own.threads
+        if exchange is not None and self._keeps is None:
+            cpus, threads = exchange.take(ground)
+        self._compute_on(ground.own, cpus, threads)
+        if exchange is not None:
+            exchange.begin()
 
     def on_request_end(self) -> None:
-        if self._locks is None or self._keeps is not None:
-            self._computes = False
-            return
-        self._locks.end(self._threads or 1)
-        self._finish()
-        self.totals = self._locks.totals
+        self._requests -= 1
+        if self._exchange is not None and self._keeps is None:
+            self._exchange.end(self._threads)
+        if not self._requests:
+            self._finish()
 
-    def _finish(self) -> None:
-        """Compute on nothing: end idle threads that would spin on cores that others may take, and give all back."""
-        if self._keeps is not None:
-            return
-        with self._mutex:
-            own = frozenset(self._ground.own.cpus)
-            if self._locks is not None:
-                wide = not self._cpus <= own or (self._threads or 1) > self._ground.own.threads
-                if wide or self._locks.lent:
-                    openmp.end_idle_threads()
-                if self._ground.own.pinned and self._cpus != own:
-                    self._narrow()
-                self._locks.release()
-            self._computes = False
-
-    def _keep(self, why: str) -> None:
-        if self._keeps is None:
-            self._keeps = why
-            self._report(f"neither lends cores nor borrows any: {why}")
-            if self._locks is not None:
-                self._locks.keep(self._ground.lease)
-
-    def _compute_with(self, cpus: Sequence[int], threads: int) -> None:
+    def _compute_on(self, own: Slice, cpus: tuple[int, ...], threads: int) -> None:
         """Bind the calling thread, whose threads inherit its mask, and set the number of intra-op threads."""
-        own = self._ground.own
         if own is not self._applied:
             set_thread_count(os.environ, own.threads)
             if self._applied is not None and self._applied.numa_nodes != own.numa_nodes and own.pinned:
-                binding.bind_memory(self._ground.lease.demand.policy.memory, own.numa_nodes)
+                if note := binding.bind_memory(self._ground.lease.demand.policy.memory, own.numa_nodes):
+                    self._report(note)
+                openmp.end_team()  # its threads keep the policy of the nodes that were left
             self._applied = own
-        if own.pinned and self._locks is not None:
+        if own.pinned and self._exchange is not None:
             wanted = frozenset(cpus)
-            if wanted != self._cpus or os.sched_getaffinity(0) != wanted:
-                ended = openmp.end_idle_threads()
-                masks.move_thread(wanted, whole_process=not ended)
-                self._cpus = wanted
+            if self._cpus != wanted or os.sched_getaffinity(0) != wanted:
+                with self._mutex:
+                    self._cpus = wanted
+                    if not openmp.end_team():  # another runtime: its threads live on, and must follow
+                        masks.enforce(self._ground.lease, wanted, before=self._bound)
+                        self._bound = wanted
+                    masks.bind_thread(wanted)
         if threads != self._threads:
             torch = sys.modules.get("torch")
             if torch is not None and torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
             self._threads = threads
 
+    def _finish(self) -> None:
+        """Compute on nothing. The team ends where others may want its cores: its threads would spin there."""
+        with self._mutex:
+            exchange, own = self._exchange, frozenset(self._ground.own.cpus)
+            if exchange is None or self._keeps is not None:
+                self._computes = False
+                return
+            if self._cpus != own or exchange.lent:
+                openmp.end_team()
+            if self._ground.own.pinned and self._cpus != own:
+                old, self._cpus = self._cpus | self._bound, own
+                masks.bind_thread(own)
+                if masks.outside(os.getpid(), own):
+                    masks.enforce(self._ground.lease, own, before=old)
+                self._bound = own
+            self._computes = False
+            exchange.release()
+
+    def _keep(self, why: str) -> None:
+        """Neither lend nor borrow from now on."""
+        with self._mutex:
+            if self._keeps is None:
+                self._keeps = why
+                if self._exchange is not None:
+                    self._report(f"neither lends cores nor borrows any: {why}")
+                    self._exchange.keep(self._ground.lease)
+
     def _narrow_child(self) -> None:
-        """In a child that is forked while a request computes on borrowed cores: it may live longer than that."""
+        """In a forked child: it may live longer than the request that computes on borrowed cores now."""
         own = self._ground.own
-        if own.pinned and self._locks is not None and not self._cpus <= frozenset(own.cpus):
-            os.sched_setaffinity(0, own.cpus)
+        if own.pinned and self._cpus != frozenset(own.cpus):
+            masks.bind_thread(own.cpus)
 
 
-class _Locks:
-    """What this worker holds on the board, what it has learned, and how wide it should be."""
+class _Exchange:
+    """What this worker holds on the board, what it has learned, and how wide it wants to be."""
 
     def __init__(self, ledger: Ledger, lease: Lease) -> None:
         self._ledger = ledger
         self._identity = lease.identity
-        self._queue = zlib.crc32(f"{lease.server_pid} {lease.model} {lease.version}".encode())
-        self._record = width.new_record(self._queue, lease.slice.threads, time.monotonic())
-        self._open()
+        queue = zlib.crc32(f"{lease.server_pid} {lease.model} {lease.version}".encode())
+        self._record = width.new_record(queue, lease.slice.threads, time.monotonic())
         self._decision: width.Decision | None = None
-        self._lenders: dict[int, Lease] = {}
+        self._lenders: dict[int, Lease] = {}  # by the slot of their records
         self._began = 0.0
-        self._own_threads = lease.slice.threads
-        self.lent = False  # somebody borrows in this domain
+        self.lent = False  # somebody in this domain computes wide, or would
         self.totals = Totals()
+        self._open()
 
     def _open(self) -> None:
-        self._board = Board(self._ledger.directory, self._ledger.beside("board"))
-        self._records = Records(self._ledger.directory, self._ledger.beside("records"))
-        self._slot = self._board.take_slot()
+        self._board = Board(*self._ledger.beside("board"))
+        try:
+            self._records = Records(*self._ledger.beside("records"))
+            self._slot = self._board.take_slot()
+        except OSError:
+            self._board.close()
+            raise
         self._publish()
+
+    def close(self) -> None:
+        self._record = replace(self._record, cores=0)
+        self._publish()
+        self._board.close()
 
     def forget_decision(self) -> None:
         self._decision = None
 
-    def _places(self, slot: int, cores: Slice) -> Sequence[int]:
-        return cores.cpus if cores.pinned else thread_places(slot, cores.threads)
+    def keep(self, lease: Lease) -> None:
+        """Hold the slice of ``lease`` for good."""
+        self._board.release()
+        self._record = replace(self._record, cores=0)
+        self.take_own(_Ground(lease), START_PATIENCE)
+        self._publish()
 
     def take_own(self, ground: _Ground, patience: float) -> None:
         """Take the worker's own slice, by force where somebody computes there for longer than ``patience`` seconds."""
-        if self._board.lost:  # the state directory was deleted: the others open a new one, too
+        if self._board.lost:  # the state directory was deleted; the others open a new board, too
             self._board.close()
             self._open()
         own = ground.own
-        places = self._places(self._slot, own)
+        places = _places(self._slot, own)
         if not self._board.take(places, patience=patience) and own.pinned:
             for pid, cpus in self._board.users(places).items():
                 masks.evict(pid, cpus)
 
-    def keep(self, lease: Lease) -> None:
-        """Hold the slice of ``lease`` for good."""
-        self._board.release()
-        self.take_own(_Ground(lease), START_PATIENCE)
-        self._record = replace(self._record, cores=0)
+    def take(self, ground: _Ground) -> tuple[tuple[int, ...], int]:
+        """Take the own slice and idle neighbours' for one request; return the CPUs and the number of threads."""
+        own = ground.own
+        arrived = time.monotonic()
+        idle_since = {slot: self._records.idle_since(slot) for slot in self._lenders}
+        busy = sum(since is None for since in idle_since.values())
+        self._record = width.arrived(replace(self._record, cores=own.threads), arrived, busy)
+        self._publish()
+        self.take_own(ground, width.patience(self._record))
+        now = time.monotonic()
+        if now - arrived > NO_WAIT:
+            self.totals = replace(self.totals, waited=self.totals.waited + now - arrived)
+        decision = self._decision
+        if decision is None or now >= decision.until:
+            decision = self._decision = self._decide(ground, now)
+        slices, borrowed = self._borrow(own, decision, idle_since)
+        kept, threads = width.fit(slices, decision)
+        for places in borrowed[kept - 1 :]:
+            self._board.give_back(places)
+        cpus = own.cpus
+        if own.pinned:
+            cpus += tuple(cpu for places in borrowed[: kept - 1] for cpu in places)
+        return cpus, threads
+
+    def _borrow(
+        self, own: Slice, decision: width.Decision, idle_since: dict[int, float | None]
+    ) -> tuple[list[int], list[Sequence[int]]]:
+        """Return the cores of the own slice and of every slice that was borrowed, and the places of the latter."""
+        slices, borrowed = [own.threads], list[Sequence[int]]()
+        if decision.width > own.threads:
+            for lender in width.order(decision.lenders, idle_since):
+                places = _places(lender.slot, self._lenders[lender.slot].slice)
+                if self._board.borrow(places):
+                    slices.append(lender.cores)
+                    borrowed.append(places)
+                    if sum(slices) >= decision.width:
+                        break
+        return slices, borrowed
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+
+    def end(self, threads: int) -> None:
+        """Learn from the request that ends now, and say that this worker is idle."""
+        now = time.monotonic()
+        seconds = now - self._began
+        self._record = width.served(self._record, threads, seconds, now)
+        borrowed = max(0, threads - self._record.cores)
+        self.totals = Totals(
+            requests=self.totals.requests + 1,
+            wide=self.totals.wide + (borrowed > 0),
+            borrowed=self.totals.borrowed + borrowed * seconds,
+            waited=self.totals.waited,
+        )
         self._publish()
 
     def release(self) -> None:
         self._board.release()
 
-    def take(self, ground: _Ground) -> tuple[Sequence[int], int]:
-        """Take the own slice and idle neighbours' for one request; return the CPUs and the number of threads."""
-        own = ground.own
-        arrived = time.monotonic()
-        others = {slot: self._records.idle_since(slot) for slot in self._lenders}
-        busy = sum(since is None for since in others.values())
-        self._record = width.arrived(replace(self._record, cores=own.threads), arrived, busy)
-        self._publish()
-        self.take_own(ground, width.patience(self._record))
-        now = time.monotonic()
-        if now - arrived > 0.0002:
-            self.totals = replace(self.totals, waited=self.totals.waited + now - arrived)
-        decision = self._decision
-        if decision is None or now >= decision.until:
-            decision = self._decision = self._decide(ground, now)
-        slices = [own.threads]
-        borrowed: list[Sequence[int]] = []
-        if decision.width > own.threads:
-            for lender in width.order(decision.lenders, others):
-                if sum(slices) >= decision.width:
-                    break
-                places = self._places(lender.slot, self._lenders[lender.slot].slice)
-                if self._board.borrow(places):
-                    slices.append(lender.cores)
-                    borrowed.append(places)
-        kept, threads = width.fit(slices, decision)
-        for places in borrowed[kept - 1 :]:
-            self._board.give_back(places)
-        self._own_threads = own.threads
-        if not own.pinned:
-            return own.cpus, threads
-        return [*own.cpus, *(cpu for places in borrowed[: kept - 1] for cpu in places)], threads
-
-    def begin(self, threads: int) -> None:
-        self._began = time.monotonic()
-
-    def end(self, threads: int) -> None:
-        """Learn from the request that ends now."""
-        now = time.monotonic()
-        seconds = now - self._began
-        self._record = width.served(self._record, threads, seconds, now)
-        extra = threads - self._own_threads
-        totals = replace(self.totals, requests=self.totals.requests + 1)
-        if extra > 0:
-            totals = replace(totals, wide=totals.wide + 1, borrowed=totals.borrowed + extra * seconds)
-        self.totals = totals
-        self._publish()
-
     def _decide(self, ground: _Ground, now: float) -> width.Decision:
-        """Read what the neighbours publish, and choose the width for the next requests."""
+        """Choose the width of the next requests from what this worker and its neighbours know."""
         slots = self._records.slots()
         domain = {self._slot: self._record}
         self._lenders = {}
@@ -312,12 +354,16 @@ class _Locks:
         self._records.write(self._slot, Entry(self._identity, self._record, self.totals))
 
 
+def _places(slot: int, own: Slice) -> Sequence[int]:
+    return own.cpus if own.pinned else thread_places(slot, own.threads)
+
+
 def _neighbours(lease: Lease, state: State) -> tuple[Lease, ...]:
-    """Return the workers that lend to this one and borrow from it, nearest first."""
+    """Return the workers that lend to this one, nearest first."""
     own = lease.slice
-    others = [other for other in state.leases if other.slice.reach == own.reach != () and other.pid != lease.pid]
+    others = [other for other in state.leases if other.slice.reach == own.reach and other.pid != lease.pid]
 
     def distance(other: Lease) -> tuple[bool, int]:
         return other.slice.l3_domains != own.l3_domains, abs(other.slice.cpus[0] - own.cpus[0])
 
-    return tuple(sorted(others, key=distance))
+    return tuple(sorted(others, key=distance)) if own.reach else ()

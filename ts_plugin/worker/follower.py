@@ -15,12 +15,11 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ts_plugin.leases import binding, claim, coordinator, masks
-from ts_plugin.leases.environment import set_thread_count
+from ts_plugin.leases import binding, claim, coordinator
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.machine import discovery
-from ts_plugin.planning.planner import Slice
-from ts_plugin.worker import hooks, openmp, readback
+from ts_plugin.worker import hooks, readback
+from ts_plugin.worker.elastic import Elastic
 from ts_plugin.worker.log import say
 
 __all__ = ["Follower", "attach", "current"]
@@ -37,8 +36,6 @@ class Follower(hooks.Hook):
     def __init__(self, ledger: Ledger, lease: Lease) -> None:
         self._ledger = ledger
         self._lease = lease
-        self._wanted: Slice = lease.slice
-        self._applied: Slice | None = None
         self._mutex = threading.RLock()  # the watching thread against the one that loads the model
         self._peers: tuple[Lease, ...] = ()
         self._pidfds: dict[int, int] = {}
@@ -48,6 +45,7 @@ class Follower(hooks.Hook):
         self._looks = 0
         self._resizes = 0
         self._reported: set[str] = set()
+        self.elastic = Elastic(ledger, lease, self._report)
 
     @property
     def lease(self) -> Lease:
@@ -56,24 +54,6 @@ class Follower(hooks.Hook):
     def start(self) -> None:
         """Start to follow; the thread never keeps the process alive."""
         threading.Thread(target=self._watch, name="ts-cores", daemon=True).start()
-
-    def follow(self) -> None:
-        """Make the calling thread compute with the slice's threads; costs nothing while the slice stays.
-
-        Call it before a model is loaded and at every request boundary, from the thread that runs the model.
-        """
-        wanted = self._wanted
-        if wanted is self._applied:
-            return
-        set_thread_count(os.environ, wanted.threads)
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.get_num_threads() != wanted.threads:
-            torch.set_num_threads(wanted.threads)
-        if self._applied is not None and self._applied.numa_nodes != wanted.numa_nodes and wanted.pinned:
-            if note := binding.bind_memory(self._lease.demand.policy.memory, wanted.numa_nodes):
-                self._report(note)
-            openmp.end_team()  # its threads keep the policy of the nodes that were left
-        self._applied = wanted
 
     def on_load(self, context: Any) -> None:
         """Take over what TorchServe says at load time: the registered name, whether a GPU does the work, the metrics.
@@ -89,13 +69,6 @@ class Follower(hooks.Hook):
             except Exception as error:  # noqa: BLE001 - the model loads all the same
                 self._report(str(error))
             self._metrics = context.metrics
-        self.follow()
-
-    def on_request_start(self) -> None:
-        self.follow()
-
-    def on_request_end(self) -> None:
-        """Nothing to do: the slice is this worker's between requests, too."""
 
     def _tell(self, lease: Lease) -> None:
         """Enter what has changed about this worker; remembered, so that a rebuilt ledger learns it again."""
@@ -148,10 +121,10 @@ class Follower(hooks.Hook):
         demand = replace(self._lease.demand, allowed=allowance.cpus, quota=allowance.quota)
         self._tell(replace(self._lease, demand=demand))
         self._looks += 1
-        reading = self._readback.read(self._lease, thorough=self._looks % THOROUGH == 1)
+        reading = self._readback.read(self._lease, self.elastic, thorough=self._looks % THOROUGH == 1)
         for problem in reading.problems:
             self._report(problem)
-        self._bind(before=masks.reach(self._lease), refused=reading.refusal)
+        self._bind(refused=reading.refusal)
         if self._metrics is None:
             return
         export = readback.exporter(self._metrics, self._lease)
@@ -179,25 +152,24 @@ class Follower(hooks.Hook):
         if lease.slice != own.slice:
             say(claim.describe(lease))
         self._lease = lease  # even if the kernel says no: the threads, at least, are ours to count
-        self._bind(before=masks.reach(own), refused=refused)
+        self.elastic.adopt(lease, state)
+        self._bind(refused=refused)
         lease = self._lease  # may have changed on the way
-        if lease.slice != self._wanted:
-            left = set(self._wanted.numa_nodes) - set(lease.slice.numa_nodes)
-            self._wanted = lease.slice
+        if lease.slice != own.slice:
             self._resizes += 1
-            if left and lease.slice.pinned:
+            if lease.slice.pinned and (left := set(own.slice.numa_nodes) - set(lease.slice.numa_nodes)):
                 self._move_pages(left)
 
-    def _bind(self, *, before: frozenset[int], refused: OSError | None = None) -> None:
+    def _bind(self, *, refused: OSError | None = None) -> None:
         """Bind this process; say in the log and in the ledger that it is not bound, as long as that is so."""
         lease = self._lease
         notes = tuple(note for note in lease.notes if not note.startswith(NOT_BOUND))
-        if notes != lease.notes:
-            before = frozenset(os.sched_getaffinity(lease.pid))  # what it has is no choice of its own, so it follows
+        # What a process has that could not be bound is no choice of its own, so it follows.
+        before = None if notes == lease.notes else os.sched_getaffinity(lease.pid)
         try:
             if refused is not None:
                 raise refused
-            children = masks.enforce(lease, before=before).refused
+            children = self.elastic.bind(before=before).refused
         except OSError as error:
             note = f"{NOT_BOUND}: {readback.refusal(lease, error)}"
             self._report(note)
@@ -243,7 +215,7 @@ def attach(lease: Lease) -> Follower:
     own = _current = Follower(Ledger(), lease)
     own.start()  # before TorchServe is imported, which takes seconds
     try:
-        hooks.install([own])
+        hooks.install([own, own.elastic])
     except Exception as error:  # noqa: BLE001 - the worker is bound already; it must serve even if it cannot follow
         own._report(f"its threads will not follow its slice: {type(error).__name__}: {error}")
     return own

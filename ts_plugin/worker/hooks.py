@@ -1,7 +1,7 @@
 """The only patches of TorchServe: when its worker loads a model, and when a request starts and ends.
 
-Source, TorchServe 0.12: ts/model_service_worker.py calls ts.service.Service(...) right before the handler's
-`initialize`, and `Service.predict` for each batch, in the thread that runs the model. With asyncCommunication
+Source, TorchServe 0.12: ts/model_loader.py calls ts.service.Service(...) right before the handler's `initialize`, and
+ts/model_service_worker.py `Service.predict` for each batch, in the thread that runs the model. With asyncCommunication
 ts/async_service.py puts its own coroutine `predict` into the service's place. Both send what a handler streams from
 inside, turn a handler's exceptions into answers, and return the answer without sending it.
 """
@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ts_plugin.worker.log import say
 
 __all__ = ["Hook", "install"]
 
 
-class Hook(Protocol):
-    """What wants to know. An exception is logged once and never reaches TorchServe."""
+class Hook:
+    """What wants to know; every method does nothing unless overridden. An exception is logged once and never reaches TorchServe."""
 
     def on_load(self, context: Any) -> None:
         """Called before a model is loaded, in the thread that loads it; ``context`` is ts.context.Context."""
+
+    def on_loaded(self) -> None:
+        """Called in the same thread when the handler's `initialize` is done."""
 
     def on_request_start(self) -> None:
         """Called with a batch in hand, before the handler sees it, in the thread that runs the model.
@@ -40,15 +43,23 @@ def install(hooks: Sequence[Hook]) -> None:
         ImportError, AttributeError: this TorchServe is built otherwise; nothing is patched then.
     """
     from ts import async_service
+    from ts.model_loader import TsModelLoader
     from ts.service import Service
 
     first_to_last, last_to_first = _called(hooks), _called(hooks[::-1])
     construct, predict, predict_later = Service.__init__, Service.predict, async_service.predict
+    load = TsModelLoader.load
 
     @functools.wraps(construct)
     def construct_and_tell(self: Any, *arguments: Any, **options: Any) -> None:
         construct(self, *arguments, **options)
         first_to_last("on_load", self.context)
+
+    @functools.wraps(load)
+    def load_and_tell(*arguments: Any, **options: Any) -> Any:
+        service = load(*arguments, **options)
+        first_to_last("on_loaded")
+        return service
 
     @functools.wraps(predict)
     def predict_and_tell(self: Any, batch: Any) -> Any:
@@ -68,6 +79,7 @@ def install(hooks: Sequence[Hook]) -> None:
 
     Service.__init__, Service.predict = construct_and_tell, predict_and_tell
     async_service.predict = predict_later_and_tell
+    TsModelLoader.load = load_and_tell
 
 
 def _called(hooks: Sequence[Hook]) -> Callable[..., None]:

@@ -15,9 +15,10 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 import runpy
 
 from ts_plugin.leases.ledger import LEASE_VARIABLE, unpack_lease
-from ts_plugin.worker import follower
+from ts_plugin.worker import follower, openmp
 
 if __name__ == "__main__":
     del sys.argv[0]
+    openmp.load()
     follower.attach(unpack_lease(os.environ.pop(LEASE_VARIABLE)))
     runpy.run_path(sys.argv[0], run_name="__main__")

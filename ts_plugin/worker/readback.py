@@ -12,6 +12,7 @@ from ts_plugin.leases.ledger import Lease
 from ts_plugin.machine import process
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.worker import openmp
+from ts_plugin.worker.elastic import Elastic
 
 __all__ = ["METRICS", "ReadBack", "Reading"]
 
@@ -50,8 +51,10 @@ class ReadBack:
         self._migrations: dict[int, int] = {}
         self._crowded = 0
 
-    def read(self, lease: Lease, *, thorough: bool) -> Reading:
-        """Compare every thread with ``lease`` and repair masks; ``thorough`` also looks at memory and libraries.
+    def read(self, lease: Lease, elastic: Elastic, *, thorough: bool) -> Reading:
+        """Let ``elastic`` put masks right, and look what this process does on the slice of ``lease``.
+
+        ``thorough`` also looks at memory and libraries.
 
         Costs about 20 microseconds a thread; the thorough form reads numa_maps, which takes milliseconds.
         """
@@ -59,13 +62,13 @@ class ReadBack:
         problems = []
         refused = None
         try:
-            outside, children = masks.enforce(lease)
+            outside, children = elastic.bind()
         except OSError as error:
-            outside, children = masks.outside(lease), ()
+            outside, children = masks.outside(pid, elastic.cpus), ()
             refused = error
         else:
             if outside:
-                where = format_cpulist(masks.reach(lease))
+                where = format_cpulist(elastic.cpus)
                 problems.append(f"{outside} threads had a mask outside the slice (CPUs {where}); put back")
         problems += map(foreign_child, children)
         if lease.slice.pinned and (crowd := self._crowd(pid, lease.slice.threads)):
@@ -102,7 +105,7 @@ def refusal(lease: Lease, error: OSError) -> str:
     """Return what it means that the kernel did not bind the worker itself."""
     remedy = "its cpuset has none of them" if error.errno == errno.EINVAL else "a seccomp filter must let it pass"
     return (
-        f"its own are CPUs {format_cpulist(masks.reach(lease))}, it runs on {format_cpulist(os.sched_getaffinity(0))}; "
+        f"its own are CPUs {format_cpulist(lease.slice.cpus)}, it runs on {format_cpulist(os.sched_getaffinity(0))}; "
         f"sched_setaffinity: {error.strerror}; {remedy}"
     )
 
