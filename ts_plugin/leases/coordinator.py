@@ -291,12 +291,8 @@ def _divide(topology: Topology, leases: Iterable[Lease], newcomer: _Asking | Non
         raise failed[newcomer.owner]
     notes = tuple(f"the workers of process {owner} keep their slices: {error}" for owner, error in failed.items())
     kept = {cpu for worker in asking if worker.owner in failed for cpu in worker.demand.held}
-    taken = {cpu for core in topology.cores_of(kept) for cpu in core.cpus}
-    rest = [
-        replace(worker, demand=replace(worker.demand, allowed=worker.demand.allowed - taken or worker.demand.allowed))
-        for worker in asking
-        if worker.owner not in failed
-    ]
+    taken = frozenset(cpu for core in topology.cores_of(kept) for cpu in core.cpus)
+    rest = [replace(worker, demand=_beside(worker.demand, taken)) for worker in asking if worker.owner not in failed]
     try:
         division = _planned(topology, rest)
     except PlanError as error:
@@ -304,6 +300,16 @@ def _divide(topology: Topology, leases: Iterable[Lease], newcomer: _Asking | Non
             raise
         return _Division({}, frozenset(), (*notes, str(error)))
     return replace(division, notes=(*division.notes, *notes))
+
+
+def _beside(demand: Demand, taken: frozenset[int]) -> Demand:
+    """Return ``demand`` without the CPUs that are ``taken``; unchanged if nothing is left, cores are shared then."""
+    allowed, named = demand.allowed - taken, demand.policy.core_list
+    if named is None:
+        return replace(demand, allowed=allowed or demand.allowed)
+    if not named - taken:
+        return demand
+    return replace(demand, allowed=allowed, policy=replace(demand.policy, core_list=named - taken))
 
 
 def _planned(topology: Topology, asking: Sequence[_Asking]) -> _Division:
