@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ts_plugin.leases import masks
 from ts_plugin.leases.ledger import Lease, Ledger, Refusal, Server, State
@@ -239,8 +240,7 @@ def _allowing(state: State, lease: Lease) -> State:
     return replace(state, servers=servers)
 
 
-@dataclass(frozen=True, slots=True)
-class _Asking:
+class _Asking(NamedTuple):
     """A worker in the planner's eyes. ``owner``: whose mistake an impossible demand is, by PID."""
 
     pid: int
@@ -248,8 +248,7 @@ class _Asking:
     demand: Demand
 
 
-@dataclass(frozen=True, slots=True)
-class _Division:
+class _Division(NamedTuple):
     """A slice for every PID that could be planned; the others keep what they have, and ``notes`` say why."""
 
     slices: dict[int, Slice]
@@ -291,19 +290,25 @@ def _divide(topology: Topology, leases: Iterable[Lease], newcomer: _Asking | Non
         raise failed[newcomer.owner]
     notes = tuple(f"the workers of process {owner} keep their slices: {error}" for owner, error in failed.items())
     kept = {cpu for worker in asking if worker.owner in failed for cpu in worker.demand.held}
-    taken = {cpu for core in topology.cores_of(kept) for cpu in core.cpus}
-    rest = [
-        replace(worker, demand=replace(worker.demand, allowed=worker.demand.allowed - taken or worker.demand.allowed))
-        for worker in asking
-        if worker.owner not in failed
-    ]
+    taken = frozenset(cpu for core in topology.cores_of(kept) for cpu in core.cpus)
+    rest = [worker._replace(demand=_beside(worker.demand, taken)) for worker in asking if worker.owner not in failed]
     try:
         division = _planned(topology, rest)
     except PlanError as error:
         if newcomer:
             raise
         return _Division({}, frozenset(), (*notes, str(error)))
-    return replace(division, notes=(*division.notes, *notes))
+    return division._replace(notes=(*division.notes, *notes))
+
+
+def _beside(demand: Demand, taken: frozenset[int]) -> Demand:
+    """Return ``demand`` without the CPUs that are ``taken``; unchanged if nothing is left, cores are shared then."""
+    allowed, named = demand.allowed - taken, demand.policy.core_list
+    if named is None:
+        return replace(demand, allowed=allowed or demand.allowed)
+    if not named - taken:
+        return demand
+    return replace(demand, allowed=allowed, policy=replace(demand.policy, core_list=named - taken))
 
 
 def _planned(topology: Topology, asking: Sequence[_Asking]) -> _Division:
