@@ -205,6 +205,8 @@ def run_cpu(lscpu: str, *options: str) -> Slicer:
     launcher.is_numactl_available = lambda: True
     launcher.set_multi_thread_and_allocator = lambda *_: None  # would change our environment
 
+    options = (*options, "--log-path", os.devnull)  # its main() does the same; without, every launch leaves a directory
+
     def slice_of(workers: int, rank: int) -> frozenset[int]:
         arguments = parser.parse_args([*options, "--ninstances", str(workers), "--rank", str(rank), "worker.py"])
         with mock.patch.object(module, "start_processes") as start:
