@@ -12,19 +12,16 @@ import functools
 import importlib
 import importlib.util
 import json
-import lzma
 import os
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.harness.captures import unpacked
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.planning.planner import Demand, Slice, plan
@@ -44,7 +41,6 @@ __all__ = [
     "run_cpu",
     "score",
     "ts_cores",
-    "unpacked",
 ]
 
 WORKERS = (1, 2, 3, 4, 5, 8, 16)
@@ -161,15 +157,6 @@ def _lscpu(file: Path, document: dict[str, Any]) -> str | None:
     incomplete = document["origin"] == "hwloc-xml" or "thin-dump" in document["tags"]
     lines = file.read_text().splitlines()
     return "\n".join(f"{line}0" if incomplete and line.endswith(",") else line for line in lines)
-
-
-@contextmanager
-def unpacked(archive: Path) -> Iterator[str]:
-    """Unpack a captured tree for as long as the context lasts, in memory where the system has a place for that."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
-        with lzma.open(archive) as stream:
-            subprocess.run(["tar", "-x", "-C", directory], input=stream.read(), check=True)
-        yield os.path.join(directory, os.listdir(directory)[0])
 
 
 def ts_cores(root: str) -> Slicer:
