@@ -25,12 +25,11 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.harness import CHECKOUT, archives
-from benchmarks.harness.torchserve import RequestError, TorchServe, TorchServeError
+from benchmarks.harness import PLUGINS, archives
+from benchmarks.harness.torchserve import Property, RequestError, TorchServe, TorchServeError
 
 GRACE = 2.0  # seconds, the promise
 READ_BACK = 6.0  # seconds until a worker has looked at its own masks again
-PLUGINS = CHECKOUT / "ts_plugin" / "frontend"
 DAMAGE = ["", "{", '{"version": 0}', '{"version": 1, "generation": "x"}', "[" * 200_000, "\0" * 4096]
 UNFINISHED = ("idle cores", "more workers than cores, but not shared fairly")
 MAX_WORKERS = 3  # per model: more would only wait for the CPUs to start them
@@ -195,10 +194,7 @@ class Chaos:
         self.report = report
         self.grace = grace
         self.archive = archives.facts()
-        properties: dict[str, str | int | float | bool | Path | None] = {
-            "plugins_path": PLUGINS,
-            "cpu_launcher_enable": True,
-        }
+        properties: dict[str, Property | None] = {"plugins_path": PLUGINS, "cpu_launcher_enable": True}
         first = TorchServe(self.archive, workers=1, properties=properties)
         second = TorchServe(self.archive, workers=1, properties=properties, state_directory=first.state_directory)
         self.servers = [first, second]

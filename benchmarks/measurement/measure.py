@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ts_plugin
+from benchmarks.harness import PLUGINS
 from benchmarks.harness.archives import Handler
 from benchmarks.harness.torchserve import Property, TorchServe
 from benchmarks.measurement import perf, probe
@@ -21,7 +21,6 @@ from ts_plugin.machine.topology import Core
 
 __all__ = ["UnboundError", "Observed", "Setting", "Workload", "ceiling", "serve", "setting"]
 
-PLUGINS = Path(ts_plugin.__file__).parent / "frontend"
 WARM_UP = 5  # requests per worker: TorchScript optimises during the first ones
 RATE_SHARE = 0.7  # of a closed loop's throughput: below saturation
 SATURATED = 3.0  # intervals between two requests by which latency may grow during an open loop
