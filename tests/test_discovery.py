@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.checks.topologies import unpacked
+from benchmarks.harness.captures import unpacked
 from ts_plugin.machine.cpulist import parse_cpulist
 from ts_plugin.machine.discovery import DiscoveryError, read_allowance, read_bounds, read_mask, read_topology
 from ts_plugin.machine.topology import Allowance, Core, NumaNode, Topology

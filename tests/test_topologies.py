@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -215,7 +216,12 @@ HARD = (
 
 @needs_captures
 @pytest.mark.parametrize("name", ["flux-ipa20", "nri-sample1", "hwloc-16amd64-8n2c-cpusets", "nri-server"])
-def test_the_command_scores_a_directory(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_scores_a_directory(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     for kind, suffix in (("json", "json"), ("sysfs", "tar.xz"), ("lscpu", "txt")):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / f"{name}.{suffix}").symlink_to(CAPTURES / kind / f"{name}.{suffix}")
@@ -227,6 +233,7 @@ def test_the_command_scores_a_directory(name: str, tmp_path: Path, capsys: pytes
     assert {key: document["totals"]["ts-cores"].get(key, 0) for key in HARD} == dict.fromkeys(HARD, 0)
     assert topologies.main([str(tmp_path), "--markdown"]) == 0
     assert "| cases | 7 |" in capsys.readouterr().out
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_directory_without_captures_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,19 +12,16 @@ import functools
 import importlib
 import importlib.util
 import json
-import lzma
 import os
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.harness.captures import unpacked
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.planning.planner import Demand, Slice, plan
@@ -44,7 +41,6 @@ __all__ = [
     "run_cpu",
     "score",
     "ts_cores",
-    "unpacked",
 ]
 
 WORKERS = (1, 2, 3, 4, 5, 8, 16)
@@ -163,15 +159,6 @@ def _lscpu(file: Path, document: dict[str, Any]) -> str | None:
     return "\n".join(f"{line}0" if incomplete and line.endswith(",") else line for line in lines)
 
 
-@contextmanager
-def unpacked(archive: Path) -> Iterator[str]:
-    """Unpack a captured tree for as long as the context lasts, in memory where the system has a place for that."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
-        with lzma.open(archive) as stream:
-            subprocess.run(["tar", "-x", "-C", directory], input=stream.read(), check=True)
-        yield os.path.join(directory, os.listdir(directory)[0])
-
-
 def ts_cores(root: str) -> Slicer:
     """Return the planner for the machine below ``root``, as ``ts-cores plan --sys-root`` uses it."""
     topology, allowance = read_topology(root), read_allowance(root)
@@ -204,6 +191,8 @@ def run_cpu(lscpu: str, *options: str) -> Slicer:
     launcher.cpuinfo = module._CPUinfo(test_input=lscpu)
     launcher.is_numactl_available = lambda: True
     launcher.set_multi_thread_and_allocator = lambda *_: None  # would change our environment
+
+    options = (*options, "--log-path", os.devnull)  # its main() does the same; without, every launch leaves a directory
 
     def slice_of(workers: int, rank: int) -> frozenset[int]:
         arguments = parser.parse_args([*options, "--ninstances", str(workers), "--rank", str(rank), "worker.py"])
