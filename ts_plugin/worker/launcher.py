@@ -11,7 +11,7 @@ import os
 import sys
 from typing import NoReturn
 
-from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases import binding, claim, coordinator, registration
 from ts_plugin.leases.ledger import LEASE_VARIABLE, Ledger, pack_lease
 
 __all__ = ["main"]
@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> NoReturn:
 def _bind(arguments: list[str], environment: dict[str, str]) -> str:
     """Claim a slice for this process, and return the program that runs the worker inside it."""
     ledger = Ledger()
+    registration.ensure_registered(ledger)
     archive = claim.read_archive(os.getcwd())
     lease = claim.claim(ledger, archive=archive, worker=claim.worker_id(arguments))
     policy = lease.demand.policy
