@@ -247,9 +247,13 @@ def test_a_worker_that_is_scaled_away_while_it_takes_a_request_answers_it(tmp_pa
             assert eventually(lambda: list(server.workers()) == [stays])
 
 
-def test_scaling_down_is_done_when_the_worker_is_gone() -> None:
-    """Its memory, a GPU's too, can be used again when the API says 200; TorchServe's own scaling promises that."""
-    with TorchServe(archives.facts(), workers=2, properties=PINNED) as server, ThreadPoolExecutor() as clients:
+GPU = {"CUDA_VISIBLE_DEVICES": "0"}  # enough for TorchServe's frontend to number its workers' devices
+
+
+def test_scaling_down_is_done_when_the_worker_has_left_its_gpu() -> None:
+    """The device's memory can be used again when the API says 200, as after TorchServe's own scaling."""
+    server = TorchServe(archives.facts(), workers=2, properties=PINNED, environment=GPU)
+    with server, ThreadPoolExecutor() as clients:
         answers = [clients.submit(ask, server, "facts", {"sleep": 3}) for _ in range(2)]
         assert eventually(lambda: server.log().count("Flushing req.cmd PREDICT") == 2), "each computes one"
         server.scale("facts", 1, wait=False)
@@ -259,8 +263,9 @@ def test_scaling_down_is_done_when_the_worker_is_gone() -> None:
 
 def test_a_hung_worker_that_is_scaled_away_ends_with_its_response_timeout() -> None:
     archive = archives.facts("hung", config="responseTimeout: 8\n")
-    properties: dict[str, Property] = {**PINNED, "unregister_model_timeout": 1}
-    with TorchServe(archive, workers=2, properties=properties) as server, ThreadPoolExecutor() as clients:
+    properties: dict[str, Property | None] = {**PINNED, "unregister_model_timeout": 1}
+    server = TorchServe(archive, workers=2, properties=properties, environment=GPU)
+    with server, ThreadPoolExecutor() as clients:
         answers = [clients.submit(ask, server, "hung", {"sleep": 600}) for _ in range(2)]
         assert eventually(lambda: server.log().count("Flushing req.cmd PREDICT") == 2), "each computes one"
         with pytest.raises(RequestError) as refusal:

@@ -59,6 +59,10 @@ final class DrainingAggregator extends BatchAggregator {
         return model == one;
     }
 
+    boolean holdsDevice() {
+        return worker.getGpuId() >= 0;
+    }
+
     /** The end of the process of a worker that was told to retire. */
     CompletableFuture<?> ended() {
         return ended;

@@ -76,8 +76,9 @@ final class DrainingWorkLoadManager extends WorkLoadManager {
     }
 
     /**
-     * As TorchServe's own: the answer comes when the workers that had to go are gone, with the memory of their device,
-     * or is 408 after unregister_model_timeout; they end by themselves all the same, responseTimeout bounds that.
+     * As TorchServe's own: where workers that have to go hold a GPU's memory, the answer comes when they are gone, or is
+     * 408 after unregister_model_timeout. For others it comes at once: TorchServe blocks an event loop of its HTTP server
+     * while it waits for it. A worker that hangs ends with its responseTimeout, as it would without being scaled away.
      */
     @Override
     public CompletableFuture<Integer> modelChanged(Model model, boolean isStartup, boolean isCleanUp) {
@@ -91,7 +92,7 @@ final class DrainingWorkLoadManager extends WorkLoadManager {
             equip(model.getModelVersionName());
             CompletableFuture<?>[] ends =
                     draining.stream()
-                            .filter(worker -> worker.serves(model))
+                            .filter(worker -> worker.serves(model) && worker.holdsDevice())
                             .map(DrainingAggregator::ended)
                             .toArray(CompletableFuture<?>[]::new);
             if (ends.length == 0) {
