@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import CHECKOUT
+from benchmarks.harness import CHECKOUT
 from tests.cpuset import Cpuset
 from tests.eventually import eventually
 from ts_plugin.leases import coordinator, directory

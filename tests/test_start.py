@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import CHECKOUT
+from benchmarks.harness import CHECKOUT
 
 SCRIPT = """
 import json, os, sys
@@ -31,7 +31,7 @@ def prepare(lease):
         raise OSError("no room for preparations")
     return ["a note"]
 
-lease, reason = start(worker="9000", archive=sys.argv[2], prepare=prepare, how=" (by a test)")
+lease, reason = start(worker="9000", archive=sys.argv[2], prepare=prepare)
 state = Ledger().read()
 print(json.dumps({
     "pid": os.getpid(),
@@ -71,7 +71,7 @@ def test_a_bound_worker_says_so_with_its_notes(tmp_path: Path) -> None:
     assert facts["leases"] == [facts["pid"]]
     assert facts["unbound"] is None
     assert "intra-op threads" in log
-    assert "(by a test)" in log
+    assert "(claimed by the handler)" in log
     assert "worker 9000: a note" in log
 
 

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> NoReturn:
         policy = lease.demand.policy
         return prepare_environment(environment, lease.slice, policy, library_roots=(sys.prefix,))
 
-    lease, reason = start(worker=claim.worker_id(arguments), archive=os.getcwd(), prepare=prepare)
+    lease, reason = start(worker=claim.worker_id(arguments), archive=os.getcwd(), prepare=prepare, hooked=True)
     if lease is None:
         unbound = {**os.environ, coordinator.UNBOUND_VARIABLE: reason}
         unbound.pop(LEASE_VARIABLE, None)
