@@ -82,7 +82,7 @@ def test_plan_contract(tree: Path) -> None:
     document = answer("plan", "--workers", "2", "--sys-root", tree)
     assert set(document) == {"workers", "idle_cpus", "notes"}
     first, second = document["workers"]
-    assert set(first) == {"worker", "cpus", "threads", "numa_nodes", "l3_domains", "packages"}
+    assert set(first) == {"worker", "cpus", "threads", "numa_nodes", "l3_domains", "packages", "pinned"}
     assert (first["worker"], first["cpus"], first["threads"]) == (0, [0, 1, 2, 3], 4)
     assert (second["worker"], second["cpus"], second["threads"]) == (1, [4, 5, 6, 7], 4)
     assert (first["numa_nodes"], second["packages"]) == ([0], [1])
@@ -130,7 +130,7 @@ def test_plan_draws_the_machine(tree: Path) -> None:
 )
 def test_plan_that_does_not_exist(tree: Path, words: list[str], complaint: str) -> None:
     root = [] if "--sys-root" in words else ["--sys-root", str(tree)]
-    shown, error = ts_cores("plan", "--workers", "2", *root, *words, status=1)
+    shown, error = ts_cores("plan", "--workers", "2", *root, *words, status=2)
     assert shown == ""
     assert complaint in error
     assert error.count("\n") == 1
@@ -235,7 +235,7 @@ def test_doctor(tmp_path: Path) -> None:
     assert found[0]["change"].startswith("plugins_path=")
     shown, _ = ts_cores("doctor", "--config", config, status=1)
     assert "no plugins_path" in " ".join(shown.split())
-    _, error = ts_cores("doctor", "--config", tmp_path / "none", status=1)
+    _, error = ts_cores("doctor", "--config", tmp_path / "none", status=2)
     assert "no such file" in error.lower()
     assert error.count("\n") == 1
 

@@ -21,7 +21,8 @@ from tests.browser import Browser
 from tests.machines import machine
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology
-from ts_plugin.operate import picture
+from ts_plugin.operate.html import html
+from ts_plugin.operate.svg import PALETTE, svg
 from ts_plugin.operate.terminal import Map, utilisation
 from ts_plugin.operate.view import View, Worker, tag
 from ts_plugin.planning.planner import Demand, plan
@@ -62,7 +63,7 @@ def attributes(element: ElementTree.Element, *names: str) -> tuple[float, ...]:
 @pytest.mark.parametrize(("topology", "workers"), CASES)
 def test_svg_shows_every_core_with_its_owners(topology: Topology, workers: int) -> None:
     view = drawn(topology, workers)
-    root = ElementTree.fromstring(picture.svg(view))
+    root = ElementTree.fromstring(svg(view))
     cells = [cell for cell in root.iter(f"{SVG}g") if cell.get("class") == "cell" and "data-tags" in cell.attrib]
     assert len(cells) == len(topology.cores)
     shown = {}
@@ -81,7 +82,7 @@ def test_svg_shows_every_core_with_its_owners(topology: Topology, workers: int) 
 
 @pytest.mark.parametrize(("topology", "workers"), CASES)
 def test_svg_stays_inside_its_canvas(topology: Topology, workers: int) -> None:
-    root = ElementTree.fromstring(picture.svg(drawn(topology, workers)))
+    root = ElementTree.fromstring(svg(drawn(topology, workers)))
     _, _, width, height = map(float, root.attrib["viewBox"].split())
     assert width <= 1300
     for shape in root.iter(f"{SVG}rect"):
@@ -98,7 +99,7 @@ def test_svg_stays_inside_its_canvas(topology: Topology, workers: int) -> None:
 
 
 def test_tiles_do_not_overlap() -> None:
-    root = ElementTree.fromstring(picture.svg(drawn(MACHINES["SNC"], 3)))
+    root = ElementTree.fromstring(svg(drawn(MACHINES["SNC"], 3)))
     places = []
     for cell in root.iter(f"{SVG}g"):
         if "data-tags" in cell.attrib:
@@ -111,10 +112,10 @@ def test_tiles_do_not_overlap() -> None:
 
 def test_workers_beyond_the_palette_have_a_pattern_of_their_own() -> None:
     view = drawn(MACHINES["1024 CPUs"], 40)
-    root = ElementTree.fromstring(picture.svg(view))
+    root = ElementTree.fromstring(svg(view))
     known = {pattern.attrib["id"] for pattern in root.iter(f"{SVG}pattern")}
     used = {fill[5:-1] for shape in root.iter(f"{SVG}rect") if (fill := shape.get("fill", "")).startswith("url(#")}
-    assert used == known == {f"ts-{index}" for index in range(len(picture.PALETTE), 40)}
+    assert used == known == {f"ts-{index}" for index in range(len(PALETTE), 40)}
 
 
 def test_text_can_be_read_on_every_colour() -> None:
@@ -125,13 +126,13 @@ def test_text_can_be_read_on_every_colour() -> None:
         linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    for fill, ink in picture.PALETTE:
+    for fill, ink in PALETTE:
         light, dark = sorted((luminance(fill), luminance(ink)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, fill
 
 
 def test_names_are_escaped_and_nothing_is_fetched() -> None:
-    page = picture.html(drawn(MACHINES["SMT"], 2))
+    page = html(drawn(MACHINES["SMT"], 2))
     assert "resnet<18>" not in page
     assert "resnet&lt;18&gt;" in page
     assert "why &lt;not&gt;" in page
@@ -176,11 +177,11 @@ def rgb(colour: str) -> tuple[int, int, int]:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
     page = tmp_path / "cores.html"
-    page.write_text(picture.html(drawn(MACHINES["SNC"], 6)), encoding="utf-8")
+    page.write_text(html(drawn(MACHINES["SNC"], 6)), encoding="utf-8")
     with Browser(tmp_path / "profile", dark=dark) as browser:
         browser.open(page.as_uri())
         seen = colours(browser.screenshot(tmp_path / "cores.png"))
-        assert {rgb(fill) for fill, _ in picture.PALETTE[:6]} <= seen
+        assert {rgb(fill) for fill, _ in PALETTE[:6]} <= seen
         assert rgb("#12161c" if dark else "#ffffff") in seen
         assert browser.run("document.querySelectorAll('tbody tr').length") == 6
         assert browser.run("document.documentElement.scrollWidth <= innerWidth")
@@ -207,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         allowed = self.server.token is None or self.headers["Authorization"] == f"Bearer {self.server.token}"
-        body = picture.html(self.server.view, ticks={0: (1, 2)}).encode() if allowed else b'{"code": 400}'
+        body = html(self.server.view, ticks={0: (1, 2)}).encode() if allowed else b'{"code": 400}'
         self.send_response(200 if allowed else 400)
         self.send_header("Content-Type", "text/html; charset=utf-8" if allowed else "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -261,4 +262,4 @@ def test_a_real_server_behind_its_token(tmp_path: Path, checkout: Path) -> None:
             pids = browser.run("[...document.querySelectorAll('tbody tr')].map(row => +row.cells[3].textContent)")
             assert sorted(pids) == sorted(piece["pid"] for piece in running.cores()["slices"])
             seen = colours(browser.screenshot(tmp_path / "cores.png"))
-            assert {rgb(fill) for fill, _ in picture.PALETTE[:2]} <= seen
+            assert {rgb(fill) for fill, _ in PALETTE[:2]} <= seen

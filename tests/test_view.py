@@ -120,7 +120,7 @@ def test_ticks(tmp_path: Path) -> None:
 
 
 def test_look_at_this_machine() -> None:
-    picture = view.look()
+    picture = view.current_view()
     assert picture.topology.online >= frozenset(os.sched_getaffinity(0))
     assert picture.workers == ()
     assert process.identify(os.getpid()) is not None

@@ -27,9 +27,10 @@ def main(arguments: list[str]) -> int:
         text = next((option.partition("=")[2] for option in options if option.startswith("--launcher-args=")), "")
         answer = take_over(Ledger(), server_pid, text)
     elif command == "cores" and "--html" in options:
-        from ts_plugin.operate import picture, view
+        from ts_plugin.operate import view
+        from ts_plugin.operate.html import html
 
-        sys.stdout.buffer.write(picture.html(view.look(server_pid), ticks=view.ticks()).encode())
+        sys.stdout.buffer.write(html(view.current_view(server_pid), ticks=view.ticks()).encode())
         return 0
     elif command == "cores":
         answer = {"enabled": "--enabled" in options, **core_map(Ledger().read(), server_pid=server_pid)}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ts_plugin.leases.ledger import Lease, State
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology
-from ts_plugin.operate.view import count
+from ts_plugin.machine.words import count
 from ts_plugin.planning.policy import Pin
 
 __all__ = ["explain", "find"]

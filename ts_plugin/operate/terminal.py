@@ -6,17 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 
 from rich.box import ROUNDED, SIMPLE
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Group as Stack
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Core
-from ts_plugin.operate import view as core_map
+from ts_plugin.machine.words import count
 from ts_plugin.operate.doctor import Finding, Severity
-from ts_plugin.operate.picture import colour
-from ts_plugin.operate.view import WORDS, Use, View, count, tag
+from ts_plugin.operate.svg import colour
+from ts_plugin.operate.view import WORDS, Group, Use, View, tag
 
 __all__ = ["Map", "report", "utilisation"]
 
@@ -28,6 +29,7 @@ STYLES = {
     Use.RESERVED: ("R", "white on #5a6675"),
     Use.BARRED: ("x", "dim strike"),
 }
+WIDEST = 160  # columns that the map takes at most, where nobody says how wide a line may be
 DETAILED = 64  # cores up to which every tile carries its CPU numbers
 
 
@@ -60,7 +62,7 @@ class Map:
         yield Text.assemble((self._view.title, "bold"), "  ", (self._view.summary(), "dim"))
         for package in self._view.packages():
             yield Panel(
-                self._group(package, options.max_width - 6),
+                self._group(package, min(options.max_width, WIDEST) - 6),
                 title=package.label,
                 title_align="left",
                 box=ROUNDED,
@@ -73,8 +75,10 @@ class Map:
             yield Text.assemble(("unbound ", "bold red"), f"pid {pid}: {reason}")
         for note in self._view.notes:
             yield Text.assemble(("note ", "bold"), note)
+        if self._view.ledger:
+            yield Text(f"ledger {self._view.ledger}", "dim")
 
-    def _group(self, group: core_map.Group, width: int) -> RenderableType:
+    def _group(self, group: Group, width: int) -> RenderableType:
         if not group.groups:
             return self._tiles(group.cores, width)
         table = Table.grid(padding=(0, 2))
@@ -163,7 +167,7 @@ def report(findings: Sequence[Finding]) -> RenderableType:
         table.add_row(Text(mark, style), Text(one.subject, style), words)
     found = {severity: sum(one.severity is severity for one in findings) for severity in Severity}
     verdict = f"{count(found[Severity.ERROR], 'error')}, {count(found[Severity.WARNING], 'warning')}"
-    return Group(table, Text(f"\n{verdict}", "bold"))
+    return Stack(table, Text(f"\n{verdict}", "bold"))
 
 
 def _bar(share: float) -> str:

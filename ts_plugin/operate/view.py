@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
@@ -13,9 +13,25 @@ from ts_plugin.leases.coordinator import Unbound
 from ts_plugin.leases.ledger import Ledger, State
 from ts_plugin.machine import discovery
 from ts_plugin.machine.topology import Core, Topology
+from ts_plugin.machine.words import count
 from ts_plugin.planning.planner import Plan, Slice
 
-__all__ = ["WORDS", "Group", "Use", "View", "Worker", "count", "look", "of_plan", "of_state", "tag", "ticks"]
+__all__ = [
+    "MOST_WORKERS",
+    "WORDS",
+    "Group",
+    "Use",
+    "View",
+    "Worker",
+    "current_view",
+    "not_judged",
+    "of_plan",
+    "of_state",
+    "tag",
+    "ticks",
+]
+
+MOST_WORKERS = 4096  # in a plan; no server starts as many, and a plan for more only takes time
 
 
 class Use(StrEnum):
@@ -61,7 +77,7 @@ class View:
     """All that a picture shows.
 
     ``elsewhere`` are the CPUs in slices of workers that the picture leaves out, ``unbound`` the PIDs of workers without
-    a slice, each with the reason.
+    a slice, each with the reason. ``ledger`` is the file that was read.
     """
 
     topology: Topology
@@ -72,6 +88,7 @@ class View:
     unbound: tuple[tuple[int, str], ...] = ()
     notes: tuple[str, ...] = ()
     title: str = "ts-cores"
+    ledger: str = ""
     _owners: dict[int, list[int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -158,15 +175,17 @@ WORDS = {
 }
 
 
-def look(server_pid: int | None = None) -> View:
+def current_view(server_pid: int | None = None) -> View:
     """Return the picture of what is held now on this machine; only one frontend's workers if ``server_pid`` is given.
 
     Raises:
         LedgerError: the ledger is not this user's alone.
     """
-    state = Ledger().read()
-    allowed = discovery.read_allowance().cpus
-    return of_state(state, discovery.read_topology(), allowed, coordinator.unbound_workers(state), server_pid)
+    ledger = Ledger()
+    state = ledger.read()
+    unbound = coordinator.unbound_workers(state)
+    picture = of_state(state, discovery.read_topology(), discovery.read_allowance().cpus, unbound, server_pid)
+    return replace(picture, ledger=ledger.path)
 
 
 def of_state(
@@ -187,6 +206,7 @@ def of_state(
         for lease in leases
         if wanted(lease.server_pid)
     )
+    without_lease = [item for item in unbound if wanted(item.server_pid)]
     foreign = (
         cpu for lease in leases if not wanted(lease.server_pid) and lease.slice.pinned for cpu in lease.slice.cpus
     )
@@ -196,8 +216,20 @@ def of_state(
         allowed.union(*(item.allowed for item in state.servers), *(lease.demand.allowed for lease in leases)),
         reserved=state.reserved,
         elsewhere=frozenset(foreign),
-        unbound=tuple((item.pid, item.reason) for item in unbound if wanted(item.server_pid)),
-        notes=state.notes,
+        unbound=tuple((item.pid, item.reason) for item in without_lease if not item.elsewhere),
+        notes=(*state.notes, *not_judged(without_lease)),
+    )
+
+
+def not_judged(workers: Iterable[Unbound]) -> tuple[str, ...]:
+    """Return one sentence for each owner of the workers that the ledger cannot know."""
+    found: dict[str, list[int]] = {}
+    for worker in workers:
+        if worker.elsewhere:
+            found.setdefault(worker.elsewhere, []).append(worker.pid)
+    return tuple(
+        f"not judged here: {count(len(pids), 'worker')} of {whose} (pid {', '.join(map(str, pids))})"
+        for whose, pids in found.items()
     )
 
 
@@ -229,10 +261,6 @@ def tag(index: int) -> str:
 
 def _split(cores: Sequence[Core], key: Callable[[Core], int]) -> list[tuple[int, tuple[Core, ...]]]:
     return [(number, tuple(part)) for number, part in groupby(sorted(cores, key=key), key)]
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _gibibytes(kib: int) -> str:
