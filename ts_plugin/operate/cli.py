@@ -291,12 +291,12 @@ def _doctor(options: argparse.Namespace) -> int:
     from ts_plugin.operate.inspection import inspect
 
     path = options.config or default_config()
-    if path is not None and path.is_dir():
-        raise InputError(f"{path}: is a directory; name the file in it: --config {path / 'config.properties'}")
     try:
         findings = examine(inspect(path))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; `ts-cores init {path}` writes one") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a directory; name the file in it: --config {path}/config.properties") from error
     except OSError as error:
         remedy = f"let user {os.getuid()} read it" if isinstance(error, PermissionError) else "name another file"
         raise InputError(f"{path}: {error.strerror}; {remedy}") from error
@@ -334,8 +334,8 @@ def _init(options: argparse.Namespace) -> int:
     content = text.encode(errors="surrogateescape")
     config = parse_config(target, content, {})
     unreadable = [str(path) for name, path in paths.items() if config.get(name) != str(path)]
-    if unreadable or config.errors:
-        raise InputError(f"TorchServe cannot read {', '.join(unreadable) or target!s} from a file; use simpler names")
+    if unreadable or config.errors or not str(target).isprintable():
+        raise InputError(f"TorchServe cannot read {', '.join(unreadable) or target!s} from a file; use a simpler name")
     try:
         paths["model_store"].mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:

@@ -151,7 +151,7 @@ def _config(seen: Inspection) -> Iterator[Finding]:
 
 
 _PORTS = {"inference_address": 8080, "management_address": 8081, "metrics_address": 8082}
-_ADDRESS = re.compile(r"https?://[^:^/]+(:(?P<port>[0-9]{1,9}))?|unix:/.*")
+_ADDRESS = re.compile(r"https?://[^:^/\s\[\]]+(:(?P<port>[0-9]{1,9}))?|unix:/.*")
 _ABSENT = {
     "model_store": ("torchserve stops", "mkdir it, or name the directory of the archives; an absolute path is best"),
     "load_models": ("a model that is not in model_store has no workers", "put it there, or take it out of load_models"),
@@ -160,7 +160,10 @@ _ABSENT = {
 
 
 def _is_address(text: str) -> bool:
-    """Source: org.pytorch.serve.util.Connector (parse), ConfigManager (ADDRESS_PATTERN)."""
+    """Tell whether TorchServe can listen there; it takes no IPv6 address, in brackets or not.
+
+    Source: org.pytorch.serve.util.Connector (parse), ConfigManager (ADDRESS_PATTERN).
+    """
     match = _ADDRESS.fullmatch(text)
     return match is not None and int(match["port"] or 0) <= 65535
 
