@@ -14,12 +14,16 @@ from typing import Any
 
 import pytest
 
+from benchmarks import archives
+from benchmarks.torchserve import Property, TorchServe
+from tests.eventually import eventually
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import parse_launcher_args
 
 RUN = [sys.executable, "-c", "import sys; from ts_plugin.operate.cli import main; sys.exit(main())"]
+HANGS = 120.0  # seconds; no command of these tests computes for more than two
 ALLOWED = discovery.read_allowance().cpus
 
 
@@ -28,7 +32,7 @@ def ts_cores(*words: str | Path, status: int = 0, cwd: Path | None = None) -> tu
     # Python's environment, not C's: there pytest has left COLUMNS=80, by way of readline.
     environment = dict(os.environ)
     done = subprocess.run(
-        [*RUN, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+        [*RUN, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=HANGS
     )
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
@@ -296,6 +300,87 @@ def test_show_with_an_unusable_ledger(tmp_path: Path, monkeypatch: pytest.Monkey
     assert error.count("\n") == 1
 
 
+FRONTEND = """
+exec 3<&0
+[ -z "$2" ] || exec 9<"$2"
+env ${3:+"$3"} cat - "$1/ts/model_service_worker.py" <&3 &
+echo $!
+wait
+"""
+
+WORKERS = [
+    pytest.param({"hook": True}, None, "past the launcher", id="ours, past the launcher"),
+    pytest.param({"variable": "TS_CORES_UNBOUND=a typo"}, None, "a typo", id="ours, refused by the launcher"),
+    pytest.param({}, "a TorchServe without ts-cores", "", id="of a stock server"),
+    pytest.param(
+        {"hook": True, "variable": "TS_CORES_STATE_DIR=/other"}, "the ledger in /other", "", id="other ledger"
+    ),
+    pytest.param({"user": 65534}, "user 65534", "", id="another user's"),
+]
+
+
+@pytest.mark.parametrize(("frontend", "whose", "reason"), WORKERS)
+def test_only_our_own_workers_are_judged(
+    tmp_path: Path, frontend: dict[str, Any], whose: str | None, reason: str
+) -> None:
+    """A process that looks like a worker without a lease, below one that has the plug-in's jar open, or has not."""
+    if "user" in frontend and os.geteuid() != 0:
+        pytest.skip("only root can start another user's process")
+    jar = tmp_path / "ts-cores.jar"
+    jar.touch()
+    words = [str(tmp_path), str(jar) if frontend.get("hook") else "", frontend.get("variable", "")]
+    started = subprocess.Popen(
+        ["bash", "-c", FRONTEND, "bash", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=dict(os.environ),
+        user=frontend.get("user"),
+    )
+    try:
+        assert started.stdout is not None
+        pid = int(started.stdout.readline())
+        assert eventually(lambda: process.command_line(pid)[:1] == ["cat"])
+        shown = answer("show")
+        judged = [one["reason"] for one in shown["unbound"] if one["pid"] == pid]
+        elsewhere = [one["whose"] for one in shown["elsewhere"] if one["pid"] == pid]
+        assert shown["ledger"].startswith(os.environ["TS_CORES_STATE_DIR"])
+        findings = json.loads(_any_status("doctor", "--json"))["findings"]
+        blamed = [one for one in findings if one["severity"] == "error" and str(pid) in one["what"]]
+        assert [shown["ledger"] in one["what"] for one in findings if one["subject"] == "ledger"] == [True]
+        if whose is None:
+            assert len(judged) == len(blamed) == 1
+            assert reason in judged[0]
+            assert elsewhere == []
+        else:
+            assert elsewhere == [whose]
+            assert judged == blamed == []
+            drawn, _ = ts_cores("show")
+            assert f"not judged here: 1 worker of {whose} (pid {pid})" in drawn
+    finally:
+        started.communicate()
+
+
+@pytest.mark.parametrize("hooked", [True, False], ids=["with another ledger", "stock"])
+def test_a_real_server_of_somebody_elses_is_not_judged(checkout: Path, hooked: bool) -> None:
+    properties: dict[str, Property] = {
+        "plugins_path": checkout / "ts_plugin" / "frontend" if hooked else None,
+        "cpu_launcher_enable": hooked,
+    }
+    here = Path(os.environ["TS_CORES_STATE_DIR"])
+    with TorchServe(archives.facts(), properties=properties, state_directory=None if hooked else here) as server:
+        whose = f"the ledger in {server.state_directory}" if hooked else "a TorchServe without ts-cores"
+        (worker,) = server.workers()
+        assert {"pid": worker, "whose": whose} in answer("show")["elsewhere"]
+        findings = json.loads(_any_status("doctor", "--json"))["findings"]
+        blamed = [one for one in findings if one["severity"] == "error" and str(worker) in one["what"]]
+        assert blamed == []
+        frontend = process.parent(worker)
+        assert frontend is not None
+        assert any(path.endswith("/ts-cores.jar") for path in process.opened(frontend)) == hooked
+
+
 def test_explain(held: list[int]) -> None:
     by_pid, _ = ts_cores("explain", str(held[1]))
     by_model, _ = ts_cores("explain", "model1")
@@ -424,6 +509,17 @@ def test_init_writes_what_the_doctor_accepts(tmp_path: Path) -> None:
 
 def _any_status(*words: str) -> str:
     return subprocess.run([*RUN, *words], capture_output=True, text=True, check=False).stdout
+
+
+@pytest.mark.parametrize("name", ["größe", "a b", "a=b", "a#b:c", "a\\b"])
+def test_init_in_a_directory_with_any_name(tmp_path: Path, name: str) -> None:
+    """TorchServe's own reader finds the model store that was made for it."""
+    (tmp_path / name).mkdir()
+    ts_cores("init", tmp_path / name)
+    script = "import sys; from ts.model_server import load_properties as read; print(read(sys.argv[1])['model_store'])"
+    command = [sys.executable, "-c", script, str(tmp_path / name / "config.properties")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.removesuffix("\n")).is_dir()
 
 
 def test_init_never_overwrites(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ts_plugin.operate.html import Ticks
+
 __all__ = ["main"]
 
 APPROXIMATIONS = {"·": "-", "→": "->", "…": "...", "×": "x", "✗": "x"} | dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True))
@@ -190,10 +192,10 @@ def _show(options: argparse.Namespace) -> int:
         raise InputError("--watch draws on a terminal; add --html FILE for a page that follows, or take --json alone")
     _need_server(options.server)
     if drawn:
-        _write_pictures(options)
+        ticks = _write_pictures(options, before=None)
         while options.watch:
             time.sleep(LOOK_EVERY)
-            _write_pictures(options)
+            ticks = _write_pictures(options, before=ticks)
     if options.json:
         ledger = Ledger()
         document = core_map(ledger.read(), server_pid=options.server)
@@ -223,16 +225,18 @@ def _need_server(pid: int | None) -> None:
         )
 
 
-def _write_pictures(options: argparse.Namespace) -> None:
+def _write_pictures(options: argparse.Namespace, *, before: Ticks | None) -> Ticks:
+    """Write what was asked for; return the clock ticks that the page holds, for the utilisation in the next one."""
     from ts_plugin.operate.html import html
     from ts_plugin.operate.svg import svg
 
     now = view.current_view(options.server)
-    reload = LOOK_EVERY if options.watch else None
+    ticks, reload = view.ticks(), LOOK_EVERY if options.watch else None
     if options.svg:
         _write(options.svg, svg(now))
     if options.html:
-        _write(options.html, html(now, ticks=view.ticks(), reload=reload))
+        _write(options.html, html(now, ticks=ticks, before=before, reload=reload))
+    return ticks
 
 
 def _write(file: Path, text: str) -> None:
@@ -335,7 +339,7 @@ def _init(options: argparse.Namespace) -> int:
     config = parse_config(target, content, {})
     unreadable = [str(path) for name, path in paths.items() if config.get(name) != str(path)]
     if unreadable or config.errors or not str(target).isprintable():
-        raise InputError(f"TorchServe cannot read {', '.join(unreadable) or target!s} from a file; use a simpler name")
+        raise InputError(f"TorchServe cannot read {unreadable or [str(target)]} from a file; use a simpler name")
     try:
         paths["model_store"].mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
+from datetime import datetime
 from html import escape
 from importlib import resources
 
@@ -13,27 +16,38 @@ from ts_plugin.operate.view import View, Worker, tag
 __all__ = ["html"]
 
 
-def html(view: View, *, ticks: dict[int, tuple[int, int]] | None = None, reload: float | None = None) -> str:
+Ticks = Mapping[int, tuple[int, int]]
+
+
+def html(view: View, *, ticks: Ticks | None = None, before: Ticks | None = None, reload: float | None = None) -> str:
     """Return the picture as one page without external assets.
 
     Served by a TorchServe server it keeps itself up to date and asks for the token when the server wants one.
-    ``ticks`` are each CPU's (busy, total) clock ticks since boot: from two of them the page draws utilisation.
-    ``reload`` makes a page read from a file load itself again every so many seconds.
+    ``ticks`` are each CPU's (busy, total) clock ticks since boot, ``before`` those of an earlier look: from the two the
+    page draws utilisation; where it keeps itself up to date it has the earlier ones itself. ``reload`` makes a page
+    that is read from a file load itself again every so many seconds.
     """
     template = resources.files("ts_plugin.operate").joinpath("page.html").read_text(encoding="utf-8")
     fields = {
         "title": escape(view.title),
         "summary": escape(view.summary()),
+        "place": escape(_place(view)),
         "map": svg(view, legend=False),
         "rows": "".join(_row(index, worker) for index, worker in enumerate(view.workers)),
         "unbound": "".join(f"<li><b>pid {pid}</b> {escape(why)}</li>" for pid, why in view.unbound),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in view.notes),
         "ticks": json.dumps(ticks or {}),
+        "before": json.dumps(before or {}),
         "reload": json.dumps(reload),
     }
-    for name, value in fields.items():
-        template = template.replace(f"{{{{{name}}}}}", value)
-    return template
+    return re.sub(r"{{(\w+)}}", lambda match: fields[match[1]], template)
+
+
+def _place(view: View) -> str:
+    """Return where and when this is: the host, the server if it is one's alone, and the time with its zone."""
+    words = [view.host, "" if view.server_pid is None else f"server {view.server_pid}"]
+    words += [datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")] if view.host else []
+    return " · ".join(word for word in words if word)
 
 
 def _row(index: int, worker: Worker) -> str:

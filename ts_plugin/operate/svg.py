@@ -61,7 +61,7 @@ class _Scale:
 
     @classmethod
     def of(cls, cores: Sequence[Core]) -> _Scale:
-        steps = ((4, 88), (16, 64), (64, 46), (144, 34), (400, 24), (len(cores), 17))
+        steps = ((4, 88), (16, 64), (64, 46), (256, 36), (400, 24), (len(cores), 17))
         size = next(size for most, size in steps if len(cores) <= most)
         widest = max(len(core.cpus) * len(str(core.cpus[-1])) for core in cores)
         digits = min(size * 0.24, 1.4 * size / widest)

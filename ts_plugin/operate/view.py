@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -77,7 +78,7 @@ class View:
     """All that a picture shows.
 
     ``elsewhere`` are the CPUs in slices of workers that the picture leaves out, ``unbound`` the PIDs of workers without
-    a slice, each with the reason. ``ledger`` is the file that was read.
+    a slice, each with the reason. ``ledger`` is the file that was read, ``server_pid`` the one frontend that is shown.
     """
 
     topology: Topology
@@ -89,6 +90,8 @@ class View:
     notes: tuple[str, ...] = ()
     title: str = "ts-cores"
     ledger: str = ""
+    host: str = ""
+    server_pid: int | None = None
     _owners: dict[int, list[int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -185,7 +188,7 @@ def current_view(server_pid: int | None = None) -> View:
     state = ledger.read()
     unbound = coordinator.unbound_workers(state)
     picture = of_state(state, discovery.read_topology(), discovery.read_allowance().cpus, unbound, server_pid)
-    return replace(picture, ledger=ledger.path)
+    return replace(picture, ledger=ledger.path, host=os.uname().nodename, server_pid=server_pid)
 
 
 def of_state(
