@@ -122,6 +122,21 @@ def test_plan_reports_idle_cpus_and_why(tree: Path) -> None:
     assert set(parse_launcher_args("--ninstances 4").notes) <= set(noted["notes"])
 
 
+def test_plan_for_several_models(tree: Path) -> None:
+    words = ["plan", "--model", "bert=1:share=3", "--model", "tiny=2:cores=1", "--model", "rest=1", "--sys-root", tree]
+    workers = answer(*words)["workers"]
+    assert [(worker["model"], worker["threads"]) for worker in workers[1:3]] == [("tiny", 1), ("tiny", 1)]
+    assert workers[0]["threads"] > workers[3]["threads"]
+    shown, _ = ts_cores(*words)
+    assert all(name in shown for name in ("bert", "tiny", "rest"))
+
+
+def test_plan_under_a_quota(tree: Path) -> None:
+    workers = answer("plan", "--workers", "2", "--quota", "3", "--sys-root", tree)["workers"]
+    assert [worker["pinned"] for worker in workers] == [False, False]
+    assert sum(worker["threads"] for worker in workers) == 3
+
+
 def test_plan_draws_the_machine(tree: Path) -> None:
     shown, _ = ts_cores("plan", "--workers", "2", "--sys-root", tree)
     assert "2 workers on 8 of 8 cores" in shown
@@ -147,7 +162,7 @@ def test_plan_that_does_not_exist(tree: Path, words: list[str], complaint: str) 
 
 
 WRONG = [
-    pytest.param(["plan"], "required: --workers", id="no number"),
+    pytest.param(["plan"], "plan needs --workers N or --model NAME=N", id="no number"),
     pytest.param(["plan", "--workers", "0"], "must be a whole number from 1 to", id="no worker"),
     pytest.param(["plan", "--workers", "x"], "not 'x'", id="not a number"),
     pytest.param(["plan", "--workers", "\u00b2"], "not '\u00b2'", id="superscript two"),
@@ -171,6 +186,13 @@ WRONG = [
         "from 0 to 65535",
         id="a huge reserve",
     ),
+    pytest.param(["plan", "--model", "bert"], "must be NAME=N", id="a model without a number"),
+    pytest.param(["plan", "--model", "bert=2:cpus=3"], "must be NAME=N", id="no such wish"),
+    pytest.param(["plan", "--model", "bert=2:share=nan"], "a number above 0, not 'nan'", id="no share"),
+    pytest.param(
+        ["plan", "--model", "a=4000", "--model", "b=97"], "at most 4096 workers, not 4097", id="a sum too large"
+    ),
+    pytest.param(["plan", "--workers", "2", "--quota", "0"], "a number above 0, not '0'", id="no quota"),
     pytest.param(["show", "--html", ""], "must name a file or directory", id="no file for the page"),
     pytest.param(["show", "--server", "-5"], "not '-5'", id="a negative PID"),
     pytest.param(["show", "--watch", "--json"], "leave one of them out", id="two kinds of output"),
@@ -364,10 +386,8 @@ def test_only_our_own_workers_are_judged(
 
 @pytest.mark.parametrize("hooked", [True, False], ids=["with another ledger", "stock"])
 def test_a_real_server_of_somebody_elses_is_not_judged(checkout: Path, hooked: bool) -> None:
-    properties: dict[str, Property] = {
-        "plugins_path": checkout / "ts_plugin" / "frontend" if hooked else None,
-        "cpu_launcher_enable": hooked,
-    }
+    plugin: dict[str, Property] = {"plugins_path": checkout / "ts_plugin" / "frontend", "cpu_launcher_enable": True}
+    properties = plugin if hooked else {}
     here = Path(os.environ["TS_CORES_STATE_DIR"])
     with TorchServe(archives.facts(), properties=properties, state_directory=None if hooked else here) as server:
         whose = f"the ledger in {server.state_directory}" if hooked else "a TorchServe without ts-cores"
@@ -387,6 +407,9 @@ def test_explain(held: list[int]) -> None:
     assert by_pid == by_model
     assert "worker 9001 of model1 1.0" in by_pid
     assert "shared with 1 other worker: model0 1.0" in by_pid
+    (worker,) = answer("explain", "model1")["workers"]
+    assert worker["pid"] == held[1]
+    assert {"about": "size", "text": "shared with 1 other worker: model0 1.0"} in worker["reasons"]
     _, error = ts_cores("explain", "model2", status=1)
     assert "models with a slice: model0, model1" in error
 
@@ -541,6 +564,12 @@ def test_init_where_nothing_can_be_written(tmp_path: Path) -> None:
     _, error = ts_cores("init", tmp_path / "file" / "x", status=1)
     assert "Not a directory" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["plan", "show", "explain", "doctor", "init", "plugin-path"])
+def test_help_has_an_example(command: str) -> None:
+    shown, _ = ts_cores(command, "--help")
+    assert f"ts-cores {command}" in shown.partition("examples:")[2]
 
 
 def test_plugin_path_has_the_jar() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -131,6 +134,17 @@ def test_text_can_be_read_on_every_colour() -> None:
         assert (light + 0.05) / (dark + 0.05) >= 4.5, fill
 
 
+def test_every_cpu_number_is_written_on_192_cores() -> None:
+    topology = machine(packages=2, l3=12, cores=8, smt=2)
+    texts = {(text.text or ""): float(text.attrib["font-size"]) for text in _texts(svg(drawn(topology, 20)))}
+    assert {str(cpu) for cpu in topology.online} <= set(texts)
+    assert min(texts.values()) >= 7
+
+
+def _texts(document: str) -> Iterator[ElementTree.Element]:
+    return ElementTree.fromstring(document).iter(f"{SVG}text")
+
+
 def test_names_are_escaped_and_nothing_is_fetched() -> None:
     page = html(drawn(MACHINES["SMT"], 2))
     assert "resnet<18>" not in page
@@ -193,6 +207,34 @@ def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
         mine = "[...document.querySelectorAll('#map .mine')].every(cell => cell.dataset.tags === 'B')"
         browser.wait("document.querySelectorAll('#map .mine').length > 0")
         assert browser.run(mine)
+
+
+def test_the_page_says_first_what_is_wrong_and_where_it_is(tmp_path: Path) -> None:
+    page = tmp_path / "cores.html"
+    view = replace(drawn(MACHINES["SMT"], 2), host="gpu<7>", server_pid=4711)
+    page.write_text(html(view), encoding="utf-8")
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page.as_uri())
+        foot = "document.getElementById('unbound').getBoundingClientRect().bottom"
+        assert browser.run(f"0 < {foot} && {foot} <= document.getElementById('map').getBoundingClientRect().top")
+        red, green, blue = browser.run(
+            "getComputedStyle(document.getElementById('unbound')).color.match(/\\d+/g).map(Number)"
+        )
+        assert red > 3 * max(green, blue)
+        place = browser.run("document.getElementById('place').textContent")
+        assert re.match(r"gpu<7> · server 4711 · \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+$", place)
+
+
+@pytest.mark.parametrize("age", [0, 3600], ids=["written now", "written an hour ago"])
+def test_a_page_that_is_read_from_a_file_shows_utilisation(tmp_path: Path, age: int) -> None:
+    page = tmp_path / "cores.html"
+    view, before, now = drawn(MACHINES["two cores"], 2), {0: (10, 100), 1: (0, 100)}, {0: (60, 200), 1: (0, 200)}
+    page.write_text(html(view, before=before, ticks=now, reload=60), encoding="utf-8")
+    os.utime(page, times=(time.time() - age,) * 2)
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page.as_uri())
+        browser.wait("document.querySelector('.load[data-cpu=\"0\"]').style.transform === 'scaleX(0.5)'")
+        assert browser.run("document.getElementById('status').className") == ("lost" if age else "live")
 
 
 class Server(ThreadingHTTPServer):

@@ -9,21 +9,21 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from ts_plugin import __version__
 from ts_plugin.leases import coordinator
 from ts_plugin.leases.ledger import Ledger, LedgerError
 from ts_plugin.machine import discovery
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.machine.topology import Allowance, Topology
 from ts_plugin.operate import view
-from ts_plugin.operate.core_map import core_map, slice_document
+from ts_plugin.operate.arguments import parse_arguments
+from ts_plugin.operate.core_map import core_map, lease_document, slice_document
 from ts_plugin.planning.planner import Demand, PlanError, plan
 from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 
@@ -50,10 +50,9 @@ class InputError(CommandError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 if it failed, 2 if it was not understood."""
     _print_anything()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(_join_values(words))
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        status: int = options.run(options)
+        status = COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:  # `ts-cores show | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,86 +84,24 @@ def _approximate(error: UnicodeError) -> tuple[str | bytes, int]:
     return APPROXIMATIONS.get(letter, "?"), error.start + 1
 
 
-def _join_values(words: Sequence[str]) -> list[str]:
-    """Write ``--launcher-args VALUE`` as one word: argparse takes a value that starts with dashes for an option."""
-    joined: list[str] = []
-    for word in words:
-        if joined and joined[-1] == "--launcher-args":
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ts-cores", description="One slice of physical cores for every TorchServe worker."
-    )
-    parser.add_argument("--version", action="version", version=f"ts-cores {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    planning = commands.add_parser("plan", help="who would get what, and why: on this machine or on a captured one")
-    planning.add_argument("--workers", type=_number(view.MOST_WORKERS), required=True, metavar="N")
-    planning.add_argument("--launcher-args", default="", metavar='"..."', help="as in cpu_launcher_args")
-    planning.add_argument("--sys-root", type=_file, metavar="DIR", help="read DIR/sys and DIR/proc, not this machine's")
-    planning.add_argument("--svg", type=_file, metavar="FILE", help="write the picture for a document")
-    planning.add_argument("--json", action="store_true")
-    planning.set_defaults(run=_plan)
-
-    show = commands.add_parser("show", help="who holds what now")
-    show.add_argument("--server", type=_number(sys.maxsize), metavar="PID", help="only this frontend's workers")
-    show.add_argument("--watch", action="store_true", help="live, with the utilisation of every CPU; Ctrl-C ends it")
-    show.add_argument("--svg", type=_file, metavar="FILE", help="write the picture for a document")
-    show.add_argument("--html", type=_file, metavar="FILE", help="write a page; --watch keeps it up to date")
-    show.add_argument("--json", action="store_true")
-    show.set_defaults(run=_show)
-
-    explain = commands.add_parser("explain", help="why a worker has the cores that it has")
-    explain.add_argument("who", metavar="PID|MODEL[:VERSION]")
-    explain.set_defaults(run=_explain)
-
-    doctor = commands.add_parser("doctor", help="what is wrong here, why it matters, and the line to change")
-    doctor.add_argument("--config", type=_file, metavar="FILE", help="default: what torchserve started here would read")
-    doctor.add_argument("--json", action="store_true")
-    doctor.set_defaults(run=_doctor)
-
-    init = commands.add_parser("init", help="write a config.properties for a server of your own")
-    init.add_argument("path", nargs="?", type=_file, default=Path("config.properties"), metavar="FILE|DIR")
-    init.set_defaults(run=_init)
-
-    where = commands.add_parser("plugin-path", help="print the directory for plugins_path")
-    where.set_defaults(run=_plugin_path)
-    return parser
-
-
-def _number(highest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if text.isascii() and text.isdecimal() and len(text) < 20 and 0 < int(text) <= highest:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {highest}, not {text[:40]!r}")
-
-    return parse
-
-
-def _file(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("must name a file or directory, not ''")
-    return Path(text)
-
-
 def _plan(options: argparse.Namespace) -> int:
     policy = parse_launcher_args(options.launcher_args)
     topology, allowance = _machine(options.sys_root)
-    demand = Demand(allowance.cpus, policy, allowance.quota)
-    result = plan(topology, [demand] * options.workers)
+    quota = allowance.quota if options.quota is None else options.quota
+    models = [model for model in options.models for _ in range(model.workers)]
+    result = plan(topology, [Demand(allowance.cpus, policy, quota, model.cores, model.share) for model in models])
     notes = tuple(dict.fromkeys((*topology.notes, *allowance.notes, *policy.notes, *result.notes)))
-    planned = view.of_plan(topology, result, allowance.cpus, notes)
+    names = [model.name for model in models]
+    planned = view.of_plan(topology, result, allowance.cpus, notes, names)
     if options.svg:
         from ts_plugin.operate.svg import svg
 
         _write(options.svg, svg(planned))
     if options.json:
-        workers = [{"worker": number, **slice_document(piece)} for number, piece in enumerate(result.slices)]
+        workers = [
+            {"worker": number, **({"model": name} if name else {}), **slice_document(piece)}
+            for number, (name, piece) in enumerate(zip(names, result.slices, strict=True))
+        ]
         print(json.dumps({"workers": workers, "idle_cpus": sorted(result.idle), "notes": notes}))
     elif not options.svg:
         from ts_plugin.operate.terminal import Map
@@ -186,10 +123,6 @@ def _machine(root: Path | None) -> tuple[Topology, Allowance]:
 
 def _show(options: argparse.Namespace) -> int:
     drawn = options.svg or options.html
-    if options.watch and options.json:
-        raise InputError("--watch draws and --json prints one document; leave one of them out")
-    if options.watch and not drawn and not sys.stdout.isatty():
-        raise InputError("--watch draws on a terminal; add --html FILE for a page that follows, or take --json alone")
     _need_server(options.server)
     if drawn:
         ticks = _write_pictures(options, before=None)
@@ -269,9 +202,6 @@ def _watch(server_pid: int | None) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from rich.table import Table
-    from rich.text import Text
-
     from ts_plugin.operate.explain import explain, find
 
     state = Ledger().read()
@@ -280,12 +210,19 @@ def _explain(options: argparse.Namespace) -> int:
         known = sorted({lease.model for lease in state.leases})
         hint = f"models with a slice: {', '.join(known)}" if known else "no worker holds a slice now"
         raise CommandError(f"no slice is held by {options.who!r}; {hint}")
-    topology, console = discovery.read_topology(), _console()
-    for lease in leases:
-        table = Table.grid(padding=(0, 2))
-        for head, text in explain(lease, state, topology):
-            table.add_row(Text(f"  {head}", "dim"), text)
-        console.print(Text(f"{lease}, pid {lease.pid}", "bold"), table, sep="\n")
+    topology = discovery.read_topology()
+    found = [(lease, explain(lease, state, topology)) for lease in leases]
+    if options.json:
+        documents = [
+            {**lease_document(lease), "reasons": [{"about": about, "text": text} for about, text in reasons]}
+            for lease, reasons in found
+        ]
+        print(json.dumps({"workers": documents}))
+        return 0
+    from ts_plugin.operate.terminal import reasons_table
+
+    for lease, reasons in found:
+        _console().print(reasons_table(f"{lease}, pid {lease.pid}", reasons))
     return 0
 
 
@@ -374,3 +311,13 @@ def _console() -> Console:
     # Piped, a line may be as long as it is: nothing is cut, and grep finds what it looks for.
     free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(highlight=False, width=UNCUT if free else None)
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "plan": _plan,
+    "show": _show,
+    "explain": _explain,
+    "doctor": _doctor,
+    "init": _init,
+    "plugin-path": _plugin_path,
+}

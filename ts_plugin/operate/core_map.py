@@ -8,7 +8,7 @@ from ts_plugin.leases import coordinator
 from ts_plugin.leases.ledger import Lease, State
 from ts_plugin.planning.planner import Slice
 
-__all__ = ["core_map", "slice_document"]
+__all__ = ["core_map", "lease_document", "slice_document"]
 
 
 def core_map(state: State, *, server_pid: int | None = None) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def core_map(state: State, *, server_pid: int | None = None) -> dict[str, Any]:
 
     workers = [worker for worker in coordinator.unbound_workers(state) if wanted(worker.server_pid)]
     return {
-        "slices": [_lease_document(lease) for lease in state.leases if wanted(lease.server_pid)],
+        "slices": [lease_document(lease) for lease in state.leases if wanted(lease.server_pid)],
         "unbound": [{"pid": worker.pid, "reason": worker.reason} for worker in workers if not worker.elsewhere],
         "elsewhere": [{"pid": worker.pid, "whose": worker.elsewhere} for worker in workers if worker.elsewhere],
         "reserved_cpus": sorted(state.reserved),
@@ -39,7 +39,8 @@ def slice_document(cores: Slice) -> dict[str, Any]:
     }
 
 
-def _lease_document(lease: Lease) -> dict[str, Any]:
+def lease_document(lease: Lease) -> dict[str, Any]:
+    """Return a worker and its slice as JSON values."""
     return {
         "pid": lease.pid,
         "model": lease.model,

@@ -14,8 +14,9 @@ from ts_plugin.leases import binding
 from ts_plugin.leases.coordinator import JAR
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.words import count
+from ts_plugin.operate.arguments import MOST_WORKERS
 from ts_plugin.operate.inspection import Inspection
-from ts_plugin.operate.view import MOST_WORKERS, not_judged
+from ts_plugin.operate.view import not_judged
 from ts_plugin.planning.planner import Demand, PlanError, plan
 from ts_plugin.planning.policy import LauncherArgsError, Pin, Policy, parse_launcher_args
 

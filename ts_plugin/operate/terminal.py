@@ -19,7 +19,7 @@ from ts_plugin.operate.doctor import Finding, Severity
 from ts_plugin.operate.svg import colour
 from ts_plugin.operate.view import WORDS, Group, Use, View, tag
 
-__all__ = ["Map", "report", "utilisation"]
+__all__ = ["Map", "reasons_table", "report", "utilisation"]
 
 BARS = " ▁▂▃▄▅▆▇█"
 STYLES = {
@@ -137,17 +137,18 @@ class Map:
             yield key
 
     def _workers(self) -> Table:
-        planned = all(worker.pid is None for worker in self._view.workers)
+        named = any(worker.model for worker in self._view.workers)
+        running = any(worker.pid is not None for worker in self._view.workers)
         table = Table(box=SIMPLE, pad_edge=False, header_style="dim")
-        heads = ("", "worker") if planned else ("", "model", "worker", "pid")
-        for head in (*heads, "CPUs", "threads", "NUMA", "L3", "" if planned else "moves"):
+        heads = ["", *["model"] * named, "worker", *["pid"] * running, "CPUs", "threads", "NUMA", "L3"]
+        for head in (*heads, *["moves"] * running):
             table.add_column(head, justify="right" if head in ("pid", "threads", "moves") else "left")
         for index, worker in enumerate(self._view.workers):
             piece, (fill, ink) = worker.slice, colour(index)
-            who = (worker.worker_id,) if planned else (worker.name, worker.worker_id, str(worker.pid))
-            cpus = format_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)")
-            rest = (str(piece.threads), format_cpulist(piece.numa_nodes), format_cpulist(piece.l3_domains))
-            table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *who, cpus, *rest, str(worker.moves or ""))
+            cells = [*[worker.name] * named, worker.worker_id, *[str(worker.pid)] * running]
+            cells.append(format_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)"))
+            cells += [str(piece.threads), format_cpulist(piece.numa_nodes), format_cpulist(piece.l3_domains)]
+            table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *cells, *[str(worker.moves or "")] * running)
             for note in worker.notes:
                 table.add_row("", Text(note, "dim"))
         return table
@@ -168,6 +169,16 @@ def report(findings: Sequence[Finding]) -> RenderableType:
     found = {severity: sum(one.severity is severity for one in findings) for severity in Severity}
     verdict = f"{count(found[Severity.ERROR], 'error')}, {count(found[Severity.WARNING], 'warning')}"
     return Stack(table, Text(f"\n{verdict}", "bold"))
+
+
+def reasons_table(who: str, reasons: Sequence[tuple[str, str]]) -> RenderableType:
+    """Draw what `explain` found: a heading stands once, before the first of its sentences."""
+    table = Table.grid(padding=(0, 2))
+    before = ""
+    for about, text in reasons:
+        table.add_row(Text(f"  {'' if about == before else about}", "dim"), text)
+        before = about
+    return Stack(Text(who, "bold"), table)
 
 
 def _bar(share: float) -> str:

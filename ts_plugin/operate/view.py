@@ -18,7 +18,6 @@ from ts_plugin.machine.words import count
 from ts_plugin.planning.planner import Plan, Slice
 
 __all__ = [
-    "MOST_WORKERS",
     "WORDS",
     "Group",
     "Use",
@@ -31,8 +30,6 @@ __all__ = [
     "tag",
     "ticks",
 ]
-
-MOST_WORKERS = 4096  # in a plan; no server starts as many, and a plan for more only takes time
 
 
 class Use(StrEnum):
@@ -236,9 +233,15 @@ def not_judged(workers: Iterable[Unbound]) -> tuple[str, ...]:
     )
 
 
-def of_plan(topology: Topology, plan: Plan, allowed: frozenset[int], notes: tuple[str, ...]) -> View:
-    """Return the picture of what would be given."""
-    workers = tuple(Worker(piece, worker_id=str(number)) for number, piece in enumerate(plan.slices))
+def of_plan(
+    topology: Topology, plan: Plan, allowed: frozenset[int], notes: tuple[str, ...], models: Sequence[str] = ()
+) -> View:
+    """Return the picture of what would be given to workers, of these models if they are named."""
+    names = models or [""] * len(plan.slices)
+    workers = tuple(
+        Worker(piece, model=name, worker_id=str(number))
+        for number, (name, piece) in enumerate(zip(names, plan.slices, strict=True))
+    )
     return View(topology, workers, allowed, plan.reserved, notes=notes, title="ts-cores plan")
 
 
