@@ -19,6 +19,7 @@ from benchmarks.torchserve import Property, TorchServe
 from tests.eventually import eventually
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.machine import discovery, process
+from ts_plugin.operate.core_map import core_map
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import parse_launcher_args
 
@@ -246,6 +247,14 @@ def test_show_contract(held: list[int]) -> None:
     shown, _ = ts_cores("show")
     assert "model0" in shown
     assert str(held[1]) in shown
+
+
+def test_the_documented_answer_has_the_fields_that_there_are(held: list[int], checkout: Path) -> None:
+    text = (checkout / "docs" / "operating.md").read_text(encoding="utf-8")
+    sample = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    document = core_map(Ledger().read())
+    assert set(sample) == {"enabled", *document}
+    assert set(sample["slices"][0]) == set(document["slices"][0])
 
 
 def test_show_writes_pictures(held: list[int], tmp_path: Path) -> None:

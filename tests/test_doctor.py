@@ -183,6 +183,46 @@ def test_read_config(tmp_path: Path) -> None:
     assert read_config(file, environment).properties == {"x": "1"}
 
 
+DUMP = """
+import java.io.FileInputStream;
+import java.util.*;
+public class Dump {
+  public static void main(String[] words) throws Exception {
+    Properties found = new Properties();
+    found.load(new FileInputStream(words[0]));
+    for (String name : found.stringPropertyNames()) System.out.println(hex(name) + " " + hex(found.getProperty(name)));
+  }
+  static String hex(String text) {
+    StringBuilder all = new StringBuilder("x");
+    for (char each : text.toCharArray()) all.append(String.format("%04x", (int) each));
+    return all.toString();
+  }
+}
+"""
+
+ODDITIES = (
+    b"plain=1\ncolon:2\nblank 3\ntab\t4\nspaced = 5 \ncrlf=6\r\ncr=7\rfeed=\f8\nempty=\nnothing\n"
+    b"latin=\xe9\nescape=\\u00e9\\t\\n\\\\\\q\npair=\\ud83d\\ude00\nna\\ me\\:\\==9\n"
+    b'# comment=1\n  ! comment=2\n\nlong=a,\\\n    b,\\\r\n\tc\ncomment=\\\n#no\nquotes="--x 1"\n'
+    b"twice=1\ntwice=2\n=no name\nutf8=\xc3\xa9\nlast=\\"
+)
+
+
+def test_a_config_is_read_as_java_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "Dump.java").write_text(DUMP)
+    (tmp_path / "odd.properties").write_bytes(ODDITIES)
+    command = ["java", str(tmp_path / "Dump.java"), str(tmp_path / "odd.properties")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    pairs = (line.split() for line in done.stdout.splitlines())
+    java = {_text(name): _text(value) for name, value in pairs}
+    assert len(java) >= 20
+    assert read_config(tmp_path / "odd.properties", {}).properties == java
+
+
+def _text(code: str) -> str:
+    return bytes.fromhex(code.removeprefix("x")).decode("utf-16-be")
+
+
 def test_default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TS_CONFIG_FILE", raising=False)
