@@ -153,9 +153,10 @@ def _elsewhere(pid: int, environment: Mapping[str, str], directory: str) -> str:
         return f"user {user}"
     if process.namespace(pid) != process.namespace(os.getpid()):
         return "another container"
-    other = state_directory(environment)
-    if other != directory:
-        return f"the ledger in {other}"
+    with contextlib.suppress(OSError):  # it names no directory that could be used, which is why the worker is unbound
+        other = state_directory(environment)
+        if other != directory:
+            return f"the ledger in {other}"
     frontend = process.parent(pid)
     hooked = frontend is not None and any(path.endswith(f"/{JAR}") for path in process.opened(frontend))
     known = UNBOUND_VARIABLE in environment or LEASE_VARIABLE in environment

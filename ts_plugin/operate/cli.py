@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ts-cores: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError | PlanError | LauncherArgsError) else 1
     except OSError as error:
-        print(f"ts-cores: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"ts-cores: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -91,14 +91,16 @@ def inspect(path: Path | None) -> Inspection:
     topology = allowance = None
     with suppress(DiscoveryError):
         topology, allowance = discovery.read_topology(), discovery.read_allowance()
-    state, ledger, ledger_error = State(), Ledger(), None
+    state, ledger_path, ledger_error = State(), "", None
     try:
+        ledger = Ledger()
+        ledger_path = ledger.path
         with ledger.locked():  # a directory that can be read only is of no use to workers
             pass
         state = ledger.read()
     except LedgerError as error:
         ledger_error = str(error)
-    unbound = tuple(coordinator.unbound_workers(state))
+    unbound = tuple(coordinator.unbound_workers(state)) if ledger_path else ()
     models = _models(config) if config else None
     package = Path(__file__).resolve().parents[1]
     return Inspection(
@@ -116,7 +118,7 @@ def inspect(path: Path | None) -> Inspection:
         environment=environment,
         preload_notes=tuple(_preload_notes(environment, config)),
         state=state,
-        ledger=ledger.path,
+        ledger=ledger_path,
         ledger_error=ledger_error,
         unbound=unbound,
         astray=tuple(_astray(state)),
@@ -231,8 +233,11 @@ def _mask(tid: int) -> frozenset[int]:
 
 
 def _busy(state: State, unbound: tuple[Unbound, ...]) -> Iterator[tuple[int, str, frozenset[int], float]]:
-    """Yield processes that belong to no server, to no worker and not to this one, with the CPU time that they take."""
-    ours = {os.getpid(), os.getppid(), *(worker.pid for worker in unbound)}
+    """Yield processes that belong to no server, to no worker and not to this one, with the CPU time that they take.
+
+    A worker of another ledger is one of them: nothing keeps its slice off ours.
+    """
+    ours = {os.getpid(), os.getppid(), *(worker.pid for worker in unbound if not worker.elsewhere)}
     for root in (*(server.pid for server in state.servers), *(lease.pid for lease in state.leases)):
         ours.update(process.tree(root))
     others = [other for other in psutil.process_iter() if other.pid not in ours]
