@@ -17,7 +17,8 @@ from ts_plugin.leases.ledger import Lease, Ledger, Server, State
 from ts_plugin.machine import process
 from ts_plugin.machine.topology import Allowance
 from ts_plugin.operate.config import Config, default_config, read_config
-from ts_plugin.operate.doctor import Finding, Severity, examine
+from ts_plugin.operate.doctor import examine
+from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.inspection import Inspection, Interpreter, inspect
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Policy

@@ -77,7 +77,8 @@ def _print_anything() -> None:
 
 
 def _approximate(error: UnicodeError) -> tuple[str | bytes, int]:
-    assert isinstance(error, UnicodeEncodeError)
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
     letter = error.object[error.start]
     if "\udc80" <= letter <= "\udcff":  # a byte of a file name that is no text
         return bytes([ord(letter) & 0xFF]), error.start + 1
@@ -228,7 +229,8 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from ts_plugin.operate.config import default_config
-    from ts_plugin.operate.doctor import Severity, examine
+    from ts_plugin.operate.doctor import examine
+    from ts_plugin.operate.finding import Severity
     from ts_plugin.operate.inspection import inspect
 
     path = options.config or default_config()

@@ -15,7 +15,7 @@ from rich.text import Text
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Core
 from ts_plugin.machine.words import count
-from ts_plugin.operate.doctor import Finding, Severity
+from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.svg import colour
 from ts_plugin.operate.view import WORDS, Group, Use, View, tag
 
