@@ -283,8 +283,14 @@ def test_inspect_reports_an_unusable_state_directory(tmp_path: Path, monkeypatch
     assert error.startswith(str(tmp_path / "file"))
 
 
-def test_inspect_sees_a_busy_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["a program", "a worker of another ledger"])
+def test_inspect_sees_a_busy_neighbour(tmp_path: Path, elsewhere: bool) -> None:
+    """Nothing keeps the slices of two ledgers apart, so the other's worker is a neighbour like any other."""
+    script = tmp_path / "ts" / ("model_service_worker.py" if elsewhere else "program.py")
+    script.parent.mkdir()
+    script.write_text("while True: pass")
+    environment = dict(os.environ) | ({"TS_CORES_STATE_DIR": "/other"} if elsewhere else {})
+    neighbour = subprocess.Popen([sys.executable, str(script)], env=environment)
     try:
         for _ in range(10):
             if neighbour.pid in [pid for pid, *_ in inspect(None).busy]:

@@ -69,6 +69,14 @@ def test_unbound_workers_of_one_server() -> None:
     assert picture.unbound == ((6, "why not"),)
 
 
+def test_workers_of_others_are_counted_and_not_judged() -> None:
+    unbound = [Unbound(5, "why", 1), Unbound(6, "", 2, "user 7"), Unbound(8, "", 3, "user 7")]
+    picture = view.of_state(State(notes=("first",)), machine(), frozenset(range(4)), unbound)
+    assert picture.unbound == ((5, "why"),)
+    assert picture.notes == ("first", "not judged here: 2 workers of user 7 (pid 6, 8)")
+    assert "1 unbound" in picture.summary()
+
+
 @pytest.mark.parametrize(
     ("topology", "labels"),
     [
