@@ -61,7 +61,7 @@ def test_moves_and_notes() -> None:
     texts = [text for _, text in rows]
     assert "it had to change its NUMA node 2 times since it started" in texts
     assert texts[-2:] == ["no such option", "the planner's"]
-    assert [head for head, _ in rows][-2:] == ["note", ""]
+    assert [head for head, _ in rows][-2:] == ["note", "note"]
 
 
 def test_hybrids() -> None:

@@ -17,6 +17,7 @@ SCRIPT = """
 import json, os, sys
 sys.path.insert(0, sys.argv.pop(1))
 from tests.seccomp import forbid_affinity
+from ts_plugin.leases.unbound import unbound_workers
 from ts_plugin.leases import coordinator
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.worker.start import start
@@ -39,7 +40,7 @@ print(json.dumps({
     "reason": reason,
     "mask_as_before": sorted(os.sched_getaffinity(0)) == before,
     "leases": [entry.pid for entry in state.leases],
-    "unbound": {worker.pid: worker.reason for worker in coordinator.unbound_workers(state)}.get(os.getpid()),
+    "unbound": {worker.pid: worker.reason for worker in unbound_workers(state)}.get(os.getpid()),
 }))
 """
 

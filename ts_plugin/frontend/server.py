@@ -39,9 +39,10 @@ def main(arguments: list[str]) -> int:
         register(Ledger(), server_pid, text, limit)
         answer = {}
     elif command == "cores" and "--html" in options:
-        from ts_plugin.operate import picture, view
+        from ts_plugin.operate import view
+        from ts_plugin.operate.html import html
 
-        sys.stdout.buffer.write(picture.html(view.look(server_pid), ticks=cpu_time.ticks()).encode())
+        sys.stdout.buffer.write(html(view.current_view(server_pid), ticks=cpu_time.ticks()).encode())
         return 0
     elif command == "cores":
         answer = {"enabled": "--enabled" in options, **core_map(Ledger().read(), server_pid=server_pid)}

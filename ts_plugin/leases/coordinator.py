@@ -19,26 +19,16 @@ from ts_plugin.planning.planner import Demand, PlanError, Slice, plan
 from ts_plugin.planning.policy import Policy
 
 __all__ = [
-    "UNBOUND_VARIABLE",
     "Applicant",
     "CannotBind",
-    "Unbound",
     "join",
     "leave",
     "register_server",
     "replan",
     "restore",
     "server_of",
-    "unbound_workers",
     "update_demand",
 ]
-
-UNBOUND_VARIABLE = "TS_CORES_UNBOUND"  # in a worker's environment: why the launcher could not bind it
-WORKER_SCRIPT = "/ts/model_service_worker.py"
-PAST_LAUNCHER = (
-    "started past the launcher, and its handler does not claim a slice; use CoreSliceMixin "
-    "(if it does use it, the claim failed before the ledger could be written: the worker's log says why)"
-)
 
 
 class CannotBind(RuntimeError):
@@ -63,15 +53,6 @@ class Applicant:
     cores: int | None = None
     share: float = 1.0
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Unbound:
-    """A TorchServe worker without a slice, and why."""
-
-    pid: int
-    reason: str
-    server_pid: int | None = None
 
 
 def join(ledger: Ledger, applicant: Applicant) -> Lease:
@@ -203,24 +184,6 @@ def server_of(state: State, pid: int) -> Server | None:
             break
         ancestor = process.parent(ancestor)
     return None if ancestor is None else servers.get(ancestor)
-
-
-def unbound_workers(state: State) -> list[Unbound]:
-    """Return the TorchServe workers of this machine that hold no lease in ``state``, as far as /proc shows them."""
-    bound = {lease.pid for lease in state.leases}
-    reasons = {refusal.pid: refusal.reason for refusal in state.refusals}
-    found = []
-    for pid in process.pids():
-        arguments = process.command_line(pid)
-        if pid in bound or not any(argument.endswith(WORKER_SCRIPT) for argument in arguments[1:3]):
-            continue
-        if process.parent(pid) in bound:  # a child that a worker forked looks like the worker
-            continue
-        reason = process.environment(pid).get(UNBOUND_VARIABLE) or reasons.get(pid, PAST_LAUNCHER)
-        server = server_of(state, pid)
-        # A frontend that could not be entered into the ledger is still the parent of its workers.
-        found.append(Unbound(pid, reason, server.pid if server else process.parent(pid)))
-    return found
 
 
 def _without(state: State, pid: int) -> State:

@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 
+MOST = 65535  # of anything that is counted: no machine has more CPUs
+
+
 class LauncherArgsError(ValueError):
     """``cpu_launcher_args`` cannot be understood; the message names the word and its nearest match."""
 
@@ -156,9 +159,13 @@ def _words(text: str) -> list[str]:
     import shlex
 
     try:
-        return shlex.split(text)
+        words = shlex.split(text)
     except ValueError as error:
         raise LauncherArgsError(f"{text!r}: {error}; close the quotation or leave the quotes out") from None
+    joined = [word for word in words if word.startswith("-") and len(word.split()) > 1]
+    if joined:
+        raise LauncherArgsError(f"{joined[0]!r} is one word because of the quotes around it; leave these quotes out")
+    return words
 
 
 def _arguments(words: list[str]) -> Iterator[tuple[Option, str, str]]:
@@ -231,7 +238,7 @@ def _sizes(text: str) -> tuple[int, ...]:
     if sizes == ["-1"]:
         return ()
     if not sizes or not all(_is_number(size) and int(size) > 0 for size in sizes):
-        raise ValueError("a number of cores from 1, or one number per worker such as 4,2")
+        raise ValueError(f"a number of cores from 1 to {MOST}, or one number per worker such as 4,2")
     return tuple(int(size) for size in sizes)
 
 
@@ -249,7 +256,7 @@ def _numbers(text: str) -> frozenset[int] | None:
 
 def _count(text: str) -> int:
     if not _is_number(text):
-        raise ValueError("a whole number from 0")
+        raise ValueError(f"a whole number from 0 to {MOST}")
     return int(text)
 
 
@@ -260,7 +267,7 @@ def _integer(text: str) -> int:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(MOST)) and int(text) <= MOST
 
 
 _EVERY_WORKER = "every live worker gets a slice, in order of arrival"

@@ -25,8 +25,8 @@ def start(*, worker: str, archive: str, prepare: Callable[[Lease], list[str]], h
     """Claim a slice for this process, which binds it, and set the memory policy of the calling thread.
 
     ``worker`` is TorchServe's number for it, ``archive`` the directory of its model. ``prepare`` does what else the
-    slice needs and returns notes for the log. ``hooked``: the frontend has our hook, so its entry in the ledger, without
-    which nobody knows what this worker may use, can be waited for. Whatever goes wrong, the worker serves: unbound, on
+    slice needs and returns notes for the log. ``hooked``: the frontend has our hook, so its entry in the ledger,
+    which says what this worker may use, is worth a wait. Whatever goes wrong, the worker serves: unbound, on
     the CPUs that it had, with its lease given back.
     """
     had = os.sched_getaffinity(0)
