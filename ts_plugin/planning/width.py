@@ -1,0 +1,366 @@
+"""How wide a worker computes: on its own slice alone, or on slices of idle neighbours too. Pure arithmetic.
+
+Slices that lend to each other (those of one NUMA node) are a domain. For the length of one request a worker computes
+on its own slice, for which it waits, and on idle neighbours' slices, for which it does not. ``decide`` chooses the
+cap: the cores that a request may take.
+
+The estimate. Requests of model m arrive at rate l and take S(g) seconds on g cores. If all its workers used g:
+
+- Slices: requests that are g cores wide on average leave room for n = cores of the domain / g at once, so a worker waits
+  for its own slice like a customer of M/G/n, at most for as many requests as there are workers that could be ahead of it.
+- Workers: a request waits in TorchServe's queue for one of the model's k workers, each held for H = slice wait + S(g): M/G/k.
+- R(g) = H + queue wait. The cap is the g for which the mean of R(g) / S(own slice) over all requests of the domain is
+  least. It counts what a wide request costs the neighbours, and a short request's time as much as a long one's.
+
+Both waits are Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation
+u = l S / n and v the squared coefficient of variation of the service times: exact for one server. If every width
+saturates (u >= 0.97 with requests that may queue), the cap is the width with the least utilisation.
+
+Example. 8 slices of 4 cores, S(g) = 0.4 s (0.03 + 0.97 / g), 22 requests/s (0.3 of what slices alone can serve):
+
+    g                      4      8      16     32
+    S(g), ms             109     60      36     24
+    n                      8      4       2      1
+    u                   0.30   0.33    0.40   0.53
+    slice wait, ms         0      1       5     14
+    R(g), ms             109     61      41     38   <- the whole domain
+
+At twice the rate u is 1.06 with 32 cores, and the least R(g) is 62 ms with 8 cores.
+
+Assumptions: Poisson arrivals; service times that depend on the width only; idle workers of a model get requests in the order in
+which they became idle (so ``order`` borrows from those that are last in that line); workers of a model decide alike.
+Closed loops (clients that wait for their answer) are not Poisson: the wait is bounded by the requests ever seen at once.
+
+Service times are learned by each worker on its own requests and pooled by model. What is known little counts as
+optimistically guessed, and so gets tried; what is not tried is forgotten slowly, and so gets tried again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+__all__ = [
+    "Decision",
+    "Estimate",
+    "Lender",
+    "Measured",
+    "Record",
+    "arrived",
+    "decide",
+    "fit",
+    "new_record",
+    "order",
+    "patience",
+    "served",
+    "widths",
+]
+
+SATURATED = 0.97  # utilisation from which a queue counts as endless
+STAY = 0.92  # the present width wins against one that is less than 8 % better
+MEMORY = 32.0  # requests over which a service time is averaged
+FORGET = 1 / 500  # of the weight of every other width, per request
+GUESS = 1.0  # requests that the guess of a service time counts for
+SERIAL = 0.05  # serial part of the work that is guessed for widths beyond the only one known
+HOPE = 0.9  # guessed time, as part of what the two widths below predict
+KNOWN = 2.0  # requests from which a measured time may serve to guess others
+LONGER = 1.5  # a request may borrow from a worker whose own take at least 1 / LONGER as long
+TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers together
+RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
+RATE_SECONDS = 2.0, 60.0  # and its limits
+PATIENCE = 4.0  # own service times that an owner waits before it takes its slice back
+PATIENCE_SECONDS = 0.1  # and at least so long
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Mean service time of the requests that computed on ``cores`` cores.
+
+    ``weight`` is the number of requests that it rests on, fading. 0: only the first was seen, which is slow on every
+    new width (oneDNN prepares its primitives), and the next replaces it.
+    """
+
+    cores: int
+    seconds: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one worker publishes to its domain. Times are CLOCK_MONOTONIC, in seconds."""
+
+    model: int  # the same number for all workers that take requests from one queue
+    cores: int  # of its own slice
+    width: int  # cores of its present cap
+    measured: tuple[Measured, ...] = ()  # ascending by cores
+    rate: float = 0.0  # requests/s at the time ``at``
+    seen: float = 0.0  # most requests of the domain at once, seen at its own arrivals, fading; as of ``at``
+    at: float = 0.0  # its latest request arrived
+    idle_since: float | None = 0.0  # its latest request ended; None while it has one, waiting for its slice included
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What ``decide`` expects of one width, for people to read."""
+
+    cores: int
+    seconds: float  # service time, guessed where little is known
+    weight: float  # requests that it rests on
+    response: float  # seconds; inf: saturated
+    cost: float  # what is minimised
+
+
+@dataclass(frozen=True, slots=True)
+class Lender:
+    """A neighbour whose slice may be borrowed; ``rate`` is that of all requests of its model, per second."""
+
+    slot: int
+    cores: int
+    model: int
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``width`` cores at most, borrowed from ``lenders`` only. Holds for requests that start before ``until``."""
+
+    width: int
+    widths: tuple[int, ...]  # numbers of cores worth computing on, own slice first: few, each is warmed on its own
+    lenders: tuple[Lender, ...]
+    until: float
+    estimates: tuple[Estimate, ...]
+
+
+def new_record(model: int, cores: int, now: float) -> Record:
+    """Return the record of a worker that has served nothing."""
+    return Record(model, cores, cores, at=now, idle_since=now)
+
+
+def arrived(record: Record, now: float, others: int) -> Record:
+    """Return ``record`` after the arrival of a request, while ``others`` neighbours have one (``idle_since`` is None)."""
+    memory = _rate_memory(record)
+    rate = record.rate * math.exp((record.at - now) / memory) + 1 / memory
+    return replace(record, rate=rate, seen=max(_seen(record, now), 1.0 + others), at=now, idle_since=None)
+
+
+def served(record: Record, cores: int, seconds: float, now: float) -> Record:
+    """Return ``record`` after a request that computed on ``cores`` cores for ``seconds``, waiting not counted."""
+    measured = []
+    found = False
+    for one in record.measured:
+        if one.cores == cores:
+            found = True
+            weight = min(one.weight + 1, MEMORY)
+            measured.append(Measured(cores, one.seconds + (seconds - one.seconds) / weight, weight))
+        else:
+            measured.append(Measured(one.cores, one.seconds, one.weight * (1 - FORGET)))
+    if not found:
+        measured.append(Measured(cores, seconds, 0.0))
+        measured.sort(key=lambda one: one.cores)
+    return replace(record, measured=tuple(measured), idle_since=now)
+
+
+def patience(record: Record) -> float:
+    """Seconds that a worker waits for its own slice before it takes it back and computes."""
+    return max(PATIENCE_SECONDS, PATIENCE * _own_seconds(record))
+
+
+def widths(own: int, domain: int) -> tuple[int, ...]:
+    """Return the numbers of cores to compute on with a slice of ``own`` in a domain of ``domain``: 4, 8, 16, 28."""
+    result = [own]
+    while result[-1] * 2 < domain:
+        result.append(result[-1] * 2)
+    if result[-1] < domain:
+        result.append(domain)
+    return tuple(result)
+
+
+def fit(slices: Sequence[int], decision: Decision) -> tuple[int, int]:
+    """Return how many of ``slices``, the cores of own and borrowed ones as they were got, to keep, and the width.
+
+    The width is the largest of the few that there are; what it does not need goes back at once.
+    """
+    got = sum(slices)
+    width = max((width for width in decision.widths if width <= min(got, decision.width)), default=slices[0])
+    keep = covered = 0
+    while covered < width:
+        covered += slices[keep]
+        keep += 1
+    return max(keep, 1), width
+
+
+def order(lenders: Sequence[Lender], idle_since: Mapping[int, float | None]) -> list[Lender]:
+    """Return the idle ``lenders``, those first whose next request is furthest away; equals stay in the given order.
+
+    TorchServe hands a request to the worker of its model that waits longest, so the k-th in that line waits for k.
+    """
+    lines: dict[int, list[tuple[float, int, Lender]]] = {}
+    for place, lender in enumerate(lenders):
+        since = idle_since.get(lender.slot)
+        if since is not None:
+            lines.setdefault(lender.model, []).append((since, place, lender))
+    ranked = []
+    for line in lines.values():
+        line.sort()
+        ranked += [
+            (-(position + 1) / lender.rate if lender.rate else -math.inf, place, lender)
+            for position, (_, place, lender) in enumerate(line)
+        ]
+    ranked.sort()
+    return [lender for _, _, lender in ranked]
+
+
+def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
+    """Return the cap of the worker in slot ``me`` of ``domain``: slot -> record, nearest to it first, itself included.
+
+    Costs tens of microseconds to a few hundred (64 workers): keep the result until ``until``.
+    """
+    own = domain[me]
+    models = _models(domain, now)
+    mine = models[own.model]
+    total = sum(record.cores for record in domain.values())
+    seen = max(_seen(record, now) for record in domain.values())
+    busy = [model for model in models.values() if model.load > TRAFFIC or model is mine]
+    estimates = []
+    lenders: dict[int, tuple[Lender, ...]] = {}
+    for width in widths(own.cores, total):
+        seconds, weight = mine.seconds(width)
+        lenders[width] = tuple(
+            Lender(slot, record.cores, record.model, models[record.model].rate if models[record.model] in busy else 0.0)
+            for slot, record in domain.items()
+            if slot != me and _may_borrow(seconds, mine, models[record.model], busy)
+        )
+        if width > own.cores + sum(lender.cores for lender in lenders[width]):
+            break
+        response, cost = _cost(busy, mine, width, total=total, seen=seen)
+        estimates.append(Estimate(width, seconds, weight, response, cost))
+    best = min(estimates, key=lambda one: one.cost * (STAY if one.cores == own.width else 1.0))
+    hold = (20 if best.weight > 2 * KNOWN else 4) * best.seconds
+    return Decision(
+        best.cores, tuple(one.cores for one in estimates), lenders[best.cores], now + min(hold, 2.0), tuple(estimates)
+    )
+
+
+class _Model:
+    """The workers of one model together."""
+
+    def __init__(self) -> None:
+        self.workers = 0
+        self.cores = 0
+        self.width = 0.0
+        self.rate = 0.0
+        self.sums: dict[int, tuple[float, float]] = {}  # cores -> (seconds x weight, weight)
+        self.known: dict[int, float] = {}
+
+    def add(self, record: Record, now: float) -> None:
+        self.workers += 1
+        self.cores += record.cores
+        self.width += record.width
+        self.rate += _rate(record, now)
+        for one in record.measured:
+            seconds, weight = self.sums.get(one.cores, (0.0, 0.0))
+            self.sums[one.cores] = seconds + one.seconds * one.weight, weight + one.weight
+
+    def close(self) -> None:
+        self.own = round(self.cores / self.workers)
+        self.width /= self.workers
+        self.known = {cores: total / weight for cores, (total, weight) in sorted(self.sums.items()) if weight >= KNOWN}
+        self.alone = self.seconds(self.own)[0]
+        self.load = self.rate * self.alone
+
+    def seconds(self, cores: float) -> tuple[float, float]:
+        """Return the service time on ``cores`` cores, half guessed where little is known, and its weight."""
+        total, weight = self.sums.get(int(cores), (0.0, 0.0))
+        if not self.known:
+            return (total / weight, weight) if weight else (0.0, 0.0)
+        guess = self._guess(cores)
+        return (total + GUESS * guess) / (weight + GUESS), weight
+
+    def _guess(self, cores: float) -> float:
+        """Return an optimistic service time from those of other widths."""
+        below = [one for one in self.known if one < cores]
+        if not below:
+            return next(seconds for one, seconds in self.known.items() if one >= cores)
+        near = below[-1]
+        if len(below) == 1:
+            return self.known[near] * (SERIAL + (1 - SERIAL) * near / cores)
+        far = below[-2]
+        serial = (self.known[near] * near - self.known[far] * far) / (near - far)  # Amdahl: a + b / cores
+        serial = min(max(serial, 0.0), self.known[near])
+        return HOPE * (serial + (self.known[near] - serial) * near / cores)
+
+
+def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
+    models: dict[int, _Model] = {}
+    for record in domain.values():
+        models.setdefault(record.model, _Model()).add(record, now)
+    for model in models.values():
+        model.close()
+    return models
+
+
+def _may_borrow(seconds: float, mine: _Model, theirs: _Model, busy: Sequence[_Model]) -> bool:
+    """Whoever runs long does not borrow from whoever runs short."""
+    return theirs is mine or theirs not in busy or seconds <= LONGER * theirs.alone
+
+
+def _cost(busy: Sequence[_Model], mine: _Model, width: int, *, total: int, seen: float) -> tuple[float, float]:
+    """Return the response time of ``mine`` on ``width`` cores and the cost to all, or its utilisation times 1e9."""
+    times = [mine.seconds(width)[0] if model is mine else model.seconds(model.width)[0] for model in busy]
+    rate = sum(model.rate for model in busy)
+    workers = sum(model.workers for model in busy)
+    flow = sum(model.rate * seconds for model, seconds in zip(busy, times, strict=True))
+    if not flow:
+        return times[0], times[0]
+    squares = sum(model.rate * seconds**2 for model, seconds in zip(busy, times, strict=True))
+    wide = sum(
+        model.rate * seconds * (width if model is mine else model.width)
+        for model, seconds in zip(busy, times, strict=True)
+    )
+    mean = flow / rate
+    variation = max(0.0, squares / rate / mean**2 - 1)
+    slices = max(1.0, total * flow / wide)
+    wait = min(_wait(rate, mean, variation, slices), _ahead(min(seen, workers), slices, mean))
+    cost = response = worst = 0.0
+    for model, seconds in zip(busy, times, strict=True):
+        held = wait + seconds
+        bound = math.inf if seen >= model.workers - 0.5 else _ahead(seen, model.workers, held)
+        queue = min(_wait(model.rate, held, variation, model.workers), bound)
+        if queue == math.inf:
+            worst = max(worst, model.rate * held / model.workers)
+        cost += model.rate / rate * (held + queue) / (model.alone or 1.0)
+        if model is mine:
+            response = held + queue
+    return response, 1e9 * worst if worst else cost
+
+
+def _wait(rate: float, seconds: float, variation: float, servers: float) -> float:
+    """Mean wait in M/G/n by Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)"."""
+    used = rate * seconds / servers
+    if used >= SATURATED:
+        return math.inf
+    return (1 + variation) / 2 * seconds * used ** (math.sqrt(2 * (servers + 1)) - 1) / (servers * (1 - used))
+
+
+def _ahead(requests: float, servers: float, seconds: float) -> float:
+    """The longest wait that so many requests at once can cause each other."""
+    return max(0.0, requests - servers) * seconds / servers
+
+
+def _rate_memory(record: Record) -> float:
+    least, most = RATE_SECONDS
+    return min(most, max(least, RATE_MEMORY * _own_seconds(record)))
+
+
+def _rate(record: Record, now: float) -> float:
+    return record.rate * math.exp(min(0.0, record.at - now) / _rate_memory(record))
+
+
+def _seen(record: Record, now: float) -> float:
+    return record.seen * math.exp(min(0.0, record.at - now) / _rate_memory(record))
+
+
+def _own_seconds(record: Record) -> float:
+    """Service time on the narrowest width measured."""
+    return next((one.seconds for one in record.measured if one.weight), 0.0)
