@@ -49,6 +49,7 @@ __all__ = [
     "Record",
     "arrived",
     "decide",
+    "ended",
     "fit",
     "new_record",
     "order",
@@ -69,6 +70,7 @@ LONGER = 1.5  # a request may borrow from a worker whose own take at least 1 / L
 TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers together
 RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
 RATE_SECONDS = 2.0, 60.0  # and its limits
+TAIL = 0.5  # seconds of the mean that a second of the 99th percentile of waiting counts for
 PATIENCE = 4.0  # own service times that an owner waits before it takes its slice back
 PATIENCE_SECONDS = 0.1  # and at least so long
 
@@ -159,6 +161,11 @@ def served(record: Record, cores: int, seconds: float, now: float) -> Record:
         measured.append(Measured(cores, seconds, 0.0))
         measured.sort(key=lambda one: one.cores)
     return replace(record, measured=tuple(measured), idle_since=now)
+
+
+def ended(record: Record, now: float) -> Record:
+    """Return ``record`` after a request that says nothing about service times: it failed, or lost cores half-way."""
+    return replace(record, idle_since=now)
 
 
 def patience(record: Record) -> float:
@@ -321,31 +328,34 @@ def _cost(busy: Sequence[_Model], mine: _Model, width: int, *, total: int, seen:
     mean = flow / rate
     variation = max(0.0, squares / rate / mean**2 - 1)
     slices = max(1.0, total * flow / wide)
-    wait = min(_wait(rate, mean, variation, slices), _ahead(min(seen, workers), slices, mean))
+    late, wait, tail = _wait(rate, mean, variation, slices, min(seen, workers))
+    narrow = late * max(0.0, 1 - 2 / workers) / 2
     cost = response = worst = 0.0
     for model, seconds in zip(busy, times, strict=True):
-        held = wait + seconds
-        bound = math.inf if seen >= model.workers - 0.5 else _ahead(seen, model.workers, held)
-        queue = min(_wait(model.rate, held, variation, model.workers), bound)
+        held = wait + seconds + narrow * max(0.0, model.alone - seconds)
+        ahead = math.inf if seen >= model.workers - 0.5 else seen
+        _, queue, longest = _wait(model.rate, held, variation, model.workers, ahead)
         if queue == math.inf:
             worst = max(worst, model.rate * held / model.workers)
-        cost += model.rate / rate * (held + queue) / (model.alone or 1.0)
+        cost += model.rate / rate * (held + queue + TAIL * (tail + longest)) / (model.alone or 1.0)
         if model is mine:
             response = held + queue
     return response, 1e9 * worst if worst else cost
 
 
-def _wait(rate: float, seconds: float, variation: float, servers: float) -> float:
-    """Mean wait in M/G/n by Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)"."""
+def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: float) -> tuple[float, float, float]:
+    """Return the part of the customers that wait in M/G/n, the mean wait of all, and the wait of one in a hundred.
+
+    Never longer than ``ahead`` customers at once can make each other wait.
+    Source: Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)"; waits are taken as exponential.
+    """
+    bound = max(0.0, ahead - servers) * seconds / servers
     used = rate * seconds / servers
     if used >= SATURATED:
-        return math.inf
-    return (1 + variation) / 2 * seconds * used ** (math.sqrt(2 * (servers + 1)) - 1) / (servers * (1 - used))
-
-
-def _ahead(requests: float, servers: float, seconds: float) -> float:
-    """The longest wait that so many requests at once can cause each other."""
-    return max(0.0, requests - servers) * seconds / servers
+        return 1.0, bound, bound
+    late = used ** (math.sqrt(2 * (servers + 1)) - 1)
+    each = (1 + variation) / 2 * seconds / (servers * (1 - used))  # of those that wait
+    return late, min(bound, late * each), min(bound, each * math.log(max(1.0, 100 * late)))
 
 
 def _rate_memory(record: Record) -> float:
