@@ -71,6 +71,8 @@ TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers toget
 RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
 RATE_SECONDS = 2.0, 60.0  # and its limits
 TAIL = 0.5  # seconds of the mean that a second of the 99th percentile of waiting counts for
+SEEN_MEMORY = 5.0  # times that long the most requests at once are remembered
+HOLD_SECONDS = 2.0  # that a decision holds at most
 PATIENCE = 4.0  # own service times that an owner waits before it takes its slice back
 PATIENCE_SECONDS = 0.1  # and at least so long
 
@@ -99,6 +101,7 @@ class Record:
     rate: float = 0.0  # requests/s at the time ``at``
     seen: float = 0.0  # most requests of the domain at once, seen at its own arrivals, fading; as of ``at``
     at: float = 0.0  # its latest request arrived
+    born: float = 0.0  # it was made
     idle_since: float | None = 0.0  # its latest request ended; None while it has one, waiting for its slice included
 
 
@@ -136,14 +139,16 @@ class Decision:
 
 def new_record(model: int, cores: int, now: float) -> Record:
     """Return the record of a worker that has served nothing."""
-    return Record(model, cores, cores, at=now, idle_since=now)
+    return Record(model, cores, cores, at=now, born=now, idle_since=now)
 
 
 def arrived(record: Record, now: float, others: int) -> Record:
     """Return ``record`` after the arrival of a request, while ``others`` neighbours have one (``idle_since`` is None)."""
     memory = _rate_memory(record)
-    rate = record.rate * math.exp((record.at - now) / memory) + 1 / memory
-    return replace(record, rate=rate, seen=max(_seen(record, now), 1.0 + others), at=now, idle_since=None)
+    past = min(0.0, record.at - now) / memory
+    rate = record.rate * math.exp(past) + 1 / memory
+    seen = max(record.seen * math.exp(past / SEEN_MEMORY), 1.0 + others)
+    return replace(record, rate=rate, seen=seen, at=now, idle_since=None)
 
 
 def served(record: Record, cores: int, seconds: float, now: float) -> Record:
@@ -226,26 +231,31 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     own = domain[me]
     models = _models(domain, now)
     mine = models[own.model]
-    total = sum(record.cores for record in domain.values())
-    seen = max(_seen(record, now) for record in domain.values())
+    total = sum(model.cores for model in models.values())
+    seen = max(model.seen for model in models.values())
     busy = [model for model in models.values() if model.load > TRAFFIC or model is mine]
-    estimates = []
-    lenders: dict[int, tuple[Lender, ...]] = {}
+    estimates: list[Estimate] = []
+    open_to: dict[int, set[int]] = {}
     for width in widths(own.cores, total):
         seconds, weight = mine.seconds(width)
-        lenders[width] = tuple(
-            Lender(slot, record.cores, record.model, models[record.model].rate if models[record.model] in busy else 0.0)
-            for slot, record in domain.items()
-            if slot != me and _may_borrow(seconds, mine, models[record.model], busy)
-        )
-        if width > own.cores + sum(lender.cores for lender in lenders[width]):
+        open_to[width] = {
+            number
+            for number, model in models.items()
+            if model is mine or model not in busy or seconds <= LONGER * model.alone
+        }
+        if estimates and width > sum(models[number].cores for number in open_to[width]):
             break
         response, cost = _cost(busy, mine, width, total=total, seen=seen)
         estimates.append(Estimate(width, seconds, weight, response, cost))
     best = min(estimates, key=lambda one: one.cost * (STAY if one.cores == own.width else 1.0))
+    lenders = tuple(
+        Lender(slot, record.cores, record.model, models[record.model].rate if models[record.model] in busy else 0.0)
+        for slot, record in domain.items()
+        if slot != me and record.model in open_to[best.cores] and best.cores > own.cores
+    )
     hold = (20 if best.weight > 2 * KNOWN else 4) * best.seconds
     return Decision(
-        best.cores, tuple(one.cores for one in estimates), lenders[best.cores], now + min(hold, 2.0), tuple(estimates)
+        best.cores, tuple(one.cores for one in estimates), lenders, now + min(hold, HOLD_SECONDS), tuple(estimates)
     )
 
 
@@ -257,6 +267,7 @@ class _Model:
         self.cores = 0
         self.width = 0.0
         self.rate = 0.0
+        self.seen = 0.0
         self.sums: dict[int, tuple[float, float]] = {}  # cores -> (seconds x weight, weight)
         self.known: dict[int, float] = {}
 
@@ -264,7 +275,11 @@ class _Model:
         self.workers += 1
         self.cores += record.cores
         self.width += record.width
-        self.rate += _rate(record, now)
+        memory = _rate_memory(record)
+        past = min(0.0, record.at - now) / memory
+        full = 1 - math.exp(min(-0.1, (record.born - now) / memory))  # what a young record has not seen yet
+        self.rate += record.rate * math.exp(past) / full
+        self.seen = max(self.seen, record.seen * math.exp(past / SEEN_MEMORY))
         for one in record.measured:
             seconds, weight = self.sums.get(one.cores, (0.0, 0.0))
             self.sums[one.cores] = seconds + one.seconds * one.weight, weight + one.weight
@@ -305,11 +320,6 @@ def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
     for model in models.values():
         model.close()
     return models
-
-
-def _may_borrow(seconds: float, mine: _Model, theirs: _Model, busy: Sequence[_Model]) -> bool:
-    """Whoever runs long does not borrow from whoever runs short."""
-    return theirs is mine or theirs not in busy or seconds <= LONGER * theirs.alone
 
 
 def _cost(busy: Sequence[_Model], mine: _Model, width: int, *, total: int, seen: float) -> tuple[float, float]:
@@ -361,14 +371,6 @@ def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: 
 def _rate_memory(record: Record) -> float:
     least, most = RATE_SECONDS
     return min(most, max(least, RATE_MEMORY * _own_seconds(record)))
-
-
-def _rate(record: Record, now: float) -> float:
-    return record.rate * math.exp(min(0.0, record.at - now) / _rate_memory(record))
-
-
-def _seen(record: Record, now: float) -> float:
-    return record.seen * math.exp(min(0.0, record.at - now) / _rate_memory(record))
 
 
 def _own_seconds(record: Record) -> float:
