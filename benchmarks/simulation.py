@@ -62,7 +62,7 @@ class Model:
     @property
     def capacity(self) -> float:
         """Requests/s of all its slices alone."""
-        return sum(1 / self.service(cores) for cores in self.slices)
+        return sum(1 / (self.service(cores) + ROUND_TRIP) for cores in self.slices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,3 +326,62 @@ def _arrivals(model: Model, chance: random.Random) -> Iterator[float]:
         while (now := now + chance.expovariate(model.rate / part)) < end:
             yield now
         now = end + chance.expovariate(part / length / (1 - part))
+
+
+def _loaded(model: Model, load: float) -> Model:
+    return replace(model, rate=load * model.capacity)
+
+
+def catalogue(requests: int = 10_000) -> Iterator[tuple[str, str, Scenario]]:
+    """Yield group, load and scenario."""
+    loads = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
+    fewer = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+    def one(group: str, load: float, *models: Model, **more: float) -> tuple[str, str, Scenario]:
+        return group, f"{load:g}", Scenario(group, models, requests=requests, **more)  # type: ignore[arg-type]
+
+    for slices, cores, serial in ((2, 1, 0.05), (4, 14, 0.05), (8, 4, 0.03), (14, 2, 0.01), (28, 1, 0.01), (64, 1, 0.02)):
+        for load in loads:
+            yield one(f"{slices} x {cores}, f = {serial}", load, _loaded(Model(0.4, serial, (cores,) * slices), load))
+    for serial in (0.0, 0.1, 0.3, 1.0):
+        for load in fewer:
+            yield one(f"8 x 4, f = {serial}", load, _loaded(Model(0.4, serial, (4,) * 8), load))
+    for slices, cores, serial in ((2, 1, 0.05), (8, 4, 0.03), (28, 1, 0.01)):
+        for load in fewer:
+            half = Model(0.4, serial, (cores,) * (slices // 2))
+            yield one(f"uneven 9 to 1, {slices} x {cores}", load, _loaded(half, load), _loaded(half, load / 9))
+    for load in fewer:
+        yield one("unequal slices 7 5 4 4 2 2", load, _loaded(Model(0.4, 0.03, (7, 5, 4, 4, 2, 2)), load))
+        yield one("bursts, 8 x 4", load, _loaded(Model(0.4, 0.03, (4,) * 8, bursts=(0.5, 5.0)), load))
+        yield one("noise 0.5, 8 x 4", load, _loaded(Model(0.4, 0.03, (4,) * 8, noise=0.5), load))
+        yield one("error 0.2, 8 x 4", load, _loaded(Model(0.4, 0.03, (4,) * 8), load), error=0.2)
+        changing = _loaded(Model(0.2, 0.03, (4,) * 8), load)
+        yield one("half as fast midway", load, replace(changing, rate=changing.rate / 2, change=(requests / changing.rate, 2.0)))
+        resnet50, resnet18 = Model(0.11, 0.0, (1,)), Model(0.044, 0.05, (1,))
+        yield one("ResNet-50 beside ResNet-18, 2 x 1", load, _loaded(resnet50, load), _loaded(resnet18, load))
+        mixed = Model(0.11, 0.03, (1,) * 8), Model(0.005, 0.9, (1,) * 4)
+        yield one("ResNet-50 beside a flat one, 8 x 1 + 4 x 1", load, *(_loaded(model, load) for model in mixed))
+        mixed = Model(0.05, 0.03, (1,) * 4), Model(2.0, 0.03, (1,) * 4)
+        yield one("50 ms beside 2 s, 4 x 1 + 4 x 1", load, *(_loaded(model, load) for model in mixed))
+        mixed = Model(0.05, 0.03, (1,) * 1), Model(2.0, 0.03, (1,) * 1)
+        yield one("50 ms beside 2 s, 1 x 1 + 1 x 1", load, *(_loaded(model, load) for model in mixed))
+    for name, slices, cores, serial in (("2 x 1", 2, 1, 0.02), ("8 x 4", 8, 4, 0.03), ("28 x 1", 28, 1, 0.0)):
+        for clients in (1, 2, slices, 4 * slices):
+            model = Model(0.11, serial, (cores,) * slices, clients=clients)
+            yield f"closed loop, {name}, f = {serial}", f"{clients} clients", Scenario("", (model,), requests=requests)
+
+
+def broken(alone: Result, elastic: Result, load: float) -> list[str]:
+    """Return the promises that ``elastic`` breaks."""
+    result = []
+    pairs = [("all", alone.all, elastic.all)] if len(alone.models) == 1 else [
+        (f"model {m}", *pair) for m, pair in enumerate(zip(alone.models, elastic.models, strict=True))
+    ]
+    for name, a, e in pairs:
+        if e.mean > 1.02 * a.mean:
+            result.append(f"{name} mean x {e.mean / a.mean:.2f}")
+        if e.p99 - a.p99 > (0.1 * a.p99 if load >= 0.5 else max(0.0, a.mean - e.mean) + 0.02 * a.p99):
+            result.append(f"{name} p99 x {e.p99 / a.p99:.2f}")
+    if elastic.all.throughput < 0.98 * alone.all.throughput:
+        result.append(f"throughput x {elastic.all.throughput / alone.all.throughput:.3f}")
+    return result

@@ -70,7 +70,7 @@ LONGER = 1.5  # a request may borrow from a worker whose own take at least 1 / L
 TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers together
 RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
 RATE_SECONDS = 2.0, 60.0  # and its limits
-TAIL = 0.5  # seconds of the mean that a second of the 99th percentile of waiting counts for
+TAIL = 0.2, 0.6  # seconds of the mean that a second of the 99th percentile of waiting counts for: idle, and more at load
 SEEN_MEMORY = 5.0  # times that long the most requests at once are remembered
 HOLD_SECONDS = 2.0  # that a decision holds at most
 PATIENCE = 4.0  # own service times that an owner waits before it takes its slice back
@@ -233,7 +233,7 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     mine = models[own.model]
     total = sum(model.cores for model in models.values())
     seen = max(model.seen for model in models.values())
-    busy = [model for model in models.values() if model.load > TRAFFIC or model is mine]
+    busy = [model for model in models.values() if model is mine or model.busy]
     estimates: list[Estimate] = []
     open_to: dict[int, set[int]] = {}
     for width in widths(own.cores, total):
@@ -241,15 +241,15 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
         open_to[width] = {
             number
             for number, model in models.items()
-            if model is mine or model not in busy or seconds <= LONGER * model.alone
+            if model is mine or not model.busy or seconds <= LONGER * model.alone
         }
-        if estimates and width > sum(models[number].cores for number in open_to[width]):
+        if estimates and (not mine.known or width > sum(models[number].cores for number in open_to[width])):
             break
         response, cost = _cost(busy, mine, width, total=total, seen=seen)
         estimates.append(Estimate(width, seconds, weight, response, cost))
     best = min(estimates, key=lambda one: one.cost * (STAY if one.cores == own.width else 1.0))
     lenders = tuple(
-        Lender(slot, record.cores, record.model, models[record.model].rate if models[record.model] in busy else 0.0)
+        Lender(slot, record.cores, record.model, models[record.model].rate if models[record.model].busy else 0.0)
         for slot, record in domain.items()
         if slot != me and record.model in open_to[best.cores] and best.cores > own.cores
     )
@@ -290,6 +290,7 @@ class _Model:
         self.known = {cores: total / weight for cores, (total, weight) in sorted(self.sums.items()) if weight >= KNOWN}
         self.alone = self.seconds(self.own)[0]
         self.load = self.rate * self.alone
+        self.busy = self.load > TRAFFIC or (self.rate > 0 and not self.known)
 
     def seconds(self, cores: float) -> tuple[float, float]:
         """Return the service time on ``cores`` cores, half guessed where little is known, and its weight."""
@@ -340,6 +341,7 @@ def _cost(busy: Sequence[_Model], mine: _Model, width: int, *, total: int, seen:
     slices = max(1.0, total * flow / wide)
     late, wait, tail = _wait(rate, mean, variation, slices, min(seen, workers))
     narrow = late * max(0.0, 1 - 2 / workers) / 2
+    heed = TAIL[0] + TAIL[1] * min(1.0, sum(model.load for model in busy) / workers)
     cost = response = worst = 0.0
     for model, seconds in zip(busy, times, strict=True):
         held = wait + seconds + narrow * max(0.0, model.alone - seconds)
@@ -347,7 +349,7 @@ def _cost(busy: Sequence[_Model], mine: _Model, width: int, *, total: int, seen:
         _, queue, longest = _wait(model.rate, held, variation, model.workers, ahead)
         if queue == math.inf:
             worst = max(worst, model.rate * held / model.workers)
-        cost += model.rate / rate * (held + queue + TAIL * (tail + longest)) / (model.alone or 1.0)
+        cost += model.rate / rate * (held + queue + heed * (tail + longest)) / (model.alone or 1.0)
         if model is mine:
             response = held + queue
     return response, 1e9 * worst if worst else cost
