@@ -30,7 +30,7 @@ from ts_plugin.planning.width import (
     ended,
     fit,
     new_record,
-    order,
+    offers,
     patience,
     served,
 )
@@ -221,16 +221,15 @@ class _Run:
                 decision = self.cap(decision)
             worker.decision = decision
             self.records[worker.slot] = replace(self.records[worker.slot], width=decision.width)
-        if decision.width <= worker.cores:
-            return
+        width, lenders = offers(decision, {slot: self.records[slot].idle_since for slot in worker.near})
         slices = [worker.cores]
-        for lender in order(decision.lenders, {one.slot: self.records[one.slot].idle_since for one in decision.lenders}):
-            if sum(slices) >= decision.width:
+        for lender in lenders:
+            if sum(slices) >= width:
                 break
             if self.workers[lender.slot].holder is None:
                 worker.held.append(lender.slot)
                 slices.append(lender.cores)
-        keep, worker.width = fit(slices, decision)
+        keep, worker.width = fit(slices, width, decision)
         del worker.held[keep:]
         for slot in worker.held:
             self.workers[slot].holder = worker.slot

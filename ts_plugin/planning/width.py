@@ -52,7 +52,7 @@ __all__ = [
     "ended",
     "fit",
     "new_record",
-    "order",
+    "offers",
     "patience",
     "served",
     "widths",
@@ -67,6 +67,7 @@ SERIAL = 0.05  # serial part of the work that is guessed for widths beyond the o
 HOPE = 0.9  # guessed time, as part of what the two widths below predict
 KNOWN = 2.0  # requests from which a measured time may serve to guess others
 LONGER = 1.5  # a request may borrow from a worker whose own take at least 1 / LONGER as long
+SHARE = 1.4  # times its share of the domain that a request takes while others have requests
 TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers together
 RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
 RATE_SECONDS = 2.0, 60.0  # and its limits
@@ -131,6 +132,7 @@ class Decision:
     """``width`` cores at most, borrowed from ``lenders`` only. Holds for requests that start before ``until``."""
 
     width: int
+    cores: int  # of the domain
     widths: tuple[int, ...]  # numbers of cores worth computing on, own slice first: few, each is warmed on its own
     lenders: tuple[Lender, ...]
     until: float
@@ -188,39 +190,45 @@ def widths(own: int, domain: int) -> tuple[int, ...]:
     return tuple(result)
 
 
-def fit(slices: Sequence[int], decision: Decision) -> tuple[int, int]:
-    """Return how many of ``slices``, the cores of own and borrowed ones as they were got, to keep, and the width.
+def offers(decision: Decision, idle_since: Mapping[int, float | None]) -> tuple[int, list[Lender]]:
+    """Return the cap of one request, and the idle lenders in the order in which to try them.
 
-    The width is the largest of the few that there are; what it does not need goes back at once.
+    ``idle_since`` is the domain's, slot -> as in ``Record``; the request's own worker counts as having one. When many have
+    a request at once, each takes little more than its share: this tells a burst before any rate does.
+    Lenders whose next request is furthest away come first, equals in the domain's order. TorchServe hands a request to
+    the worker of its model that waits longest, so the k-th in that line waits for k requests.
     """
-    got = sum(slices)
-    width = max((width for width in decision.widths if width <= min(got, decision.width)), default=slices[0])
-    keep = covered = 0
-    while covered < width:
-        covered += slices[keep]
-        keep += 1
-    return max(keep, 1), width
-
-
-def order(lenders: Sequence[Lender], idle_since: Mapping[int, float | None]) -> list[Lender]:
-    """Return the idle ``lenders``, those first whose next request is furthest away; equals stay in the given order.
-
-    TorchServe hands a request to the worker of its model that waits longest, so the k-th in that line waits for k.
-    """
+    requests = max(1, sum(since is None for since in idle_since.values()))
+    share = max(decision.widths[0], SHARE * decision.cores / requests)
+    width = max(width for width in decision.widths if width <= min(share, decision.width))
+    if width == decision.widths[0]:
+        return width, []
     lines: dict[int, list[tuple[float, int, Lender]]] = {}
-    for place, lender in enumerate(lenders):
+    for place, lender in enumerate(decision.lenders):
         since = idle_since.get(lender.slot)
         if since is not None:
             lines.setdefault(lender.model, []).append((since, place, lender))
     ranked = []
     for line in lines.values():
         line.sort()
-        ranked += [
-            (-(position + 1) / lender.rate if lender.rate else -math.inf, place, lender)
-            for position, (_, place, lender) in enumerate(line)
-        ]
+        for position, (_, place, lender) in enumerate(line, start=1):
+            ranked.append((-position / lender.rate if lender.rate else -math.inf, place, lender))
     ranked.sort()
-    return [lender for _, _, lender in ranked]
+    return width, [lender for _, _, lender in ranked]
+
+
+def fit(slices: Sequence[int], width: int, decision: Decision) -> tuple[int, int]:
+    """Return how many of ``slices`` to keep, and on how many cores to compute.
+
+    ``slices`` are the cores of own and borrowed ones in the order in which they were got, ``width`` is what ``offers`` said.
+    A request computes on one of the few widths that there are; what it does not need goes back at once.
+    """
+    cores = max((one for one in decision.widths if one <= min(sum(slices), width)), default=slices[0])
+    keep = covered = 0
+    while covered < cores:
+        covered += slices[keep]
+        keep += 1
+    return keep, cores
 
 
 def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
@@ -245,7 +253,8 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
         }
         if estimates and (not mine.known or width > sum(models[number].cores for number in open_to[width])):
             break
-        response, cost = _cost(busy, mine, width, total=total, seen=seen)
+        scale = width / own.cores * mine.cores / mine.workers  # others of the model widen likewise
+        response, cost = _cost(busy, mine, scale, total=total, seen=seen)
         estimates.append(Estimate(width, seconds, weight, response, cost))
     best = min(estimates, key=lambda one: one.cost * (STAY if one.cores == own.width else 1.0))
     lenders = tuple(
@@ -255,7 +264,7 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     )
     hold = (20 if best.weight > 2 * KNOWN else 4) * best.seconds
     return Decision(
-        best.cores, tuple(one.cores for one in estimates), lenders, now + min(hold, HOLD_SECONDS), tuple(estimates)
+        best.cores, total, tuple(one.cores for one in estimates), lenders, now + min(hold, HOLD_SECONDS), tuple(estimates)
     )
 
 
@@ -285,16 +294,15 @@ class _Model:
             self.sums[one.cores] = seconds + one.seconds * one.weight, weight + one.weight
 
     def close(self) -> None:
-        self.own = round(self.cores / self.workers)
         self.width /= self.workers
         self.known = {cores: total / weight for cores, (total, weight) in sorted(self.sums.items()) if weight >= KNOWN}
-        self.alone = self.seconds(self.own)[0]
+        self.alone = self.seconds(self.cores / self.workers)[0]
         self.load = self.rate * self.alone
         self.busy = self.load > TRAFFIC or (self.rate > 0 and not self.known)
 
     def seconds(self, cores: float) -> tuple[float, float]:
         """Return the service time on ``cores`` cores, half guessed where little is known, and its weight."""
-        total, weight = self.sums.get(int(cores), (0.0, 0.0))
+        total, weight = self.sums.get(cores, (0.0, 0.0))  # type: ignore[call-overload]
         if not self.known:
             return (total / weight, weight) if weight else (0.0, 0.0)
         guess = self._guess(cores)
@@ -306,6 +314,10 @@ class _Model:
         if not below:
             return next(seconds for one, seconds in self.known.items() if one >= cores)
         near = below[-1]
+        above = next((one for one in self.known if one > cores), None)
+        if above is not None and cores not in self.sums:
+            part = (1 / cores - 1 / above) / (1 / near - 1 / above)  # a + b / cores
+            return part * self.known[near] + (1 - part) * self.known[above]
         if len(below) == 1:
             return self.known[near] * (SERIAL + (1 - SERIAL) * near / cores)
         far = below[-2]
@@ -323,7 +335,7 @@ def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
     return models
 
 
-def _cost(busy: Sequence[_Model], mine: _Model, width: int, *, total: int, seen: float) -> tuple[float, float]:
+def _cost(busy: Sequence[_Model], mine: _Model, width: float, *, total: int, seen: float) -> tuple[float, float]:
     """Return the response time of ``mine`` on ``width`` cores and the cost to all, or its utilisation times 1e9."""
     times = [mine.seconds(width)[0] if model is mine else model.seconds(model.width)[0] for model in busy]
     rate = sum(model.rate for model in busy)
@@ -363,11 +375,12 @@ def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: 
     """
     bound = max(0.0, ahead - servers) * seconds / servers
     used = rate * seconds / servers
-    if used >= SATURATED:
+    if used >= SATURATED and bound == math.inf:
         return 1.0, bound, bound
-    late = used ** (math.sqrt(2 * (servers + 1)) - 1)
-    each = (1 + variation) / 2 * seconds / (servers * (1 - used))  # of those that wait
-    return late, min(bound, late * each), min(bound, each * math.log(max(1.0, 100 * late)))
+    late = 1.0 if used >= SATURATED else used ** (math.sqrt(2 * (servers + 1)) - 1)
+    each = (1 + variation) / 2 * seconds / (servers * (1 - min(used, SATURATED)))  # of those that wait
+    mean = bound if used >= SATURATED else min(bound, late * each)
+    return late, mean, each * math.log(max(1.0, 100 * late)) if bound else 0.0
 
 
 def _rate_memory(record: Record) -> float:
