@@ -351,20 +351,25 @@ def _cost(busy: Sequence[_Model], mine: _Model, width: float, *, total: int, see
     mean = flow / rate
     variation = max(0.0, squares / rate / mean**2 - 1)
     slices = max(1.0, total * flow / wide)
-    late, wait, tail = _wait(rate, mean, variation, slices, min(seen, workers))
+    late, wait, tail = _wait(rate, mean, variation, slices, _ahead(seen, workers))
     narrow = late * max(0.0, 1 - 2 / workers) / 2
     heed = TAIL[0] + TAIL[1] * min(1.0, sum(model.load for model in busy) / workers)
     cost = response = worst = 0.0
     for model, seconds in zip(busy, times, strict=True):
-        held = wait + seconds + narrow * max(0.0, model.alone - seconds)
-        ahead = math.inf if seen >= model.workers - 0.5 else seen
-        _, queue, longest = _wait(model.rate, held, variation, model.workers, ahead)
-        if queue == math.inf:
-            worst = max(worst, model.rate * held / model.workers)
-        cost += model.rate / rate * (held + queue + heed * (tail + longest)) / (model.alone or 1.0)
+        _, queue, longest = _wait(model.rate, seconds, 0.0, model.workers, _ahead(seen, model.workers))
+        wait_here = max(wait, queue)
+        if wait_here == math.inf:
+            worst = max(worst, flow / slices, model.rate * seconds / model.workers)
+        held = seconds + narrow * max(0.0, model.alone - seconds)
+        cost += model.rate / rate * (held + wait_here + heed * max(tail, longest)) / (model.alone or 1.0)
         if model is mine:
-            response = held + queue
+            response = held + wait_here
     return response, 1e9 * worst if worst else cost
+
+
+def _ahead(seen: float, workers: int) -> float:
+    """Return how many requests there may be at once: with all workers busy, any number may wait in TorchServe's queue."""
+    return math.inf if seen >= workers - 0.5 else seen
 
 
 def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: float) -> tuple[float, float, float]:
