@@ -59,15 +59,16 @@ __all__ = [
 ]
 
 SATURATED = 0.97  # utilisation from which a queue counts as endless
-STAY = 0.92  # the present width wins against one that is less than 8 % better
+STAY = 0.08  # the present width wins against one that is less than 8 % better
 MEMORY = 32.0  # requests over which a service time is averaged
-FORGET = 1 / 500  # of the weight of every other width, per request
-GUESS = 1.0  # requests that the guess of a service time counts for
+FORGET = 1 / 1000  # of the weight of every other width, per request
+GUESS = 0.5  # requests that the guess of a service time counts for
 SERIAL = 0.05  # serial part of the work that is guessed for widths beyond the only one known
 HOPE = 0.9  # guessed time, as part of what the two widths below predict
 KNOWN = 2.0  # requests from which a measured time may serve to guess others
 LONGER = 1.5  # a request may borrow from a worker whose own take at least 1 / LONGER as long
-SHARE = 1.4  # times its share of the domain that a request takes while others have requests
+CROWDED = 0.85  # load, as part of what slices alone can serve, from which nobody borrows
+SHARE = 1.7  # times its share of the domain that a request takes while others have requests
 TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers together
 RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
 RATE_SECONDS = 2.0, 60.0  # and its limits
@@ -114,7 +115,7 @@ class Estimate:
     seconds: float  # service time, guessed where little is known
     weight: float  # requests that it rests on
     response: float  # seconds; inf: saturated
-    cost: float  # what is minimised
+    cost: float  # what is minimised, less the bonus of the present width
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,25 +243,27 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     total = sum(model.cores for model in models.values())
     seen = max(model.seen for model in models.values())
     busy = [model for model in models.values() if model is mine or model.busy]
+    crowded = sum(model.load for model in models.values()) > CROWDED * len(domain)
     estimates: list[Estimate] = []
-    open_to: dict[int, set[int]] = {}
+    lenders_at: dict[int, list[_Model]] = {}
     for width in widths(own.cores, total):
         seconds, weight = mine.seconds(width)
-        open_to[width] = {
-            number
-            for number, model in models.items()
-            if model is mine or not model.busy or seconds <= LONGER * model.alone
-        }
-        if estimates and (not mine.known or width > sum(models[number].cores for number in open_to[width])):
+        # Whoever runs long does not borrow from whoever runs short.
+        lending = [one for one in models.values() if one is mine or not one.busy or seconds <= LONGER * one.alone]
+        pool = _Pool(lending + [one for one in models.values() if one.wide and one not in lending])
+        if estimates and (crowded or not mine.known or width > sum(one.cores for one in lending)):
             break
         scale = width / own.cores * mine.cores / mine.workers  # others of the model widen likewise
-        response, cost = _cost(busy, mine, scale, total=total, seen=seen)
+        response, cost, part = _cost(busy, mine, scale, pool=pool, lending=lending, seen=seen)
+        if width == own.width:
+            cost -= STAY * part
         estimates.append(Estimate(width, seconds, weight, response, cost))
-    best = min(estimates, key=lambda one: one.cost * (STAY if one.cores == own.width else 1.0))
+        lenders_at[width] = lending
+    best = min(estimates, key=lambda one: one.cost)
     lenders = tuple(
         Lender(slot, record.cores, record.model, models[record.model].rate if models[record.model].busy else 0.0)
         for slot, record in domain.items()
-        if slot != me and record.model in open_to[best.cores] and best.cores > own.cores
+        if slot != me and models[record.model] in lenders_at[best.cores] and best.cores > own.cores
     )
     hold = (20 if best.weight > 2 * KNOWN else 4) * best.seconds
     return Decision(
@@ -295,6 +298,7 @@ class _Model:
 
     def close(self) -> None:
         self.width /= self.workers
+        self.wide = self.width > self.cores / self.workers
         self.known = {cores: total / weight for cores, (total, weight) in sorted(self.sums.items()) if weight >= KNOWN}
         self.alone = self.seconds(self.cores / self.workers)[0]
         self.load = self.rate * self.alone
@@ -326,6 +330,14 @@ class _Model:
         return HOPE * (serial + (self.known[near] - serial) * near / cores)
 
 
+class _Pool:
+    """The models whose requests wait for each other's slices."""
+
+    def __init__(self, models: list[_Model]) -> None:
+        self.models = models
+        self.cores = sum(model.cores for model in models)
+
+
 def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
     models: dict[int, _Model] = {}
     for record in domain.values():
@@ -335,36 +347,40 @@ def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
     return models
 
 
-def _cost(busy: Sequence[_Model], mine: _Model, width: float, *, total: int, seen: float) -> tuple[float, float]:
-    """Return the response time of ``mine`` on ``width`` cores and the cost to all, or its utilisation times 1e9."""
+def _cost(busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, lending: list[_Model], seen: float) -> tuple[float, float, float]:
+    """Return the response time of ``mine`` on ``width`` cores, the cost to all (utilisation times 1e9 if endless), its own."""
     times = [mine.seconds(width)[0] if model is mine else model.seconds(model.width)[0] for model in busy]
-    rate = sum(model.rate for model in busy)
-    workers = sum(model.workers for model in busy)
-    flow = sum(model.rate * seconds for model, seconds in zip(busy, times, strict=True))
+    flow = squares = wide = rate = 0.0
+    workers = 0
+    for model, seconds in zip(busy, times, strict=True):
+        if model in pool.models:
+            rate += model.rate
+            flow += model.rate * seconds
+            squares += model.rate * seconds**2
+            wide += model.rate * seconds * (width if model is mine else model.width)
+            workers += model.workers
     if not flow:
-        return times[0], times[0]
-    squares = sum(model.rate * seconds**2 for model, seconds in zip(busy, times, strict=True))
-    wide = sum(
-        model.rate * seconds * (width if model is mine else model.width)
-        for model, seconds in zip(busy, times, strict=True)
-    )
-    mean = flow / rate
-    variation = max(0.0, squares / rate / mean**2 - 1)
-    slices = max(1.0, total * flow / wide)
-    late, wait, tail = _wait(rate, mean, variation, slices, _ahead(seen, workers))
+        return times[busy.index(mine)], 1.0, 1.0
+    variation = max(0.0, squares * rate / flow**2 - 1)
+    slices = max(1.0, pool.cores * flow / wide)
+    late, wait, tail = _wait(rate, flow / rate, variation, slices, _ahead(seen, workers))
     narrow = late * max(0.0, 1 - 2 / workers) / 2
-    heed = TAIL[0] + TAIL[1] * min(1.0, sum(model.load for model in busy) / workers)
-    cost = response = worst = 0.0
+    heed = TAIL[0] + TAIL[1] * min(1.0, sum(model.load for model in pool.models) / workers)
+    arrivals = sum(model.rate for model in busy)
+    cost = own = response = worst = 0.0
     for model, seconds in zip(busy, times, strict=True):
         _, queue, longest = _wait(model.rate, seconds, 0.0, model.workers, _ahead(seen, model.workers))
-        wait_here = max(wait, queue)
+        inside = model in pool.models
+        wait_here = max(wait, queue) if inside else queue
         if wait_here == math.inf:
-            worst = max(worst, flow / slices, model.rate * seconds / model.workers)
-        held = seconds + narrow * max(0.0, model.alone - seconds)
-        cost += model.rate / rate * (held + wait_here + heed * max(tail, longest)) / (model.alone or 1.0)
+            worst = max(worst, flow / slices if inside else 0.0, model.rate * seconds / model.workers)
+        held = seconds + (narrow * max(0.0, model.alone - seconds) if inside else 0.0)
+        rare = max(tail, longest) if inside else longest
+        part = model.rate / arrivals * (held + wait_here + heed * rare) / (model.alone or 1.0)
+        cost += part
         if model is mine:
-            response = held + wait_here
-    return response, 1e9 * worst if worst else cost
+            response, own = held + wait_here, part
+    return (response, 1e9 * worst, 1e9 * worst) if worst else (response, cost, own)
 
 
 def _ahead(seen: float, workers: int) -> float:
