@@ -1,0 +1,414 @@
+"""How wide a worker computes: on its own slice alone, or on slices of idle neighbours too. Pure arithmetic.
+
+Slices that lend to each other (those of one NUMA node) are a domain. For the length of one request a worker computes
+on its own slice, for which it waits, and on idle neighbours' slices, for which it does not. ``decide`` chooses the
+cap: the cores that a request may take.
+
+The estimate. Requests of model m arrive at rate l and take S(g) seconds on g cores. If all its workers used g:
+
+- Slices: requests that are g cores wide on average leave room for n = cores of the domain / g at once, so a worker waits
+  for its own slice like a customer of M/G/n, at most for as many requests as there are workers that could be ahead of it.
+- Workers: a request waits in TorchServe's queue for one of the model's k workers, each held for H = slice wait + S(g): M/G/k.
+- R(g) = H + queue wait. The cap is the g for which the mean of R(g) / S(own slice) over all requests of the domain is
+  least. It counts what a wide request costs the neighbours, and a short request's time as much as a long one's.
+
+Both waits are Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation
+u = l S / n and v the squared coefficient of variation of the service times: exact for one server. If every width
+saturates (u >= 0.97 with requests that may queue), the cap is the width with the least utilisation.
+
+Example. 8 slices of 4 cores, S(g) = 0.4 s (0.03 + 0.97 / g), 22 requests/s (0.3 of what slices alone can serve):
+
+    g                      4      8      16     32
+    S(g), ms             109     60      36     24
+    n                      8      4       2      1
+    u                   0.30   0.33    0.40   0.53
+    slice wait, ms         0      1       5     14
+    R(g), ms             109     61      41     38   <- the whole domain
+
+At twice the rate u is 1.06 with 32 cores, and the least R(g) is 62 ms with 8 cores.
+
+Assumptions: Poisson arrivals; service times that depend on the width only; idle workers of a model get requests in the order in
+which they became idle (so ``order`` borrows from those that are last in that line); workers of a model decide alike.
+Closed loops (clients that wait for their answer) are not Poisson: the wait is bounded by the requests ever seen at once.
+
+Service times are learned by each worker on its own requests and pooled by model. What is known little counts as
+optimistically guessed, and so gets tried; what is not tried is forgotten slowly, and so gets tried again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+__all__ = [
+    "Decision",
+    "Estimate",
+    "Lender",
+    "Measured",
+    "Record",
+    "arrived",
+    "decide",
+    "ended",
+    "fit",
+    "new_record",
+    "offers",
+    "patience",
+    "served",
+    "widths",
+]
+
+SATURATED = 0.97  # utilisation from which a queue counts as endless
+STAY = 0.08  # the present width wins against one that is less than 8 % better
+MEMORY = 32.0  # requests over which a service time is averaged
+FORGET = 1 / 1000  # of the weight of every other width, per request
+GUESS = 0.5  # requests that the guess of a service time counts for
+SERIAL = 0.05  # serial part of the work that is guessed for widths beyond the only one known
+HOPE = 0.9  # guessed time, as part of what the two widths below predict
+KNOWN = 2.0  # requests from which a measured time may serve to guess others
+LONGER = 1.5  # a request may borrow from a worker whose own take at least 1 / LONGER as long
+CROWDED = 0.85  # load, as part of what slices alone can serve, from which nobody borrows
+SHARE = 1.7  # times its share of the domain that a request takes while others have requests
+TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers together
+RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
+RATE_SECONDS = 2.0, 60.0  # and its limits
+TAIL = 0.2, 0.6  # seconds of the mean that a second of the 99th percentile of waiting counts for: idle, and more at load
+SEEN_MEMORY = 5.0  # times that long the most requests at once are remembered
+HOLD_SECONDS = 2.0  # that a decision holds at most
+PATIENCE = 4.0  # own service times that an owner waits before it takes its slice back
+PATIENCE_SECONDS = 0.1  # and at least so long
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Mean service time of the requests that computed on ``cores`` cores.
+
+    ``weight`` is the number of requests that it rests on, fading. 0: only the first was seen, which is slow on every
+    new width (oneDNN prepares its primitives), and the next replaces it.
+    """
+
+    cores: int
+    seconds: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one worker publishes to its domain. Times are CLOCK_MONOTONIC, in seconds."""
+
+    model: int  # the same number for all workers that take requests from one queue
+    cores: int  # of its own slice
+    width: int  # cores of its present cap
+    measured: tuple[Measured, ...] = ()  # ascending by cores
+    rate: float = 0.0  # requests/s at the time ``at``
+    seen: float = 0.0  # most requests of the domain at once, seen at its own arrivals, fading; as of ``at``
+    at: float = 0.0  # its latest request arrived
+    born: float = 0.0  # it was made
+    idle_since: float | None = 0.0  # its latest request ended; None while it has one, waiting for its slice included
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What ``decide`` expects of one width, for people to read."""
+
+    cores: int
+    seconds: float  # service time, guessed where little is known
+    weight: float  # requests that it rests on
+    response: float  # seconds; inf: saturated
+    cost: float  # what is minimised, less the bonus of the present width
+
+
+@dataclass(frozen=True, slots=True)
+class Lender:
+    """A neighbour whose slice may be borrowed; ``rate`` is that of all requests of its model, per second."""
+
+    slot: int
+    cores: int
+    model: int
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``width`` cores at most, borrowed from ``lenders`` only. Holds for requests that start before ``until``."""
+
+    width: int
+    cores: int  # of the domain
+    widths: tuple[int, ...]  # numbers of cores worth computing on, own slice first: few, each is warmed on its own
+    lenders: tuple[Lender, ...]
+    until: float
+    estimates: tuple[Estimate, ...]
+
+
+def new_record(model: int, cores: int, now: float) -> Record:
+    """Return the record of a worker that has served nothing."""
+    return Record(model, cores, cores, at=now, born=now, idle_since=now)
+
+
+def arrived(record: Record, now: float, others: int) -> Record:
+    """Return ``record`` after the arrival of a request, while ``others`` neighbours have one (``idle_since`` is None)."""
+    memory = _rate_memory(record)
+    past = min(0.0, record.at - now) / memory
+    rate = record.rate * math.exp(past) + 1 / memory
+    seen = max(record.seen * math.exp(past / SEEN_MEMORY), 1.0 + others)
+    return replace(record, rate=rate, seen=seen, at=now, idle_since=None)
+
+
+def served(record: Record, cores: int, seconds: float, now: float) -> Record:
+    """Return ``record`` after a request that computed on ``cores`` cores for ``seconds``, waiting not counted."""
+    measured = []
+    found = False
+    for one in record.measured:
+        if one.cores == cores:
+            found = True
+            weight = min(one.weight + 1, MEMORY)
+            measured.append(Measured(cores, one.seconds + (seconds - one.seconds) / weight, weight))
+        else:
+            measured.append(Measured(one.cores, one.seconds, one.weight * (1 - FORGET)))
+    if not found:
+        measured.append(Measured(cores, seconds, 0.0))
+        measured.sort(key=lambda one: one.cores)
+    return replace(record, measured=tuple(measured), idle_since=now)
+
+
+def ended(record: Record, now: float) -> Record:
+    """Return ``record`` after a request that says nothing about service times: it failed, or lost cores half-way."""
+    return replace(record, idle_since=now)
+
+
+def patience(record: Record) -> float:
+    """Seconds that a worker waits for its own slice before it takes it back and computes."""
+    return max(PATIENCE_SECONDS, PATIENCE * _own_seconds(record))
+
+
+def widths(own: int, domain: int) -> tuple[int, ...]:
+    """Return the numbers of cores to compute on with a slice of ``own`` in a domain of ``domain``: 4, 8, 16, 28."""
+    result = [own]
+    while result[-1] * 2 < domain:
+        result.append(result[-1] * 2)
+    if result[-1] < domain:
+        result.append(domain)
+    return tuple(result)
+
+
+def offers(decision: Decision, idle_since: Mapping[int, float | None]) -> tuple[int, list[Lender]]:
+    """Return the cap of one request, and the idle lenders in the order in which to try them.
+
+    ``idle_since`` is the domain's, slot -> as in ``Record``; the request's own worker counts as having one. When many have
+    a request at once, each takes little more than its share: this tells a burst before any rate does.
+    Lenders whose next request is furthest away come first, equals in the domain's order. TorchServe hands a request to
+    the worker of its model that waits longest, so the k-th in that line waits for k requests.
+    """
+    requests = max(1, sum(since is None for since in idle_since.values()))
+    share = max(decision.widths[0], SHARE * decision.cores / requests)
+    width = max(width for width in decision.widths if width <= min(share, decision.width))
+    if width == decision.widths[0]:
+        return width, []
+    lines: dict[int, list[tuple[float, int, Lender]]] = {}
+    for place, lender in enumerate(decision.lenders):
+        since = idle_since.get(lender.slot)
+        if since is not None:
+            lines.setdefault(lender.model, []).append((since, place, lender))
+    ranked = []
+    for line in lines.values():
+        line.sort()
+        for position, (_, place, lender) in enumerate(line, start=1):
+            ranked.append((-position / lender.rate if lender.rate else -math.inf, place, lender))
+    ranked.sort()
+    return width, [lender for _, _, lender in ranked]
+
+
+def fit(slices: Sequence[int], width: int, decision: Decision) -> tuple[int, int]:
+    """Return how many of ``slices`` to keep, and on how many cores to compute.
+
+    ``slices`` are the cores of own and borrowed ones in the order in which they were got, ``width`` is what ``offers`` said.
+    A request computes on one of the few widths that there are; what it does not need goes back at once.
+    """
+    cores = max((one for one in decision.widths if one <= min(sum(slices), width)), default=slices[0])
+    keep = covered = 0
+    while covered < cores:
+        covered += slices[keep]
+        keep += 1
+    return keep, cores
+
+
+def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
+    """Return the cap of the worker in slot ``me`` of ``domain``: slot -> record, nearest to it first, itself included.
+
+    Costs tens of microseconds to a few hundred (64 workers): keep the result until ``until``.
+    """
+    own = domain[me]
+    models = _models(domain, now)
+    mine = models[own.model]
+    total = sum(model.cores for model in models.values())
+    seen = max(model.seen for model in models.values())
+    busy = [model for model in models.values() if model is mine or model.busy]
+    crowded = sum(model.load for model in models.values()) > CROWDED * len(domain)
+    estimates: list[Estimate] = []
+    lenders_at: dict[int, list[_Model]] = {}
+    for width in widths(own.cores, total):
+        seconds, weight = mine.seconds(width)
+        # Whoever runs long does not borrow from whoever runs short.
+        lending = [one for one in models.values() if one is mine or not one.busy or seconds <= LONGER * one.alone]
+        pool = _Pool(lending + [one for one in models.values() if one.wide and one not in lending])
+        if estimates and (crowded or not mine.known or width > sum(one.cores for one in lending)):
+            break
+        scale = width / own.cores * mine.cores / mine.workers  # others of the model widen likewise
+        response, cost, part = _cost(busy, mine, scale, pool=pool, lending=lending, seen=seen)
+        if width == own.width:
+            cost -= STAY * part
+        estimates.append(Estimate(width, seconds, weight, response, cost))
+        lenders_at[width] = lending
+    best = min(estimates, key=lambda one: one.cost)
+    lenders = tuple(
+        Lender(slot, record.cores, record.model, models[record.model].rate if models[record.model].busy else 0.0)
+        for slot, record in domain.items()
+        if slot != me and models[record.model] in lenders_at[best.cores] and best.cores > own.cores
+    )
+    hold = (20 if best.weight > 2 * KNOWN else 4) * best.seconds
+    return Decision(
+        best.cores, total, tuple(one.cores for one in estimates), lenders, now + min(hold, HOLD_SECONDS), tuple(estimates)
+    )
+
+
+class _Model:
+    """The workers of one model together."""
+
+    def __init__(self) -> None:
+        self.workers = 0
+        self.cores = 0
+        self.width = 0.0
+        self.rate = 0.0
+        self.seen = 0.0
+        self.sums: dict[int, tuple[float, float]] = {}  # cores -> (seconds x weight, weight)
+        self.known: dict[int, float] = {}
+
+    def add(self, record: Record, now: float) -> None:
+        self.workers += 1
+        self.cores += record.cores
+        self.width += record.width
+        memory = _rate_memory(record)
+        past = min(0.0, record.at - now) / memory
+        full = 1 - math.exp(min(-0.1, (record.born - now) / memory))  # what a young record has not seen yet
+        self.rate += record.rate * math.exp(past) / full
+        self.seen = max(self.seen, record.seen * math.exp(past / SEEN_MEMORY))
+        for one in record.measured:
+            seconds, weight = self.sums.get(one.cores, (0.0, 0.0))
+            self.sums[one.cores] = seconds + one.seconds * one.weight, weight + one.weight
+
+    def close(self) -> None:
+        self.width /= self.workers
+        self.wide = self.width > self.cores / self.workers
+        self.known = {cores: total / weight for cores, (total, weight) in sorted(self.sums.items()) if weight >= KNOWN}
+        self.alone = self.seconds(self.cores / self.workers)[0]
+        self.load = self.rate * self.alone
+        self.busy = self.load > TRAFFIC or (self.rate > 0 and not self.known)
+
+    def seconds(self, cores: float) -> tuple[float, float]:
+        """Return the service time on ``cores`` cores, half guessed where little is known, and its weight."""
+        total, weight = self.sums.get(cores, (0.0, 0.0))  # type: ignore[call-overload]
+        if not self.known:
+            return (total / weight, weight) if weight else (0.0, 0.0)
+        guess = self._guess(cores)
+        return (total + GUESS * guess) / (weight + GUESS), weight
+
+    def _guess(self, cores: float) -> float:
+        """Return an optimistic service time from those of other widths."""
+        below = [one for one in self.known if one < cores]
+        if not below:
+            return next(seconds for one, seconds in self.known.items() if one >= cores)
+        near = below[-1]
+        above = next((one for one in self.known if one > cores), None)
+        if above is not None and cores not in self.sums:
+            part = (1 / cores - 1 / above) / (1 / near - 1 / above)  # a + b / cores
+            return part * self.known[near] + (1 - part) * self.known[above]
+        if len(below) == 1:
+            return self.known[near] * (SERIAL + (1 - SERIAL) * near / cores)
+        far = below[-2]
+        serial = (self.known[near] * near - self.known[far] * far) / (near - far)  # Amdahl: a + b / cores
+        serial = min(max(serial, 0.0), self.known[near])
+        return HOPE * (serial + (self.known[near] - serial) * near / cores)
+
+
+class _Pool:
+    """The models whose requests wait for each other's slices."""
+
+    def __init__(self, models: list[_Model]) -> None:
+        self.models = models
+        self.cores = sum(model.cores for model in models)
+
+
+def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
+    models: dict[int, _Model] = {}
+    for record in domain.values():
+        models.setdefault(record.model, _Model()).add(record, now)
+    for model in models.values():
+        model.close()
+    return models
+
+
+def _cost(busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, lending: list[_Model], seen: float) -> tuple[float, float, float]:
+    """Return the response time of ``mine`` on ``width`` cores, the cost to all (utilisation times 1e9 if endless), its own."""
+    times = [mine.seconds(width)[0] if model is mine else model.seconds(model.width)[0] for model in busy]
+    flow = squares = wide = rate = 0.0
+    workers = 0
+    for model, seconds in zip(busy, times, strict=True):
+        if model in pool.models:
+            rate += model.rate
+            flow += model.rate * seconds
+            squares += model.rate * seconds**2
+            wide += model.rate * seconds * (width if model is mine else model.width)
+            workers += model.workers
+    if not flow:
+        return times[busy.index(mine)], 1.0, 1.0
+    variation = max(0.0, squares * rate / flow**2 - 1)
+    slices = max(1.0, pool.cores * flow / wide)
+    late, wait, tail = _wait(rate, flow / rate, variation, slices, _ahead(seen, workers))
+    narrow = late * max(0.0, 1 - 2 / workers) / 2
+    heed = TAIL[0] + TAIL[1] * min(1.0, sum(model.load for model in pool.models) / workers)
+    arrivals = sum(model.rate for model in busy)
+    cost = own = response = worst = 0.0
+    for model, seconds in zip(busy, times, strict=True):
+        _, queue, longest = _wait(model.rate, seconds, 0.0, model.workers, _ahead(seen, model.workers))
+        inside = model in pool.models
+        wait_here = max(wait, queue) if inside else queue
+        if wait_here == math.inf:
+            worst = max(worst, flow / slices if inside else 0.0, model.rate * seconds / model.workers)
+        held = seconds + (narrow * max(0.0, model.alone - seconds) if inside else 0.0)
+        rare = max(tail, longest) if inside else longest
+        part = model.rate / arrivals * (held + wait_here + heed * rare) / (model.alone or 1.0)
+        cost += part
+        if model is mine:
+            response, own = held + wait_here, part
+    return (response, 1e9 * worst, 1e9 * worst) if worst else (response, cost, own)
+
+
+def _ahead(seen: float, workers: int) -> float:
+    """Return how many requests there may be at once: with all workers busy, any number may wait in TorchServe's queue."""
+    return math.inf if seen >= workers - 0.5 else seen
+
+
+def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: float) -> tuple[float, float, float]:
+    """Return the part of the customers that wait in M/G/n, the mean wait of all, and the wait of one in a hundred.
+
+    Never longer than ``ahead`` customers at once can make each other wait.
+    Source: Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)"; waits are taken as exponential.
+    """
+    bound = max(0.0, ahead - servers) * seconds / servers
+    used = rate * seconds / servers
+    if used >= SATURATED and bound == math.inf:
+        return 1.0, bound, bound
+    late = 1.0 if used >= SATURATED else used ** (math.sqrt(2 * (servers + 1)) - 1)
+    each = (1 + variation) / 2 * seconds / (servers * (1 - min(used, SATURATED)))  # of those that wait
+    mean = bound if used >= SATURATED else min(bound, late * each)
+    return late, mean, each * math.log(max(1.0, 100 * late)) if bound else 0.0
+
+
+def _rate_memory(record: Record) -> float:
+    least, most = RATE_SECONDS
+    return min(most, max(least, RATE_MEMORY * _own_seconds(record)))
+
+
+def _own_seconds(record: Record) -> float:
+    """Service time on the narrowest width measured."""
+    return next((one.seconds for one in record.measured if one.weight), 0.0)
