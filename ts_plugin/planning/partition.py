@@ -79,7 +79,8 @@ def cut(
         parts = min(parts, found or parts, key=costs.parts)
         if costs.parts(parts) < costs.weight["package"]:
             break  # Only L3 domains are crossed.
-    return min(parts, repair(groups, parts, [limits.least] * workers, limits.most, distance), key=costs.parts)
+    parts = min(parts, repair(groups, parts, [limits.least] * workers, limits.most, distance), key=costs.parts)
+    return sorted(parts, key=lambda part: (part[0][0], len(part), -part[0][1]))
 
 
 class _Search:
