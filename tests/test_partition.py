@@ -223,11 +223,16 @@ def test_repair_gives_away_and_exchanges() -> None:
     assert repair(groups, entangled, [6, 6], 6, far) in ([((0, 6),), ((1, 6),)], [((1, 6),), ((0, 6),)])
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 5, 9, 24])
-def test_parts_are_in_one_order(workers: int) -> None:
+@pytest.mark.parametrize(
+    ("domains", "workers"),
+    [*(([4] * 6, workers) for workers in (1, 2, 3, 5, 9, 24)), ([1, 3, 4], 3), ([1, 3, 4, 2], 4)],
+    ids=str,
+)
+def test_parts_are_in_one_order(domains: list[int], workers: int) -> None:
     """Groups and parts are numbered upwards, so that the same machine always gives the same text."""
-    groups = [CoreGroup(0, 0, 0, l3, 4) for l3 in range(6)]
+    groups = [CoreGroup(0, 0, 0, l3, cores) for l3, cores in enumerate(domains)]
     parts = cut(groups, workers, distance=far)
+    assert len(parts) == workers
     assert all(list(part) == sorted(part) for part in parts)
     assert all(a[0][0] <= b[0][0] for a, b in pairwise(parts))
 
@@ -239,6 +244,7 @@ EVEN = [
     pytest.param([8, 8], 3, [8, 4, 4], id="unequal where that saves a boundary"),
     pytest.param([9, 3], 3, [5, 4, 3], id="as equal as the domains allow"),
     pytest.param([20, 4], 2, [12, 12], id="nobody gets less than half of the equal share"),
+    pytest.param([9, 2, 2, 2], 4, [5, 4, 4, 2], id="nobody gets more than twice of the equal share"),
     pytest.param([9, 2, 1], 2, [9, 3], id="small domains go together"),
 ]
 

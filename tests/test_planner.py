@@ -110,6 +110,10 @@ TABLE = [
         HYBRID, [replace(wants(HYBRID)[0], share=2), *wants(HYBRID, 2)], "0-3 4-7 8-11", id="hybrid: weights"
     ),
     pytest.param(HYBRID, wants(HYBRID, 4, reserve_cores=1), "1-2 3 4-7 8-11", id="hybrid: a reserve"),
+    pytest.param(
+        machine(cores=9, slow=1), wants(machine(cores=9, slow=1), 8, reserve_cores=1), "0 1 2 3 4 5 6 7",
+        id="hybrid: a slow core makes up for a reserved one",
+    ),
     pytest.param(WEAK, wants(WEAK, 2), "0-1 2-3", id="hybrid: slow cores that the kernel calls weak"),
     pytest.param(HYBRID, wants(HYBRID, 1, use_e_cores=True), "0-11", id="e-cores: one worker has them all"),
     pytest.param(HYBRID, wants(HYBRID, 3, use_e_cores=True), "0-3 4-7 8-11", id="e-cores: no slice mixes types"),
