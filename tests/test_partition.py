@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from ts_plugin.planning.cells import Cell, Part
+from ts_plugin.planning.core_groups import CoreGroup, Part
 from ts_plugin.planning.partition import cut, pack, repair
 
 Key = tuple[int, ...]
@@ -38,16 +40,16 @@ def compositions(total: int) -> Iterator[tuple[int, ...]]:
             yield tuple(number + 1 for number in numbers)
 
 
-def divisions(cells: Sequence[Cell], workers: int) -> Iterator[list[Part]]:
+def divisions(groups: Sequence[CoreGroup], workers: int) -> Iterator[list[Part]]:
     """All ways to give all cores to ``workers`` workers, who may get none, up to their order."""
 
-    def hand_out(cell: int, columns: tuple[tuple[int, ...], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
-        if cell == len(cells):
+    def hand_out(group: int, columns: tuple[tuple[int, ...], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
+        if group == len(groups):
             yield columns
             return
         alike = [[column] * columns.count(column) for column in sorted(set(columns))]
-        for grown in to_alike(alike, cells[cell].size):
-            yield from hand_out(cell + 1, grown)
+        for grown in to_alike(alike, groups[group].size):
+            yield from hand_out(group + 1, grown)
 
     def to_alike(alike: list[list[tuple[int, ...]]], cores: int) -> Iterator[tuple[tuple[int, ...], ...]]:
         """Workers that hold the same so far are interchangeable."""
@@ -65,41 +67,35 @@ def divisions(cells: Sequence[Cell], workers: int) -> Iterator[list[Part]]:
         yield [tuple((i, count) for i, count in enumerate(column) if count) for column in columns]
 
 
-def crossed(cells: Sequence[Cell], parts: Sequence[Part]) -> Key:
-    """What is to be small, the most important first; counted here once more, independently of the planner."""
-    counts = []
-    for level in ("kind", "node", "package", "l3"):
-        groups: dict[int, int] = {}
-        for cell in cells:
-            groups[getattr(cell, level)] = groups.get(getattr(cell, level), 0) + cell.size
-        touched = [len({getattr(cells[i], level) for i, _ in part}) for part in parts]
-        share = sum(groups.values()) // len(parts)
-        bound = len(parts) - sum(cores // share for cores in groups.values())
-        counts.append((max(0, sum(number > 1 for number in touched) - max(0, bound)), sum(touched) - len(touched)))
-    (_, kinds), nodes, (_, packages), l3 = counts
-    return kinds, *nodes, l3[0], packages, l3[1]
+def crossed(groups: Sequence[CoreGroup], parts: Sequence[Part]) -> Key:
+    """Boundaries on each level, the most important first; counted here once more, independently of the planner."""
+    return tuple(
+        sum(len({getattr(groups[i], level) for i, _ in part}) - 1 for part in parts)
+        for level in ("kind", "node", "package", "l3")
+    )
 
 
 def sizes(parts: Sequence[Part]) -> list[int]:
     return [sum(count for _, count in part) for part in parts]
 
 
-def check(cells: Sequence[Cell], workers: int, *, equal: bool) -> None:
+def check(groups: Sequence[CoreGroup], workers: int, *, equal: bool) -> None:
     """Compare with all divisions that keep to the same rules."""
-    total = sum(cell.size for cell in cells)
-    parts = cut(cells, workers, distance=far, equal=equal)
-    assert [sum(dict(part).get(i, 0) for part in parts) for i in range(len(cells))] == [cell.size for cell in cells]
-    low, high = (total // workers, -(-total // workers)) if equal else (-(-total // (2 * workers)), total)
+    total = sum(group.size for group in groups)
+    parts = cut(groups, workers, distance=far, equal=equal)
+    assert [sum(dict(part).get(i, 0) for part in parts) for i in range(len(groups))] == [group.size for group in groups]
+    share = total // workers, -(-total // workers)
+    low, high = share if equal else (-(-total // (2 * workers)), 2 * total // workers)
     assert all(low <= size <= high for size in sizes(parts))
     best = min(
-        crossed(cells, others)
-        for others in divisions(cells, workers)
+        crossed(groups, others)
+        for others in divisions(groups, workers)
         if all(low <= size <= high for size in sizes(others))
     )
-    assert crossed(cells, parts) == best, (cells, workers, parts)
+    assert crossed(groups, parts) == best, (groups, workers, parts)
 
 
-def nested(cores: int, packages: int) -> Iterator[list[Cell]]:
+def nested(cores: int, packages: int) -> Iterator[list[CoreGroup]]:
     """Every machine with so many cores in NUMA nodes of L3 domains; node i is in package i % packages."""
     domains = {total: list(compositions(total)) for total in range(1, cores + 1)}
 
@@ -114,7 +110,7 @@ def nested(cores: int, packages: int) -> Iterator[list[Cell]]:
     for nodes in compositions(cores):
         for filled in fill(nodes):
             yield [
-                Cell(0, node, node % packages, 8 * node + l3, count)
+                CoreGroup(0, node, node % packages, 8 * node + l3, count)
                 for node, counts in enumerate(filled)
                 for l3, count in enumerate(counts)
             ]
@@ -123,13 +119,13 @@ def nested(cores: int, packages: int) -> Iterator[list[Cell]]:
 @pytest.mark.parametrize("packages", [1, 2])
 @pytest.mark.parametrize("cores", [1, 2, 3, 4, 5, 6])
 def test_no_division_of_a_small_machine_crosses_less(cores: int, packages: int) -> None:
-    for cells in nested(cores, packages):
+    for groups in nested(cores, packages):
         for workers in range(1, cores + 1):
-            check(cells, workers, equal=False)
-            check(cells, workers, equal=True)
+            check(groups, workers, equal=False)
+            check(groups, workers, equal=True)
 
 
-def odd_machine(chance: random.Random) -> list[Cell]:
+def odd_machine(chance: random.Random) -> list[CoreGroup]:
     """A machine of up to eight cores whose L3 domains span its nodes, or whose nodes span packages."""
     found: dict[tuple[int, int, int], int] = {}
     spanning = chance.random() < 0.5
@@ -137,15 +133,15 @@ def odd_machine(chance: random.Random) -> list[Cell]:
         node, package = chance.randrange(4), chance.randrange(3)
         where = (node, node % 2, node % 2) if spanning else (node, package, 4 * node + package)
         found[where] = found.get(where, 0) + 1
-    return [Cell(0, *where, count) for where, count in sorted(found.items())]
+    return [CoreGroup(0, *where, count) for where, count in sorted(found.items())]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_division_of_an_odd_machine_crosses_less(seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(10):
-        cells = odd_machine(chance)
-        check(cells, chance.randint(1, sum(cell.size for cell in cells)), equal=chance.random() < 0.3)
+        groups = odd_machine(chance)
+        check(groups, chance.randint(1, sum(group.size for group in groups)), equal=chance.random() < 0.3)
 
 
 HARD = [  # where a simpler search misses the best
@@ -158,26 +154,30 @@ HARD = [  # where a simpler search misses the best
 @pytest.mark.parametrize(("workers", "domains"), HARD)
 def test_no_division_of_a_hard_machine_crosses_less(workers: int, domains: list[tuple[int, int, int]]) -> None:
     """Each domain: its NUMA node, its package, its cores."""
-    check([Cell(0, node, package, i, count) for i, (node, package, count) in enumerate(domains)], workers, equal=False)
+    check(
+        [CoreGroup(0, node, package, i, count) for i, (node, package, count) in enumerate(domains)],
+        workers,
+        equal=False,
+    )
 
 
 def test_two_odd_nodes_make_room_for_one_more() -> None:
     """Parts have two cores or more here, so three and three hold three of them together but two apart."""
-    cells = [Cell(0, node, 0, node, cores) for node, cores in enumerate((2, 3, 3, 3, 3, 3, 3, 3))]
-    parts = cut(cells, 9, distance=far)
+    groups = [CoreGroup(0, node, 0, node, cores) for node, cores in enumerate((2, 3, 3, 3, 3, 3, 3, 3))]
+    parts = cut(groups, 9, distance=far)
     assert sum(len(part) - 1 for part in parts) == 1
 
 
 def test_types_are_mixed_last() -> None:
-    cells = [Cell(0, 0, 0, 0, 4), Cell(1, 0, 0, 0, 2), Cell(0, 1, 1, 1, 4), Cell(1, 1, 1, 1, 2)]
-    parts = cut(cells, 4, distance=far)
-    assert all(len({cells[i].kind for i, _ in part}) == 1 for part in parts)
+    groups = [CoreGroup(0, 0, 0, 0, 4), CoreGroup(1, 0, 0, 0, 2), CoreGroup(0, 1, 1, 1, 4), CoreGroup(1, 1, 1, 1, 2)]
+    parts = cut(groups, 4, distance=far)
+    assert all(len({groups[i].kind for i, _ in part}) == 1 for part in parts)
 
 
 def test_near_nodes_are_joined() -> None:
     """Four nodes on a ring, two workers: opposite nodes are further apart than neighbours."""
-    cells = [Cell(0, node, 0, node, 4) for node in (0, 1, 2, 3)]
-    parts = cut(cells, 2, distance=lambda a, b: 16 if a // 2 == b // 2 else 32)
+    groups = [CoreGroup(0, node, 0, node, 4) for node in (0, 1, 2, 3)]
+    parts = cut(groups, 2, distance=lambda a, b: 16 if a // 2 == b // 2 else 32)
     assert {tuple(i for i, _ in part) for part in parts} == {(0, 1), (2, 3)}
 
 
@@ -185,16 +185,15 @@ def test_near_nodes_are_joined() -> None:
 @pytest.mark.parametrize("equal", [False, True])
 def test_a_large_machine(workers: int, equal: bool) -> None:
     """512 cores in 8 nodes of 8 L3 domains: nothing crosses more than the groups' sizes force it to."""
-    cells = [Cell(0, node, node // 4, 8 * node + l3, 8) for node in range(8) for l3 in range(8)]
-    parts = cut(cells, workers, distance=far, equal=equal)
+    groups = [CoreGroup(0, node, node // 4, 8 * node + l3, 8) for node in range(8) for l3 in range(8)]
+    parts = cut(groups, workers, distance=far, equal=equal)
     assert (len(parts), sum(sizes(parts))) == (workers, 512)
     if equal:
         assert max(sizes(parts)) - min(sizes(parts)) <= 1
     else:
         assert min(sizes(parts)) * 2 * workers >= 512
-        assert crossed(cells, parts) == (
-            0, 0, max(0, 8 - workers), 0, max(0, 2 - workers), max(0, 64 - workers),
-        )  # fmt: skip
+        assert max(sizes(parts)) * workers <= 2 * 512
+        assert crossed(groups, parts) == (0, max(0, 8 - workers), max(0, 2 - workers), max(0, 64 - workers))
 
 
 PACKED = [
@@ -207,27 +206,72 @@ PACKED = [
 ]
 
 
-@pytest.mark.parametrize(("groups", "wanted", "expected"), PACKED)
-def test_pack(groups: list[int], wanted: list[int], expected: list[str]) -> None:
-    cells = [Cell(0, 0, 0, l3, size) for l3, size in enumerate(groups)]
-    parts = pack(cells, wanted)
+@pytest.mark.parametrize(("domains", "wanted", "expected"), PACKED)
+def test_pack(domains: list[int], wanted: list[int], expected: list[str]) -> None:
+    groups = [CoreGroup(0, 0, 0, l3, size) for l3, size in enumerate(domains)]
+    parts = pack(groups, wanted)
     assert sizes(parts) == wanted
     assert [" ".join(f"{i}:{count}" for i, count in part) for part in parts] == expected
 
 
 def test_repair_gives_away_and_exchanges() -> None:
-    cells = [Cell(0, node, node, node, 6) for node in range(2)]
+    groups = [CoreGroup(0, node, node, node, 6) for node in range(2)]
     crossing: list[Part] = [((0, 6), (1, 1)), ((1, 5),)]
-    assert repair(cells, crossing, [3, 3], 12, far) == [((0, 6),), ((1, 6),)]
-    assert repair(cells, crossing, [7, 3], 12, far) == crossing
+    assert repair(groups, crossing, [3, 3], 12, far) == [((0, 6),), ((1, 6),)]
+    assert repair(groups, crossing, [7, 3], 12, far) == crossing
     entangled: list[Part] = [((0, 3), (1, 3)), ((0, 3), (1, 3))]
-    assert repair(cells, entangled, [6, 6], 6, far) in ([((0, 6),), ((1, 6),)], [((1, 6),), ((0, 6),)])
+    assert repair(groups, entangled, [6, 6], 6, far) in ([((0, 6),), ((1, 6),)], [((1, 6),), ((0, 6),)])
 
 
-def test_parts_are_in_one_order() -> None:
-    """Cells and parts are numbered upwards, so that the same machine always gives the same text."""
-    cells = [Cell(0, 0, 0, l3, 4) for l3 in range(6)]
-    for workers in (1, 2, 3, 5, 9):
-        parts = cut(cells, workers, distance=far)
-        assert all(list(part) == sorted(part) for part in parts)
-        assert all(a <= b for a, b in pairwise(parts) if workers in (1, 2, 3))
+@pytest.mark.parametrize(
+    ("domains", "workers"),
+    [*(([4] * 6, workers) for workers in (1, 2, 3, 5, 9, 24)), ([1, 3, 4], 3), ([1, 3, 4, 2], 4)],
+    ids=str,
+)
+def test_parts_are_in_one_order(domains: list[int], workers: int) -> None:
+    """Groups and parts are numbered upwards, so that the same machine always gives the same text."""
+    groups = [CoreGroup(0, 0, 0, l3, cores) for l3, cores in enumerate(domains)]
+    parts = cut(groups, workers, distance=far)
+    assert len(parts) == workers
+    assert all(list(part) == sorted(part) for part in parts)
+    assert all(a[0][0] <= b[0][0] for a, b in pairwise(parts))
+
+
+EVEN = [
+    pytest.param([4, 4, 4, 4, 4, 4], 5, [8, 4, 4, 4, 4], id="one boundary: one part of two domains"),
+    pytest.param([16], 10, [2, 2, 2, 2, 2, 2, 1, 1, 1, 1], id="no boundary at all"),
+    pytest.param([2] * 22, 16, [4] * 6 + [2] * 10, id="nobody swallows what is left over"),
+    pytest.param([8, 8], 3, [8, 4, 4], id="unequal where that saves a boundary"),
+    pytest.param([9, 3], 3, [5, 4, 3], id="as equal as the domains allow"),
+    pytest.param([20, 4], 2, [12, 12], id="nobody gets less than half of the equal share"),
+    pytest.param([9, 2, 2, 2], 4, [5, 4, 4, 2], id="nobody gets more than twice of the equal share"),
+    pytest.param([9, 2, 1], 2, [9, 3], id="small domains go together"),
+]
+
+
+@pytest.mark.parametrize(("domains", "workers", "expected"), EVEN)
+def test_sizes_are_as_equal_as_boundaries_allow(domains: list[int], workers: int, expected: list[int]) -> None:
+    groups = [CoreGroup(0, 0, 0, l3, size) for l3, size in enumerate(domains)]
+    assert sorted(sizes(cut(groups, workers, distance=far)), reverse=True) == expected
+
+
+@given(
+    domains=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12),
+    workers=st.integers(1, 40),
+)
+def test_nobody_gets_less_than_half_or_more_than_twice_of_the_equal_share(
+    domains: list[tuple[int, int]], workers: int
+) -> None:
+    groups = [CoreGroup(0, node, node // 2, l3, cores) for l3, (node, cores) in enumerate(domains)]
+    total = sum(group.size for group in groups)
+    assume(workers <= total)
+    found = sizes(cut(groups, workers, distance=far))
+    assert (len(found), sum(found)) == (workers, total)
+    assert min(found) * 2 * workers >= total
+    assert max(found) * workers <= 2 * total
+
+
+def test_the_example_at_the_head_of_cut() -> None:
+    groups = [CoreGroup(0, node, node, 3 * node + l3, 4) for node in range(2) for l3 in range(3)]
+    parts = cut(groups, 5, distance=far)
+    assert parts == [((0, 4), (1, 4)), ((2, 4),), ((3, 4),), ((4, 4),), ((5, 4),)]

@@ -48,6 +48,7 @@ def read_topology(root: str = "/") -> Topology:
     cores = _sibling_sets(tree, online, lambda cpu: (package_of[cpu], node_of[cpu]))
     l3_of = _l3_domains(tree, online, package_of)
     kind_of = _kinds(tree, [cpus[0] for cpus in cores], several_packages=len(set(package_of.values())) > 1)
+    capacity_of = _capacities(tree, kind_of)
     for cpus in cores:
         if len({node_of[cpu] for cpu in cpus}) > 1:
             tree.notes.append(f"core {format_cpulist(cpus)} crosses NUMA nodes; counted in node {node_of[cpus[0]]}")
@@ -59,6 +60,7 @@ def read_topology(root: str = "/") -> Topology:
                 node=node_of[cpus[0]],
                 l3=l3_of[cpus[0]],
                 kind=kind_of.get(cpus[0], 0),
+                capacity=capacity_of.get(kind_of.get(cpus[0], 0)),
             )
             for cpus in cores
         ),
@@ -362,6 +364,17 @@ def _of_every(cpus: list[int], read: Callable[[int], _Value | None]) -> dict[int
             return {}
         values[cpu] = value
     return values
+
+
+def _capacities(tree: Tree, kind_of: dict[int, int]) -> dict[int, float]:
+    """Return the capacity of each of several core types against the fastest, or nothing where the kernel has none."""
+    if not any(kind_of.values()):
+        return {}
+    capacity = _of_every(list(kind_of), lambda cpu: tree.number(f"{_CPU}/cpu{cpu}/cpu_capacity"))
+    best: dict[int, int] = {}
+    for cpu, number in capacity.items():
+        best[kind_of[cpu]] = max(number, best.get(kind_of[cpu], 1))
+    return {kind: number / best[0] for kind, number in best.items()}
 
 
 def _kinds_by_capacity(capacity: dict[int, int]) -> dict[int, int]:

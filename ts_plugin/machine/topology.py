@@ -15,7 +15,8 @@ class Core:
     ``cpus`` are all its online SMT siblings in ascending order, for example ``(3, 59)``.
     ``l3`` numbers the L3 domain: what shares the highest cache, usually L3, else L2; where the kernel shows no such
     cache a cluster or package. ``kind`` is the core type of a hybrid from the fastest (0) to the slowest; a machine
-    of one type has only kind 0.
+    of one type has only kind 0. ``capacity`` is that of its type against the fastest, 0.5 for example; None where the
+    kernel does not say.
     """
 
     cpus: tuple[int, ...]
@@ -23,6 +24,7 @@ class Core:
     node: int
     l3: int
     kind: int = 0
+    capacity: float | None = None
 
     @property
     def number(self) -> int:

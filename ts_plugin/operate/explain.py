@@ -77,7 +77,9 @@ def _allowed(lease: Lease, topology: Topology) -> Iterator[str]:
         yield f"all but {count(policy.reserve_cores, 'core')} that no worker gets (--reserve-cores)"
     kinds = {core.kind for core in cores}
     if len(kinds) > 1 and not policy.use_e_cores:
-        yield "only the fastest core type: a slow core would hold up every fast one (--use-e-cores changes that)"
+        fastest = all(core.kind == min(kinds) for core in topology.cores_of(lease.slice.cpus))
+        which = "the fastest core type" if fastest else "one core type, not the fastest"
+        yield f"only {which}: a slow core would hold up every fast one (--use-e-cores changes that)"
     if demand.quota is not None:
         yield f"{demand.quota:g} CPUs' worth of time: the CFS quota of its cgroup"
 

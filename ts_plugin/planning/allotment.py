@@ -1,12 +1,12 @@
-"""Dividing cores among groups of workers that may use different, overlapping sets of them. Pure arithmetic."""
+"""Dividing numbers of cores: by weight, by core type, among groups of workers with overlapping cpusets. Pure."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Taker", "allot", "apportion"]
+__all__ = ["Taker", "allot", "apportion", "choose_types"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Taker:
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """Divide ``total`` whole cores by weight, at least one each; ``total`` is at least the number of weights.
 
-    Core by core to whoever is furthest below its due (Webster's method): one core more never takes one from anybody.
+    Each core goes to the one furthest below its due (Webster's method): one core more never takes one from anybody.
     """
     sizes = [1] * len(weights)
     heap = [((2 * size + 1) / weight, i) for i, (size, weight) in enumerate(zip(sizes, weights, strict=True))]
@@ -33,6 +33,32 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
         sizes[i] += 1
         heapq.heapreplace(heap, ((2 * sizes[i] + 1) / weights[i], i))
     return sizes
+
+
+def choose_types(
+    cores: Sequence[int], capacities: Sequence[float], weights: Sequence[float], busy: Container[int] = ()
+) -> list[int]:
+    """Return the core type of each worker, so that no slice has to mix types.
+
+    One worker after the other takes the type in which its slice gets the most capacity: this makes the weakest slice
+    as strong as it can be (D'Hondt's method). The slowest type is used only when every faster one is. For example,
+    with 4 fast cores and 8 of half their capacity, the first worker takes the fast ones, the second the slow ones
+    (8 x 0.5 against 4 / 2), the third shares the fast ones.
+
+    ``cores`` and ``capacities`` go from the fastest type to the slowest; types in ``busy`` have workers already. There
+    are at least as many cores as workers.
+    """
+    chosen: list[int] = []
+    loads = [0.0] * len(cores)
+    slowest = len(cores) - 1
+    for weight in weights:
+        usable = [t for t, count in enumerate(cores) if chosen.count(t) < count]
+        if any(t not in busy and t not in chosen for t in range(slowest)):
+            usable = [t for t in usable if t != slowest] or usable
+        best = max(usable, key=lambda t: (capacities[t] * cores[t] / (loads[t] + weight), -t))
+        loads[best] += weight
+        chosen.append(best)
+    return chosen
 
 
 def allot(takers: Sequence[Taker]) -> list[tuple[list[int], dict[int, int]]]:

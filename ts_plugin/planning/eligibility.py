@@ -9,17 +9,20 @@ from collections.abc import Iterable
 
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology
-from ts_plugin.planning.cells import PlanError
+from ts_plugin.planning.allotment import choose_types
+from ts_plugin.planning.core_groups import PlanError
 from ts_plugin.planning.policy import Policy
 
-__all__ = ["fast", "narrow"]
+__all__ = ["capacity_of_types", "eligible_cpus", "fastest_cores", "mixes_types"]
+
+_SLOWER = 0.5  # capacity of a core against one of the next faster type, where the kernel does not say
 
 
-def narrow(topology: Topology, allowed: frozenset[int], policy: Policy) -> frozenset[int]:
+def eligible_cpus(topology: Topology, allowed: frozenset[int], policy: Policy) -> frozenset[int]:
     """The online CPUs that are allowed, on the nodes and of the list that the policy names, and not isolated.
 
-    Isolated CPUs that a core list names are used, and so are they where nothing else is allowed: the kernel leaves
-    them out of every default mask, so somebody meant it.
+    Skip isolated CPUs unless the core list names them or nothing else is allowed: the kernel puts no process there
+    by itself.
     """
     online = topology.online
     cpus = allowed & online
@@ -58,22 +61,63 @@ def narrow(topology: Topology, allowed: frozenset[int], policy: Policy) -> froze
     return cpus
 
 
-def fast(topology: Topology, cpus: frozenset[int], policy: Policy) -> tuple[frozenset[int], tuple[str, ...]]:
-    """The cores of ``cpus``, without the slowest type of two or more, unless asked for or named by a core list.
+def mixes_types(policy: Policy) -> bool:
+    """Whether slices may mix core types: where the user chose the cores, or wants equal sizes above all."""
+    return policy.use_e_cores or policy.core_list is not None or policy.equal
 
-    Also returns notes. A slice that mixes types runs as fast as its slowest core.
+
+def capacity_of_types(topology: Topology) -> dict[int, float]:
+    """The capacity of a core of each type, against a core of the fastest."""
+    return {core.kind: core.capacity or _SLOWER**core.kind for core in topology.cores}
+
+
+def fastest_cores(
+    topology: Topology, cpus: frozenset[int], policy: Policy, workers: int
+) -> tuple[frozenset[int], tuple[str, ...]]:
+    """The cores of ``cpus`` that so many workers use, and notes.
+
+    On a machine of one type, with --use-e-cores and with a core list these are all cores. Else the slowest type is
+    left out, as long as whole slices of it have less capacity than a further part of the faster cores.
     """
     cores = {i for i, core in enumerate(topology.cores) if not cpus.isdisjoint(core.cpus)}
     kinds = sorted({topology.cores[i].kind for i in cores})
     if len(kinds) == 1 or policy.use_e_cores or policy.core_list is not None:
         return frozenset(cores), ()
-    slow = {i for i in cores if topology.cores[i].kind == kinds[-1]}
-    numbers = _listed(cpu for i in slow for cpu in topology.cores[i].cpus)
-    note = (
-        f"{len(slow)} of {len(cores)} cores are left out because they are of the slowest type (CPUs {numbers}): "
-        "one slow core holds up all threads of its slice; --use-e-cores uses them"
-    )
-    return frozenset(cores - slow), (note,)
+    capacity_of = capacity_of_types(topology)
+    capacities = [capacity_of[kind] for kind in kinds]
+    by_type = [{i for i in cores if topology.cores[i].kind == kind} for kind in kinds]
+    slowest = len(kinds) - 1
+    if policy.equal:
+        used = set(range(slowest))
+    else:
+        used = set(choose_types(list(map(len, by_type)), capacities, [1.0] * min(workers, len(cores))))
+    for kind in range(len(kinds)):  # Workers share cores only when they outnumber all of them.
+        if sum(len(by_type[t]) for t in used) < workers + policy.reserve_cores:
+            used.add(kind)
+
+    def listed(types: Iterable[int]) -> str:
+        return _listed(cpu for t in types for i in by_type[t] for cpu in topology.cores[i].cpus if cpu in cpus)
+
+    notes = []
+    unused = set(range(len(kinds))) - used
+    if unused:
+        count = sum(len(by_type[t]) for t in unused)
+        which = "the slowest" if unused == {slowest} else "another"
+        notes.append(
+            f"{count} of {len(cores)} cores are left out because they are of {which} type (CPUs {listed(unused)}): "
+            "one slow core holds up all threads of its slice; --use-e-cores uses them"
+        )
+    if slowest in used:
+        faster = listed(used - {slowest})
+        ratio = ", ".join(f"{capacity:.2g}" for capacity in capacities)
+        known = any(core.capacity for core in topology.cores)
+        notes.append(
+            f"{workers} workers use the slowest cores too (CPUs {listed([slowest])}), in slices of their own: a "
+            f"further part of the faster ones (CPUs {faster}) would have less capacity; cores count {ratio} by type, "
+            f"{'as the kernel says' if known else 'assumed, the kernel does not say'}; "
+            f"--core-list {faster} keeps to the faster ones, --use-e-cores divides all types as if they were equal"
+        )
+    return frozenset(i for t in used for i in by_type[t]), tuple(notes)
 
 
 def _listed(cpus: Iterable[int]) -> str:

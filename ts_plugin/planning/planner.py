@@ -2,7 +2,7 @@
 
 Demands that may use the same cores under the same rules form a pool. Overlapping pools divide the cores first
 (``allotment``), then every pool is divided among its workers (``pool``) by cutting it into local parts
-(``partition``). Where a CFS quota says that strangers use the same CPUs, threads are only counted.
+(``partition``). Where a CFS quota says that others use the same CPUs, threads are only counted.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Core, Topology
 from ts_plugin.planning.allotment import Taker, allot, apportion
-from ts_plugin.planning.cells import PlanError
-from ts_plugin.planning.eligibility import fast, narrow
+from ts_plugin.planning.core_groups import PlanError
+from ts_plugin.planning.eligibility import eligible_cpus, fastest_cores, mixes_types
 from ts_plugin.planning.policy import Pin, Policy
-from ts_plugin.planning.pool import Worker, compact, crowd, divide
+from ts_plugin.planning.pool import Worker, divide, pack, share_cores
 
 __all__ = ["Demand", "Plan", "PlanError", "Slice", "plan"]
 
@@ -74,17 +74,18 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
 
     Always: slices are disjoint sets of whole cores, unless there are more workers than cores; then each core carries
     about equally many one-thread workers. Nothing is idle that a worker could use, except where a fixed size, a
-    reserve, a quota or ``skip_cross_node_cores`` says so. After that, in this order: no worker gets less than half of
-    the equal share; fewest crossings of core types, NUMA nodes, L3 domains and packages (``cells.score``); equal
-    sizes; short distances; few moves. ``Policy.equal`` puts equal sizes (within one core) before the crossings.
+    reserve, a quota or ``skip_cross_node_cores`` says so, or a slice would have to mix core types. After that, in this
+    order: no worker gets less than half of the equal share, or more than twice of it; fewest boundaries (groups
+    touched minus one) between core types, NUMA nodes, packages and L3 domains; equal sizes; short distances; few
+    moves. ``Policy.equal`` puts equal sizes (within one core) before the boundaries.
 
     Raises:
         PlanError: no plan exists, for example a node that the machine does not have.
     """
     notes: list[str] = []
-    claims = _claims(topology, demands, notes)
-    reserved = _reserve(topology, claims)
-    bounded, pools = _pools(topology, claims, reserved)
+    members = _members(topology, demands, notes)
+    reserved = _reserve(topology, members)
+    bounded, pools = _pools(topology, members, reserved)
     slices: dict[int, Slice] = {}
     for pool in bounded:
         slices.update(_bound(topology, pool, notes))
@@ -119,7 +120,7 @@ def _count(number: int, what: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Claim:
+class _Member:
     """A demand on its way to a slice: ``place`` in the order of demands, ``cpus`` and ``cores`` it may use."""
 
     place: int
@@ -160,31 +161,39 @@ def _slice(cores: Iterable[Core], cpus: Iterable[int], threads: int, *, pinned: 
     )
 
 
-def _claims(topology: Topology, demands: Sequence[Demand], notes: list[str]) -> list[_Claim]:
-    known: dict[object, tuple[frozenset[int], frozenset[int]]] = {}
-    claims = []
+def _members(topology: Topology, demands: Sequence[Demand], notes: list[str]) -> list[_Member]:
+    eligible: dict[object, frozenset[int]] = {}
+    cpus: list[frozenset[int]] = []
     for place, demand in enumerate(demands):
         policy = demand.policy
         if demand.share <= 0:
             raise PlanError(f"worker {place} has a share of {demand.share:g}; a share is more than 0")
-        key = (demand.allowed, policy.node_ids, policy.core_list, policy.use_e_cores)
-        if key not in known:
-            cpus = narrow(topology, demand.allowed, policy)
-            cores, left_out = fast(topology, cpus, policy)
-            known[key] = cpus, cores
-            if isolated := (demand.allowed & topology.isolated) - cpus:
+        key = demand.allowed, policy.node_ids, policy.core_list
+        if key not in eligible:
+            eligible[key] = eligible_cpus(topology, demand.allowed, policy)
+            if isolated := (demand.allowed & topology.isolated) - eligible[key]:
                 notes.append(f"CPUs {_list(isolated)} are isolated (isolcpus=) and left out; --core-list can name them")
-            notes += left_out
-        claims.append(_Claim(place, demand, *known[key]))
-    return claims
+        cpus.append(eligible[key])
+    workers = Counter(cpus)
+    known: dict[object, frozenset[int]] = {}
+    members: list[_Member] = []
+    for mine, demand in zip(cpus, demands, strict=True):
+        policy = demand.policy
+        rules = mine, policy.core_list is None, policy.use_e_cores, policy.equal, policy.reserve_cores
+        if rules not in known:
+            rivals = sum(count for others, count in workers.items() if not mine.isdisjoint(others))
+            known[rules], more = fastest_cores(topology, mine, policy, rivals)
+            notes += more
+        members.append(_Member(len(members), demand, mine, known[rules]))
+    return members
 
 
-def _reserve(topology: Topology, claims: Sequence[_Claim]) -> frozenset[int]:
+def _reserve(topology: Topology, members: Sequence[_Member]) -> frozenset[int]:
     """Cores kept free of workers: compact, and out of the NUMA node that has most cores, so that nodes stay equal."""
     reserved: set[int] = set()
-    asked = {claim.cores: 0 for claim in claims}
-    for claim in claims:
-        asked[claim.cores] = max(asked[claim.cores], claim.demand.policy.reserve_cores)
+    asked = {member.cores: 0 for member in members}
+    for member in members:
+        asked[member.cores] = max(asked[member.cores], member.demand.policy.reserve_cores)
     for cores, count in sorted(asked.items(), key=lambda item: (len(item[0]), sorted(item[0]))):
         if count and count >= len(cores):
             raise PlanError(
@@ -196,7 +205,7 @@ def _reserve(topology: Topology, claims: Sequence[_Claim]) -> frozenset[int]:
             for i in sorted(cores - reserved):
                 nodes.setdefault(topology.cores[i].node, set()).add(i)
             largest = max(nodes.values(), key=len)
-            reserved |= compact(topology, largest, [min(missing, len(largest))])[0]
+            reserved |= pack(topology, largest, [min(missing, len(largest))])[0]
     return frozenset(reserved)
 
 
@@ -205,43 +214,45 @@ def _reserve(topology: Topology, claims: Sequence[_Claim]) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """At most ``limit`` of ``cores`` for ``claims``; ``fixed`` is the size each of them insists on, or 0."""
+    """At most ``limit`` of ``cores`` for ``members``; ``fixed`` is the size each of them insists on, or 0."""
 
     cores: frozenset[int]
     limit: int
-    claims: list[_Claim]
+    members: list[_Member]
+    mixes_types: bool = False
     fixed: tuple[int, ...] = ()
 
     @property
     def policy(self) -> Policy:
-        return self.claims[0].demand.policy
+        return self.members[0].demand.policy
 
 
-def _pools(topology: Topology, claims: Sequence[_Claim], reserved: frozenset[int]) -> tuple[list[_Pool], list[_Pool]]:
-    """Sort claims into pools whose threads are only bounded, and pools that own cores.
+def _pools(topology: Topology, members: Sequence[_Member], reserved: frozenset[int]) -> tuple[list[_Pool], list[_Pool]]:
+    """Sort members into pools whose threads are only bounded, and pools that own cores.
 
-    A CFS quota belongs to all the claims that have the same allowed CPUs and quota. Below the number of cores it means
+    A CFS quota belongs to all the members that have the same allowed CPUs and quota. Below the number of cores it means
     that strangers use these CPUs too.
     """
     bounded: dict[object, _Pool] = {}
     owning: dict[object, _Pool] = {}
-    for claim in claims:
-        demand, policy = claim.demand, claim.demand.policy
-        cores = claim.cores - reserved
+    for member in members:
+        demand, policy = member.demand, member.demand.policy
+        cores = member.cores - reserved
         if not cores:
             raise PlanError(
-                f"all cores that may be used (CPUs {_list(_cpus(topology, claim.cores))}) are reserved for another "
+                f"all cores that may be used (CPUs {_list(_cpus(topology, member.cores))}) are reserved for another "
                 "server; lower its --reserve-cores"
             )
         scarce = demand.quota is not None and demand.quota < len(cores)
         limit = max(1, int(demand.quota)) if scarce and demand.quota is not None else len(cores)
         if scarce and policy.pin is Pin.AUTO:
             key: object = (demand.allowed, demand.quota)
-            bounded.setdefault(key, _Pool(cores, limit, [])).claims.append(claim)
+            bounded.setdefault(key, _Pool(cores, limit, [])).members.append(member)
         else:
-            rules = (policy.equal, policy.skip_cross_node_cores, policy.cores_per_worker, policy.latency)
+            mixes = mixes_types(policy) or len({topology.cores[i].kind for i in cores}) == 1
+            rules = (policy.equal, policy.skip_cross_node_cores, policy.cores_per_worker, policy.latency, mixes)
             key = (cores, rules, (demand.allowed, demand.quota) if scarce else None)
-            owning.setdefault(key, _Pool(cores, limit, [])).claims.append(claim)
+            owning.setdefault(key, _Pool(cores, limit, [], mixes)).members.append(member)
     for key, pool in owning.items():
         owning[key] = replace(pool, fixed=_fixed(topology, pool))
         _check(topology, owning[key])
@@ -249,29 +260,29 @@ def _pools(topology: Topology, claims: Sequence[_Claim], reserved: frozenset[int
 
 
 def _fixed(topology: Topology, pool: _Pool) -> tuple[int, ...]:
-    """The number of cores that each claim insists on: its own, or what the policy says for all; 0 for none.
+    """The number of cores that each member insists on: its own, or what the policy says for all; 0 for none.
 
     With ``logical``, ``cores_per_worker`` counts CPUs and a slice has the whole cores that hold so many.
 
     Source: torch/backends/xeon/run_cpu.py: with --use_logical_core the list it cuts is one of logical CPUs.
     """
-    claims, policy = pool.claims, pool.policy
+    members, policy = pool.members, pool.policy
     asked = policy.cores_per_worker or ((LATENCY_CORES,) if policy.latency else (0,))
-    if 1 < len(asked) < len(claims):
+    if 1 < len(asked) < len(members):
         raise PlanError(
-            f"--ncores-per-instance names {len(asked)} sizes but there are {len(claims)} workers; "
+            f"--ncores-per-instance names {len(asked)} sizes but there are {len(members)} workers; "
             "give one number for all or one per worker"
         )
-    per_worker = asked * len(claims) if len(asked) == 1 else asked[: len(claims)]
+    per_worker = asked * len(members) if len(asked) == 1 else asked[: len(members)]
     if policy.logical and policy.cores_per_worker:
-        siblings = max(len(claims[0].cpus.intersection(topology.cores[i].cpus)) for i in pool.cores)
+        siblings = max(len(members[0].cpus.intersection(topology.cores[i].cpus)) for i in pool.cores)
         per_worker = tuple(-(-cpus // siblings) for cpus in per_worker)
-    return tuple(claim.demand.cores or size for claim, size in zip(claims, per_worker, strict=True))
+    return tuple(member.demand.cores or size for member, size in zip(members, per_worker, strict=True))
 
 
 def _check(topology: Topology, pool: _Pool) -> None:
     """Raise PlanError if the cores cannot be there that the policy wants for each worker."""
-    need, limit, workers = sum(pool.fixed), pool.limit, len(pool.claims)
+    need, limit, workers = sum(pool.fixed), pool.limit, len(pool.members)
     if not pool.policy.cores_per_worker or need <= limit:
         return
     same = len(set(pool.fixed)) == 1
@@ -279,30 +290,30 @@ def _check(topology: Topology, pool: _Pool) -> None:
     remedy = f"--ncores-per-instance to {limit // workers}" if limit >= workers else f"the number of workers to {limit}"
     raise PlanError(
         f"need {need} cores ({terms}) but {limit} are allowed "
-        f"({_list(pool.claims[0].cpus & _cpus(topology, pool.cores))}); lower {remedy}"
+        f"({_list(pool.members[0].cpus & _cpus(topology, pool.cores))}); lower {remedy}"
     )
 
 
 def _bound(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice]:
-    """Threads only, as many for all claims together as the CFS quota pays for, rounded down."""
-    claims = pool.claims
+    """Threads only, as many for all members together as the CFS quota pays for, rounded down."""
+    members = pool.members
     notes.append(
-        f"a CFS quota of {claims[0].demand.quota:g} CPUs is below the {len(pool.cores)} cores that may be used, so "
-        f"others use them too: {_count(pool.limit, 'thread')} for {_count(len(claims), 'worker')}, CPUs not pinned; "
+        f"a CFS quota of {members[0].demand.quota:g} CPUs is below the {len(pool.cores)} cores that may be used, so "
+        f"others use them too: {_count(pool.limit, 'thread')} for {_count(len(members), 'worker')}, CPUs not pinned; "
         "--pin always pins all the same"
     )
     fixed = _fixed(topology, pool)
     fair = [i for i, size in enumerate(fixed) if not size]
-    threads = [1] * len(claims)
-    if len(claims) <= pool.limit:
-        room = pool.limit - len(claims)
+    threads = [1] * len(members)
+    if len(members) <= pool.limit:
+        room = pool.limit - len(members)
         for i, size in enumerate(fixed):
             if size:
                 threads[i] = min(size, 1 + room)
                 room -= threads[i] - 1
-        for i, size in zip(fair, apportion(len(fair) + room, [claims[i].demand.share for i in fair]), strict=True):
+        for i, size in zip(fair, apportion(len(fair) + room, [members[i].demand.share for i in fair]), strict=True):
             threads[i] = size
-    return {claim.place: claim.unpinned(topology, count) for claim, count in zip(claims, threads, strict=True)}
+    return {member.place: member.unpinned(topology, count) for member, count in zip(members, threads, strict=True)}
 
 
 def _allot(topology: Topology, pools: Sequence[_Pool]) -> list[frozenset[int]]:
@@ -313,17 +324,17 @@ def _allot(topology: Topology, pools: Sequence[_Pool]) -> list[frozenset[int]]:
         [
             Taker(
                 pool.cores,
-                workers=len(pool.claims),
+                workers=len(pool.members),
                 need=sum(pool.fixed),
                 limit=min(pool.limit, sum(pool.fixed)) if all(pool.fixed) else pool.limit,
-                weight=sum(claim.demand.share for claim in pool.claims),
+                weight=sum(member.demand.share for member in pool.members),
             )
             for pool in pools
         ]
     )
     chosen: list[frozenset[int]] = [frozenset()] * len(pools)
     for cores, counts in shares:
-        for p, part in zip(counts, compact(topology, cores, list(counts.values())), strict=True):
+        for p, part in zip(counts, pack(topology, cores, list(counts.values())), strict=True):
             chosen[p] |= part
     return chosen
 
@@ -339,35 +350,44 @@ class _Loads:
 def _assign(
     topology: Topology, pool: _Pool, cores: frozenset[int], loads: _Loads, notes: list[str]
 ) -> dict[int, Slice]:
-    """Divide ``cores`` among the claims of the pool."""
-    claims, policy = pool.claims, pool.policy
+    """Divide ``cores`` among the members of the pool."""
+    members, policy = pool.members, pool.policy
     sizes = pool.fixed
     if sum(sizes) > len(cores) and (policy.latency or policy.cores_per_worker):
-        sizes = tuple(claim.demand.cores or 0 for claim in claims)
-        notes.append(f"{sum(pool.fixed)} cores asked for, {len(cores)} there: {len(claims)} workers share them equally")
+        sizes = tuple(member.demand.cores or 0 for member in members)
+        notes.append(
+            f"{sum(pool.fixed)} cores asked for, {len(cores)} there: {len(members)} workers share them equally"
+        )
     core_of = {cpu: i for i in cores or pool.cores for cpu in topology.cores[i].cpus}
     workers = [
-        Worker(size, claim.demand.share, frozenset(core_of[cpu] for cpu in claim.demand.held & core_of.keys()))
-        for claim, size in zip(claims, sizes, strict=True)
+        Worker(size, member.demand.share, frozenset(core_of[cpu] for cpu in member.demand.held & core_of.keys()))
+        for member, size in zip(members, sizes, strict=True)
     ]
-    crowded = len(claims) > len(cores)
+    crowded = len(members) > len(cores)
     if crowded:
-        parts = crowd(cores or pool.cores, workers, loads.cores)
+        parts = share_cores(cores or pool.cores, workers, loads.cores)
         notes.append(
-            f"more workers than cores: {len(claims)} on {len(cores or pool.cores)} "
+            f"more workers than cores: {len(members)} on {len(cores or pool.cores)} "
             f"(CPUs {_list(core_of)}), which they share with one thread each; use fewer workers"
         )
     else:
-        parts = divide(topology, cores, workers, equal=policy.equal, within_nodes=policy.skip_cross_node_cores)
+        parts = divide(
+            topology,
+            cores,
+            workers,
+            equal=policy.equal,
+            within_nodes=policy.skip_cross_node_cores,
+            mixes_types=pool.mixes_types,
+        )
         loads.cores.update(core for part in parts for core in part)
-    for claim, size, part in zip(claims, sizes, parts, strict=True):
+    for member, size, part in zip(members, sizes, parts, strict=True):
         if size > len(part) and not crowded:
             notes.append(
-                f"worker {claim.place} asks for {_count(size, 'core')} and gets {len(part)}: "
-                f"there are {len(cores)} for {_count(len(claims), 'worker')}, and each needs one"
+                f"worker {member.place} asks for {_count(size, 'core')} and gets {len(part)}: "
+                f"there are {len(cores)} for {_count(len(members), 'worker')}, and each needs one"
             )
     slices = {}
-    for claim, part in zip(claims, parts, strict=True):
-        slices[claim.place] = claim.slice(topology, part, loads.cpus if crowded else None)
-        loads.cpus.update(slices[claim.place].cpus)
+    for member, part in zip(members, parts, strict=True):
+        slices[member.place] = member.slice(topology, part, loads.cpus if crowded else None)
+        loads.cpus.update(slices[member.place].cpus)
     return slices

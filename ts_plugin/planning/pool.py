@@ -12,11 +12,11 @@ from itertools import combinations
 
 from ts_plugin.machine.topology import Topology
 from ts_plugin.planning import partition
-from ts_plugin.planning.allotment import apportion
-from ts_plugin.planning.cells import Cell, Part, Score, least, score
-from ts_plugin.planning.cells import size as size_of
+from ts_plugin.planning.allotment import apportion, choose_types
+from ts_plugin.planning.core_groups import CoreGroup, Costs, Limits, Part, by_level, size_of
+from ts_plugin.planning.eligibility import capacity_of_types
 
-__all__ = ["Worker", "compact", "crowd", "divide"]
+__all__ = ["Worker", "divide", "pack", "share_cores"]
 
 _SWAPS = 64  # up to so many workers it is tried whether two that swap their parts move less
 _FAR = 20  # the kernel's distance to a remote node where the firmware gives none
@@ -31,39 +31,60 @@ class Worker:
     held: frozenset[int] = frozenset()
 
 
-class _Ground:
-    """The pool's cores as cells."""
+class _GroupedCores:
+    """The pool's cores in groups."""
 
     def __init__(self, topology: Topology, cores: Iterable[int]) -> None:
+        cores = sorted(cores)
+        domains = Counter((topology.cores[i].kind, topology.cores[i].l3) for i in cores)
+        shared = {kind for (kind, _), count in domains.items() if count > 1}
         contents: dict[tuple[int, int, int, int], list[int]] = {}
-        for i in sorted(cores):
+        for i in cores:
             core = topology.cores[i]
-            contents.setdefault((core.kind, core.node, core.package, core.l3), []).append(i)
+            l3 = core.l3 if core.kind in shared else -1  # A domain per core tells nothing.
+            contents.setdefault((core.kind, core.node, core.package, l3), []).append(i)
         order = sorted(contents)
         self.contents = [contents[key] for key in order]
-        self.cells = [Cell(*key, len(contents[key])) for key in order]
+        self.groups = [CoreGroup(*key, len(contents[key])) for key in order]
         self.home = {core: i for i, content in enumerate(self.contents) for core in content}
+        self.costs = Costs(self.groups, self.distance)
         self._distances = {node.number: dict(node.distances) for node in topology.nodes}
+        self._capacities = capacity_of_types(topology)
 
     def distance(self, a: int, b: int) -> int:
         return self._distances.get(a, {}).get(b, _FAR)
 
     def counts(self, cores: Iterable[int]) -> Counter[int]:
-        """How many of ``cores`` lie in which cell."""
+        """How many of ``cores`` lie in which group."""
         return Counter(self.home[core] for core in cores if core in self.home)
 
-    def score(self, parts: Sequence[Part]) -> Score:
-        return score(self.cells, parts, self.distance)
+    def by_type(self, room: Sequence[int], weights: Sequence[float]) -> list[tuple[list[int], list[int]]]:
+        """Return groups with cores of one type, by their place, and positions of the workers that divide them.
+
+        ``room`` are the cores of every group that are still free.
+        """
+        types = by_level(self.groups, range(len(room)), "kind")  # the fastest first
+        sizes = [sum(room[i] for i in members) for members in types]
+        busy = {t for t, members in enumerate(types) if sizes[t] < sum(self.groups[i].size for i in members)}
+        capacities = [self._capacities[self.groups[members[0]].kind] for members in types]
+        chosen = choose_types(sizes, capacities, weights, busy)
+        if len(set(weights)) == 1:
+            chosen.sort()
+        return [
+            ([i for i in members if room[i]], [w for w, kind in enumerate(chosen) if kind == t])
+            for t, members in enumerate(types)
+            if t in chosen
+        ]
 
 
-def compact(topology: Topology, cores: Iterable[int], sizes: Sequence[int]) -> list[frozenset[int]]:
+def pack(topology: Topology, cores: Iterable[int], sizes: Sequence[int]) -> list[frozenset[int]]:
     """Take disjoint sets of ``sizes`` cores, each as close together as possible, the lowest of equal ones."""
-    ground = _Ground(topology, cores)
-    return _fill(ground, partition.pack(ground.cells, sizes), [frozenset()] * len(sizes))
+    grouped = _GroupedCores(topology, cores)
+    return _choose_cores(grouped, partition.pack(grouped.groups, sizes), [frozenset()] * len(sizes))
 
 
-def crowd(cores: Iterable[int], workers: Sequence[Worker], loads: Counter[int]) -> list[frozenset[int]]:
-    """One core for each of more workers than cores, all cores carrying about equally many; who has one keeps it.
+def share_cores(cores: Iterable[int], workers: Sequence[Worker], loads: Counter[int]) -> list[frozenset[int]]:
+    """One core for each of more workers than cores, all carrying about equally many; who has one keeps it.
 
     ``loads`` are the workers that the cores carry already; it is brought up to date.
     """
@@ -86,35 +107,54 @@ def crowd(cores: Iterable[int], workers: Sequence[Worker], loads: Counter[int]) 
 
 
 def divide(
-    topology: Topology, cores: Iterable[int], workers: Sequence[Worker], *, equal: bool, within_nodes: bool
+    topology: Topology,
+    cores: Iterable[int],
+    workers: Sequence[Worker],
+    *,
+    equal: bool = False,
+    within_nodes: bool = False,
+    mixes_types: bool = False,
 ) -> list[frozenset[int]]:
     """Give every worker its own cores; there are at least as many cores as workers.
 
-    Fixed sizes are met in order of arrival as long as everybody else gets a core; the others share by weight.
+    Fixed sizes are met in order of arrival as long as everybody else gets a core; the others share by weight, each
+    of them on one core type, which may leave cores idle, unless slices may mix types.
 
     Raises:
         PlanError: ``within_nodes``, and the fixed sizes fit into no node.
     """
-    ground = _Ground(topology, cores)
-    sizes = _grant(workers, sum(cell.size for cell in ground.cells))
-    held = [worker.held & ground.home.keys() for worker in workers]
-    homes = [ground.counts(mine) for mine in held]
-    parts = _cut(ground, workers, sizes, homes, equal=equal, within_nodes=within_nodes)
-    # Workers with the same right to cores may swap their parts.
-    classes: dict[tuple[int, float], list[int]] = {}
-    for w, worker in enumerate(workers):
-        classes.setdefault((sizes[w], worker.weight), []).append(w)
-    if _may_stay(ground, parts, held, classes.values(), equal=equal):
-        return held
-    if any(held):
-        for swappable in classes.values():
-            matched = _match(ground, [parts[w] for w in swappable], [homes[w] for w in swappable])
-            for w, part in zip(swappable, matched, strict=True):
-                parts[w] = part
-    return _fill(ground, parts, held)
+    grouped = _GroupedCores(topology, cores)
+    sizes = _possible_sizes(workers, len(grouped.home))
+    held = [worker.held & grouped.home.keys() for worker in workers]
+    homes = [grouped.counts(mine) for mine in held]
+    fixed = [w for w, size in enumerate(sizes) if size]
+    packed = partition.pack(grouped.groups, [sizes[w] for w in fixed], within_nodes=within_nodes)
+    parts = dict(zip(fixed, packed, strict=True))
+    room = [group.size for group in grouped.groups]
+    for i, count in (piece for part in packed for piece in part):
+        room[i] -= count
+    fair = sorted((w for w, size in enumerate(sizes) if not size), key=lambda w: -workers[w].weight)
+    weights = [workers[w].weight for w in fair]
+    free = [i for i, count in enumerate(room) if count]
+    for members, positions in [(free, list(range(len(fair))))] if mixes_types else grouped.by_type(room, weights):
+        rest = [replace(grouped.groups[i], size=room[i]) for i in members]
+        mine = [fair[position] for position in positions]
+        at_home = Counter(homes[w].most_common(1)[0][0] for w in mine if homes[w])
+        made = _cut_by_weight(
+            rest,
+            [workers[w].weight for w in mine],
+            grouped,
+            equal=equal,
+            within_nodes=within_nodes,
+            homes=[at_home[i] for i in members],
+        )
+        for w, part in zip(mine, made, strict=True):
+            parts[w] = tuple((members[i], count) for i, count in part)
+    return _hand_out(grouped, workers, sizes, [parts[w] for w in range(len(workers))], held, equal=equal)
 
 
-def _grant(workers: Sequence[Worker], total: int) -> list[int]:
+def _possible_sizes(workers: Sequence[Worker], total: int) -> list[int]:
+    """The fixed sizes; 0 for a worker whose size would leave somebody else without a core."""
     room = total - len(workers)
     sizes = []
     for worker in workers:
@@ -123,50 +163,56 @@ def _grant(workers: Sequence[Worker], total: int) -> list[int]:
     return sizes
 
 
-def _cut(
-    ground: _Ground,
-    workers: Sequence[Worker],
-    sizes: Sequence[int],
-    homes: Sequence[Counter[int]],
+def _cut_by_weight(
+    groups: Sequence[CoreGroup],
+    weights: Sequence[float],
+    grouped: _GroupedCores,
     *,
     equal: bool,
     within_nodes: bool,
+    homes: Sequence[int],
 ) -> list[Part]:
-    """One part per worker: fixed sizes first, then the others divide what is left."""
-    fixed = [w for w, size in enumerate(sizes) if size]
-    packed = partition.pack(ground.cells, [sizes[w] for w in fixed], within_nodes=within_nodes)
-    parts = dict(zip(fixed, packed, strict=True))
-    room = [cell.size for cell in ground.cells]
-    for part in packed:
-        for i, count in part:
-            room[i] -= count
-    left = [i for i, size in enumerate(room) if size]
-    rest = [replace(ground.cells[i], size=room[i]) for i in left]
-    fair = sorted((w for w, size in enumerate(sizes) if not size), key=lambda w: -workers[w].weight)
-    weights = [workers[w].weight for w in fair]
-    if len(set(weights)) == 1 or (fair and within_nodes):
-        at_home = Counter(homes[w].most_common(1)[0][0] for w in fair if homes[w])
-        cut = partition.cut(
-            rest,
-            len(fair),
-            equal=equal,
-            within_nodes=within_nodes,
-            distance=ground.distance,
-            homes=[at_home[i] for i in left],
+    """A part for each of ``weights``, which descend; all cores are used unless ``within_nodes``."""
+    if not weights:
+        return []
+    if len(set(weights)) == 1 or within_nodes:
+        parts = partition.cut(
+            groups, len(weights), equal=equal, within_nodes=within_nodes, distance=grouped.distance, homes=homes
         )
-        if len(set(weights)) > 1:
-            cut.sort(key=size_of, reverse=True)
-    else:
-        due = apportion(sum(room), weights) if fair else []
-        lows = [-(-size // 2) for size in due]
-        cut = partition.repair(rest, partition.pack(rest, due), lows, sum(room), ground.distance)
-    for w, part in zip(fair, cut, strict=True):
-        parts[w] = tuple((left[i], count) for i, count in part)
-    return [parts[w] for w in range(len(workers))]
+        return parts if len(set(weights)) == 1 else sorted(parts, key=size_of, reverse=True)
+    total = sum(group.size for group in groups)
+    due = apportion(total, weights)
+    lows = [-(-size // 2) for size in due]
+    return partition.repair(groups, partition.pack(groups, due), lows, total, grouped.distance)
+
+
+def _hand_out(
+    grouped: _GroupedCores,
+    workers: Sequence[Worker],
+    sizes: Sequence[int],
+    parts: list[Part],
+    held: Sequence[frozenset[int]],
+    *,
+    equal: bool,
+) -> list[frozenset[int]]:
+    """Choose the worker of each part, and its cores: what is held is kept if it is as good, else few move."""
+    # Workers with the same right to cores may swap their parts.
+    classes: dict[tuple[int, float], list[int]] = {}
+    for w, worker in enumerate(workers):
+        classes.setdefault((sizes[w], worker.weight), []).append(w)
+    if _may_stay(grouped, parts, held, classes.values(), equal=equal):
+        return list(held)
+    if any(held):
+        homes = [grouped.counts(mine) for mine in held]
+        for swappable in classes.values():
+            matched = _match(grouped, [parts[w] for w in swappable], [homes[w] for w in swappable])
+            for w, part in zip(swappable, matched, strict=True):
+                parts[w] = part
+    return _choose_cores(grouped, parts, held)
 
 
 def _may_stay(
-    ground: _Ground,
+    grouped: _GroupedCores,
     parts: Sequence[Part],
     held: Sequence[frozenset[int]],
     classes: Iterable[Sequence[int]],
@@ -179,19 +225,20 @@ def _may_stay(
     new = list(map(size_of, parts))
     if sum(map(len, held)) != sum(new):
         return False
+    limits = Limits.around(sum(new), len(new))
     for workers in classes:
         has, gets = sorted(len(held[w]) for w in workers), sorted(new[w] for w in workers)
-        free = not equal and len(workers) == len(held) and has[0] >= least(sum(new), len(workers))
+        free = not equal and len(workers) == len(held) and limits.least <= has[0] and has[-1] <= limits.most
         if has != gets and not free:
             return False
-    stays = [tuple(sorted(ground.counts(mine).items())) for mine in held]
-    return ground.score(stays) <= ground.score(parts)
+    stays = [tuple(sorted(grouped.counts(mine).items())) for mine in held]
+    return grouped.costs.parts(stays) <= grouped.costs.parts(parts)
 
 
-def _match(ground: _Ground, parts: Sequence[Part], homes: Sequence[Counter[int]]) -> list[Part]:
+def _match(grouped: _GroupedCores, parts: Sequence[Part], homes: Sequence[Counter[int]]) -> list[Part]:
     """Hand out the parts so that few workers come to a new NUMA node and, after that, to few new cores."""
-    nodes = [frozenset(ground.cells[i].node for i, _ in part) for part in parts]
-    old_nodes = [frozenset(ground.cells[i].node for i in home) for home in homes]
+    nodes = [frozenset(grouped.groups[i].node for i, _ in part) for part in parts]
+    old_nodes = [frozenset(grouped.groups[i].node for i in home) for home in homes]
 
     def moves(w: int, p: int) -> tuple[int, int]:
         if not homes[w]:
@@ -225,20 +272,22 @@ def _match(ground: _Ground, parts: Sequence[Part], homes: Sequence[Counter[int]]
     return [parts[chosen[w]] for w in range(len(parts))]
 
 
-def _fill(ground: _Ground, parts: Sequence[Part], held: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+def _choose_cores(
+    grouped: _GroupedCores, parts: Sequence[Part], held: Sequence[frozenset[int]]
+) -> list[frozenset[int]]:
     """Choose the cores of the parts: those that a worker has already, then the lowest."""
     taken: set[int] = set()
     chosen: list[set[int]] = []
     for part, mine in zip(parts, held, strict=True):
         keeps: set[int] = set()
         for i, count in part:
-            keeps.update([core for core in ground.contents[i] if core in mine and core not in taken][:count])
+            keeps.update([core for core in grouped.contents[i] if core in mine and core not in taken][:count])
         taken |= keeps
         chosen.append(keeps)
     for part, mine_now in zip(parts, chosen, strict=True):
         for i, count in part:
-            missing = count - sum(core in mine_now for core in ground.contents[i])
-            more = [core for core in ground.contents[i] if core not in taken][:missing]
+            missing = count - sum(core in mine_now for core in grouped.contents[i])
+            more = [core for core in grouped.contents[i] if core not in taken][:missing]
             mine_now.update(more)
             taken.update(more)
     return [frozenset(cores) for cores in chosen]
