@@ -11,16 +11,13 @@ owners that lose patience and take their slice back.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import itertools
 import math
 import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from ts_plugin.planning.width import (
     Decision,
@@ -140,7 +137,9 @@ class _Run:
             for slot, (model, cores) in enumerate(owners)
         ]
         self.records: list[Record] = [new_record(worker.model, worker.cores, 0.0) for worker in self.workers]
-        self.lines = [deque(worker.slot for worker in self.workers if worker.model == m) for m in range(len(scenario.models))]
+        self.lines = [
+            deque(worker.slot for worker in self.workers if worker.model == m) for m in range(len(scenario.models))
+        ]
         self.queues: list[deque[_Job]] = [deque() for _ in scenario.models]
         self.events: list[tuple[float, int, str, int, int]] = []
         self.order = itertools.count()
@@ -154,7 +153,10 @@ class _Run:
         heapq.heappush(self.events, (time, next(self.order), kind, who, version))
 
     def go(self) -> Result:
-        arrivals = [_arrivals(model, random.Random(self.scenario.seed * 1000 + m)) for m, model in enumerate(self.scenario.models)]
+        arrivals = [
+            _arrivals(model, random.Random(self.scenario.seed * 1000 + m))
+            for m, model in enumerate(self.scenario.models)
+        ]
         for m, model in enumerate(self.scenario.models):
             if model.rate:
                 self.at(next(arrivals[m]), "arrival", m)
@@ -339,7 +341,14 @@ def catalogue(requests: int = 10_000) -> Iterator[tuple[str, str, Scenario]]:
     def one(group: str, load: float, *models: Model, **more: float) -> tuple[str, str, Scenario]:
         return group, f"{load:g}", Scenario(group, models, requests=requests, **more)  # type: ignore[arg-type]
 
-    for slices, cores, serial in ((2, 1, 0.05), (4, 14, 0.05), (8, 4, 0.03), (14, 2, 0.01), (28, 1, 0.01), (64, 1, 0.02)):
+    for slices, cores, serial in (
+        (2, 1, 0.05),
+        (4, 14, 0.05),
+        (8, 4, 0.03),
+        (14, 2, 0.01),
+        (28, 1, 0.01),
+        (64, 1, 0.02),
+    ):
         for load in loads:
             yield one(f"{slices} x {cores}, f = {serial}", load, _loaded(Model(0.4, serial, (cores,) * slices), load))
     for serial in (0.0, 0.1, 0.3, 1.0):
@@ -355,7 +364,11 @@ def catalogue(requests: int = 10_000) -> Iterator[tuple[str, str, Scenario]]:
         yield one("noise 0.5, 8 x 4", load, _loaded(Model(0.4, 0.03, (4,) * 8, noise=0.5), load))
         yield one("error 0.2, 8 x 4", load, _loaded(Model(0.4, 0.03, (4,) * 8), load), error=0.2)
         changing = _loaded(Model(0.2, 0.03, (4,) * 8), load)
-        yield one("half as fast midway", load, replace(changing, rate=changing.rate / 2, change=(requests / changing.rate, 2.0)))
+        yield one(
+            "half as fast midway",
+            load,
+            replace(changing, rate=changing.rate / 2, change=(requests / changing.rate, 2.0)),
+        )
         resnet50, resnet18 = Model(0.11, 0.0, (1,)), Model(0.044, 0.05, (1,))
         yield one("ResNet-50 beside ResNet-18, 2 x 1", load, _loaded(resnet50, load), _loaded(resnet18, load))
         mixed = Model(0.11, 0.03, (1,) * 8), Model(0.005, 0.9, (1,) * 4)
@@ -373,9 +386,11 @@ def catalogue(requests: int = 10_000) -> Iterator[tuple[str, str, Scenario]]:
 def broken(alone: Result, elastic: Result, load: float) -> list[str]:
     """Return the promises that ``elastic`` breaks."""
     result = []
-    pairs = [("all", alone.all, elastic.all)] if len(alone.models) == 1 else [
-        (f"model {m}", *pair) for m, pair in enumerate(zip(alone.models, elastic.models, strict=True))
-    ]
+    pairs = (
+        [("all", alone.all, elastic.all)]
+        if len(alone.models) == 1
+        else [(f"model {m}", *pair) for m, pair in enumerate(zip(alone.models, elastic.models, strict=True))]
+    )
     for name, a, e in pairs:
         if e.mean > 1.02 * a.mean:
             result.append(f"{name} mean x {e.mean / a.mean:.2f}")

@@ -124,7 +124,17 @@ def test_plan_reports_idle_cpus_and_why(tree: Path) -> None:
 
 
 def test_plan_for_several_models(tree: Path) -> None:
-    words = ["plan", "--model", "bert=1:share=3", "--model", "tiny=2:cores=1", "--model", "rest=1", "--sys-root", tree]
+    words: list[str | Path] = [
+        "plan",
+        "--model",
+        "bert=1:share=3",
+        "--model",
+        "tiny=2:cores=1",
+        "--model",
+        "rest=1",
+        "--sys-root",
+        tree,
+    ]
     workers = answer(*words)["workers"]
     assert [(worker["model"], worker["threads"]) for worker in workers[1:3]] == [("tiny", 1), ("tiny", 1)]
     assert workers[0]["threads"] > workers[3]["threads"]

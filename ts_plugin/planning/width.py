@@ -72,7 +72,10 @@ SHARE = 1.7  # times its share of the domain that a request takes while others h
 TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers together
 RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
 RATE_SECONDS = 2.0, 60.0  # and its limits
-TAIL = 0.2, 0.6  # seconds of the mean that a second of the 99th percentile of waiting counts for: idle, and more at load
+TAIL = (
+    0.2,
+    0.6,
+)  # seconds of the mean that a second of the 99th percentile of waiting counts for: idle, and more at load
 SEEN_MEMORY = 5.0  # times that long the most requests at once are remembered
 HOLD_SECONDS = 2.0  # that a decision holds at most
 PATIENCE = 4.0  # own service times that an owner waits before it takes its slice back
@@ -267,7 +270,12 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     )
     hold = (20 if best.weight > 2 * KNOWN else 4) * best.seconds
     return Decision(
-        best.cores, total, tuple(one.cores for one in estimates), lenders, now + min(hold, HOLD_SECONDS), tuple(estimates)
+        best.cores,
+        total,
+        tuple(one.cores for one in estimates),
+        lenders,
+        now + min(hold, HOLD_SECONDS),
+        tuple(estimates),
     )
 
 
@@ -347,7 +355,9 @@ def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
     return models
 
 
-def _cost(busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, lending: list[_Model], seen: float) -> tuple[float, float, float]:
+def _cost(
+    busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, lending: list[_Model], seen: float
+) -> tuple[float, float, float]:
     """Return the response time of ``mine`` on ``width`` cores, the cost to all (utilisation times 1e9 if endless), its own."""
     times = [mine.seconds(width)[0] if model is mine else model.seconds(model.width)[0] for model in busy]
     flow = squares = wide = rate = 0.0
