@@ -13,7 +13,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-JAVA_RELEASE = "17"  # what TorchServe 0.12 requires
+JAVA_RELEASE = "11"  # the oldest that TorchServe 0.12 runs on; a class that is newer than the JVM ends the server
 
 
 class JarError(RuntimeError):

@@ -42,7 +42,7 @@ class CoreSliceHandler(CoreSliceMixin, BaseHandler):  # type: ignore[misc]
 def _start(context: Any) -> follower.Follower | None:
     directory = context.system_properties.get("model_dir")
     worker = claim.worker_id(sys.argv)
-    lease, _ = start(worker=worker, archive=directory, prepare=_traps, how=" (claimed by the handler)")
+    lease, _ = start(worker=worker, archive=directory, prepare=_traps)
     if lease is None:
         return None
     own = follower.attach(lease)

@@ -1,4 +1,4 @@
-"""What all tests share: a state directory of their own, and the machines that were captured."""
+"""What all tests share: a state directory of their own, the CPUs of this process, the checkout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+from benchmarks.harness import CHECKOUT
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ts_plugin.planning.allotment import Taker, allot, apportion
+from ts_plugin.planning.allotment import Taker, allot, apportion, choose_types
 
 
 def taker(cores: str, workers: int = 1, *, need: int = 0, limit: int | None = None, share: float = 1) -> Taker:
@@ -74,3 +74,36 @@ def test_apportion_is_proportional() -> None:
     assert apportion(12, [3, 2, 1]) == [6, 4, 2]
     assert apportion(7, [1, 1, 1]) == [3, 2, 2]
     assert apportion(3, [100, 1, 1]) == [1, 1, 1]
+
+
+TYPES = [
+    pytest.param([4, 8], [1, 0.5], [1], [0], id="the fastest first"),
+    pytest.param([4, 8], [1, 0.5], [1, 1], [0, 1], id="the slow ones before half of the fast ones"),
+    pytest.param([4, 8], [1, 0.2], [1, 1], [0, 0], id="... unless they are too slow"),
+    pytest.param([4, 8], [1, 0.5], [1, 1, 1, 1], [0, 1, 0, 1], id="in turn"),
+    pytest.param([2, 10], [1, 1], [1], [0], id="the slowest only if every faster one is used"),
+    pytest.param([2, 10], [1, 1], [1, 1, 1], [0, 1, 1], id="... then most go there"),
+    pytest.param([1, 4, 3], [1, 0.8, 0.3], [1, 1], [1, 1], id="one fastest core is less than four that are slower"),
+    pytest.param([1, 4, 3], [1, 0.8, 0.3], [1, 1, 1, 1, 1], [1, 1, 1, 0, 2], id="every type in the end"),
+    pytest.param([2, 1], [1, 0.01], [1, 1, 1], [0, 0, 1], id="a core each"),
+    pytest.param([6, 4], [1, 0.5], [3, 1, 1], [0, 1, 0], id="by weight"),
+    pytest.param([8], [1], [1, 1], [0, 0], id="one type"),
+]
+
+
+@pytest.mark.parametrize(("cores", "capacities", "weights", "expected"), TYPES)
+def test_choose_types(cores: list[int], capacities: list[float], weights: list[float], expected: list[int]) -> None:
+    assert choose_types(cores, capacities, weights) == expected
+
+
+def test_a_type_in_use_already_lets_the_slowest_in() -> None:
+    assert choose_types([2, 8], [1, 0.5], [1], busy={0}) == [1]
+
+
+@given(
+    types=st.lists(st.tuples(st.integers(1, 6), st.floats(0.1, 1)), min_size=1, max_size=3), workers=st.integers(1, 18)
+)
+def test_no_type_gets_more_workers_than_cores(types: list[tuple[int, float]], workers: int) -> None:
+    cores, capacities = map(list, zip(*types, strict=True))
+    chosen = Counter(choose_types(cores, capacities, [1.0] * min(workers, sum(cores))))
+    assert all(chosen[t] <= count for t, count in enumerate(cores))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,10 +30,11 @@ from benchmarks.measurement.bench import jobs, parse, rotated
 from benchmarks.measurement.exercises import exercises
 from benchmarks.measurement.load import Answer, LoadError, OpenLoop, ab, closed_loop, parse_ab, percentile
 from benchmarks.measurement.measure import saturated
-from benchmarks.measurement.results import Cell, Config, Figures, Row, markdown, ratio, spread, to_csv
+from benchmarks.measurement.results import Config, Figures, Row, Scenario, markdown, ratio, spread, to_csv
+from tests.eventually import PATIENCE, eventually
 from ts_plugin.machine.topology import Core
 
-CELL = Cell("resnet18", 2, 10)
+SCENARIO = Scenario("resnet18", 2, 10)
 FIGURES = Figures(
     requests=100,
     failed=0,
@@ -50,7 +51,7 @@ FIGURES = Figures(
 
 
 def row(config: Config, repetition: int, **changes: Any) -> Row:
-    return Row(config, CELL, repetition, replace(FIGURES, **changes))
+    return Row(config, SCENARIO, repetition, replace(FIGURES, **changes))
 
 
 # ---- clients
@@ -170,12 +171,13 @@ def test_closed_loop_opens_a_connection_per_request() -> None:
 
 def test_open_loop_goes_on_while_an_answer_is_late() -> None:
     others = threading.Event()
-    numbers = iter(range(1000))
+    numbers = itertools.count()
 
     def answer(request: BaseHTTPRequestHandler) -> int:
-        if next(numbers) == 0:
+        number = next(numbers)
+        if number == 0:
             others.wait(30)  # the first answer waits until the fifth request has come
-        elif next(numbers) >= 4:
+        elif number == 4:
             others.set()
         return 200
 
@@ -188,18 +190,19 @@ def test_open_loop_goes_on_while_an_answer_is_late() -> None:
 
 
 def test_an_abandoned_open_loop_does_not_wait() -> None:
-    never, asked = threading.Event(), threading.Event()
+    left, asked = threading.Event(), threading.Event()
+    in_time = []
 
     def answer(request: BaseHTTPRequestHandler) -> int:
         asked.set()
-        never.wait(60)
+        in_time.append(left.wait(10))
         return 200
 
     with answering(answer) as url:
         with OpenLoop(url, b"body", rate=10):
             assert asked.wait(30)
-        assert not never.is_set()
-        never.set()
+        left.set()
+    assert all(in_time), "the loop waited for an answer that came after it was left"
 
 
 def test_open_loop_counts_refused_connections_as_failed() -> None:
@@ -317,10 +320,10 @@ def test_trace_knows_where_threads_ran() -> None:
 
 def test_the_sampler_sees_this_process_on_a_cpu_it_may_use() -> None:
     with probe.Sampler([os.getpid()], interval=0.02) as trace:
-        while not any(trace.where.get((os.getpid(), os.getpid()), [])):
-            math.factorial(2000)
+        busy = (os.getpid(), threading.get_native_id())
+        assert eventually(lambda: math.factorial(2000) > 0 and any(trace.where.get(busy, [])))
     allowed = os.sched_getaffinity(0)
-    assert {place[0] for place in trace.where[os.getpid(), os.getpid()] if place} <= allowed
+    assert {place[0] for place in trace.where[busy] if place} <= allowed
     assert allowed <= trace.usage.keys()
     lengths = {len(shares) for shares in trace.usage.values()} | {len(places) for places in trace.where.values()}
     assert lengths == {len(trace.times)}
@@ -357,7 +360,7 @@ def test_ratios_compare_within_a_repetition() -> None:
         row(Config.TS_CORES, 1, requests_per_second=16.0),
         row(Config.TS_CORES, 2, requests_per_second=99.0),  # without a partner
     ]
-    found = ratio(rows, Config.TS_CORES, Config.DEFAULT, CELL, "requests_per_second")
+    found = ratio(rows, Config.TS_CORES, Config.DEFAULT, SCENARIO, "requests_per_second")
     assert found is not None
     assert (found.low, found.high, found.number) == (3.0, 3.2, 2)
     assert found.text(2) == "3.10 (3.00\N{EN DASH}3.20)"
@@ -365,13 +368,13 @@ def test_ratios_compare_within_a_repetition() -> None:
 
 def test_a_void_row_counts_nowhere() -> None:
     rows = [row(Config.DEFAULT, 0, failed=1), row(Config.TS_CORES, 0)]
-    assert spread(rows, Config.DEFAULT, CELL, "requests_per_second") is None
-    assert ratio(rows, Config.TS_CORES, Config.DEFAULT, CELL, "requests_per_second") is None
+    assert spread(rows, Config.DEFAULT, SCENARIO, "requests_per_second") is None
+    assert ratio(rows, Config.TS_CORES, Config.DEFAULT, SCENARIO, "requests_per_second") is None
     assert "void: 1 requests failed" in markdown(rows)
 
 
 def test_rows_survive_json_in_the_published_schema() -> None:
-    rows = [row(Config.TS_CORES, 1, ready_seconds=4.5), Row(Config.LAUNCHER, CELL, 0, error="died\nlog")]
+    rows = [row(Config.TS_CORES, 1, ready_seconds=4.5), Row(Config.LAUNCHER, SCENARIO, 0, error="died\nlog")]
     flat = [each.to_json() for each in rows]
     assert [Row.from_json(json.loads(json.dumps(each))) for each in flat] == rows
     names = {"config", "model", "workers", "concurrency", "repetition"}
@@ -380,7 +383,7 @@ def test_rows_survive_json_in_the_published_schema() -> None:
 
 
 def test_tables() -> None:
-    rows = [row(Config.DEFAULT, 0), row(Config.CEILING, 0), Row(Config.LAUNCHER, CELL, 0, error="died | \nlog")]
+    rows = [row(Config.DEFAULT, 0), row(Config.CEILING, 0), Row(Config.LAUNCHER, SCENARIO, 0, error="died | \nlog")]
     table = markdown(rows).splitlines()
     assert len({line.count("|") for line in table if line.startswith("|")}) == 1
     assert table[0] == "**resnet18, 2 workers, 10 concurrent requests**"
@@ -398,15 +401,15 @@ def test_every_configuration_is_first_once() -> None:
 
 
 def test_configurations_of_a_cell_are_neighbours_in_time() -> None:
-    other = Cell("transformer", 1, 10)
-    order = list(jobs([Config.DEFAULT, Config.TS_CORES], [CELL, other], 2))
-    assert [(job.cell, job.config) for job in order] == [
-        (CELL, Config.DEFAULT),
-        (CELL, Config.TS_CORES),
+    other = Scenario("transformer", 1, 10)
+    order = list(jobs([Config.DEFAULT, Config.TS_CORES], [SCENARIO, other], 2))
+    assert [(job.scenario, job.config) for job in order] == [
+        (SCENARIO, Config.DEFAULT),
+        (SCENARIO, Config.TS_CORES),
         (other, Config.DEFAULT),
         (other, Config.TS_CORES),
-        (CELL, Config.TS_CORES),
-        (CELL, Config.DEFAULT),
+        (SCENARIO, Config.TS_CORES),
+        (SCENARIO, Config.DEFAULT),
         (other, Config.TS_CORES),
         (other, Config.DEFAULT),
     ]
@@ -419,12 +422,20 @@ def test_without_options_the_run_is_the_tutorial_s() -> None:
     assert options.command == "./dev bench"
 
 
-def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--requests", "10"], ["--workers", "0"], ["--mar", "absent.mar"], ["--config", "fast"]):
-        with pytest.raises(SystemExit) as ended:
-            parse(words)
-        assert ended.value.code == 2
-    assert "at least 51" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--requests 10", "at least 51"),
+        ("--workers 0", "0 is not positive"),
+        ("--mar absent.mar", "absent.mar: no such file"),
+        ("--config fast", "invalid Config value: 'fast'"),
+    ],
+)
+def test_bad_options(words: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(words.split())
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
 
 
 # ---- slices of the ceiling, the exercises, the gaps
@@ -496,7 +507,7 @@ def measured(tmp_path: Path) -> Path:
         for repetition in range(2)
         for config, speed in ((Config.DEFAULT, 9.0), (Config.TS_CORES, 31.0), (Config.CEILING, 36.0))
     ]
-    rows.append(Row(Config.LAUNCHER, CELL, 0, error="workers keep dying <&>"))
+    rows.append(Row(Config.LAUNCHER, SCENARIO, 0, error="workers keep dying <&>"))
     worker = {"masks": {"7": "0-1"}, "pages": {"0": 1024}, "node_seconds": {"0": 1.0}}
     trace = {
         "times": [0.1, 0.3, 0.5],
@@ -579,31 +590,23 @@ def test_the_palette_tells_every_configuration_apart() -> None:
 # ---- one real run
 
 
+def _rows(results: Path) -> int:
+    return len(json.loads(results.read_text())["rows"])
+
+
 def test_a_real_run_interrupted_keeps_its_rows_and_leaves_no_process(tmp_path: Path, checkout: Path) -> None:
     archives.transformer()
     out = tmp_path / "out"
     words = (
         "--model transformer --workers 2 --requests 51 --concurrency 2 --seconds 1 --config ceiling --config ts-cores"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.measurement.bench",
-        *words.split(),
-        "--repetitions",
-        "50",
-        "--out",
-        str(out),
-    ]
+    command = [sys.executable, "-m", "benchmarks.measurement.bench", *words.split(), "--repetitions=50", f"--out={out}"]
     running = subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         results = out / "results.json"
-        deadline = time.monotonic() + 240
-        while running.poll() is None and time.monotonic() < deadline:
-            if results.exists() and results.read_text().count('"config"') >= 2:
-                break
-            time.sleep(0.2)
-        time.sleep(1)  # into the middle of a row
+        eventually(lambda: running.poll() is not None or (results.exists() and _rows(results) >= 2), patience=240)
+        # Into the middle of a row: with its server or its bare processes.
+        assert eventually(lambda: len(psutil.Process(running.pid).children(recursive=True)) >= 2)
         descendants = psutil.Process(running.pid).children(recursive=True)
         running.send_signal(signal.SIGINT)
         output, _ = running.communicate(timeout=120)
@@ -611,7 +614,9 @@ def test_a_real_run_interrupted_keeps_its_rows_and_leaves_no_process(tmp_path: P
         running.kill()
         running.wait()
     assert running.returncode == 130, output
-    assert not [each for each in descendants if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    # A bare process that was being started when the interrupt came ends with its stdin.
+    _, left = psutil.wait_procs(descendants, timeout=PATIENCE)
+    assert not [each for each in left if each.status() != psutil.STATUS_ZOMBIE]
     found = json.loads(results.read_text())
     assert found["interrupted"]
     rows = [Row.from_json(flat) for flat in found["rows"]]

@@ -152,9 +152,7 @@ def test_a_deleted_board_is_noticed(board: Board, tmp_path: Path) -> None:
     assert board.lost
 
 
-def test_a_slot_is_taken_as_long_as_its_process_lives(
-    board: Board, other: Other, another: Callable[[], Other]
-) -> None:
+def test_a_slot_is_taken_as_long_as_its_process_lives(board: Board, other: Other, another: Callable[[], Other]) -> None:
     assert other.ask("board.take_slot()") == 0
     assert board.take_slot() == 1
     board.release()
@@ -175,10 +173,10 @@ MEASURED = (Measured(1, 0.11, 3.5), Measured(2, 0.06, 0.0))
 ENTRIES = [
     pytest.param(Entry(Identity(7, 9), Record(1, 4, 8)), id="nothing served"),
     pytest.param(
-        Entry(Identity(7, 2**60), Record(2**32 - 1, 4, 8, MEASURED, 2.5, 3.0, 1e6, None), Totals(9, 2, 0.5, 0.25)),
+        Entry(Identity(7, 2**60), Record(2**32 - 1, 4, 8, MEASURED, 2.5, 3.0, 1e6, 1e5, None), Totals(9, 2, 0.5, 0.25)),
         id="busy",
     ),
-    pytest.param(Entry(Identity(7, 9), Record(1, 4, 8, MEASURED, 2.5, 3.0, 1e6, 1e6 + 1)), id="idle"),
+    pytest.param(Entry(Identity(7, 9), Record(1, 4, 8, MEASURED, 2.5, 3.0, 1e6, 1e5, 1e6 + 1)), id="idle"),
 ]
 
 

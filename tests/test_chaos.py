@@ -1,4 +1,4 @@
-"""The storm in its short form, and that its watcher would see what it watches for."""
+"""Chaos in its short form, and that its watcher would see what it watches for."""
 
 from __future__ import annotations
 

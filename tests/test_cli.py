@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import subprocess
 import sys
 import time
@@ -12,18 +14,27 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness import archives
+from benchmarks.harness.torchserve import Property, TorchServe
+from tests.eventually import eventually
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.machine import discovery, process
+from ts_plugin.operate.core_map import core_map
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import parse_launcher_args
 
 RUN = [sys.executable, "-c", "import sys; from ts_plugin.operate.cli import main; sys.exit(main())"]
+HANGS = 120.0  # seconds; no command of these tests computes for more than two
 ALLOWED = discovery.read_allowance().cpus
 
 
 def ts_cores(*words: str | Path, status: int = 0, cwd: Path | None = None) -> tuple[str, str]:
     """Run the command and return its stdout and stderr."""
-    done = subprocess.run([*RUN, *map(str, words)], capture_output=True, text=True, cwd=cwd, check=False)
+    # Python's environment, not C's: there pytest has left COLUMNS=80, by way of readline.
+    environment = dict(os.environ)
+    done = subprocess.run(
+        [*RUN, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=HANGS
+    )
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
@@ -82,7 +93,7 @@ def test_plan_contract(tree: Path) -> None:
     document = answer("plan", "--workers", "2", "--sys-root", tree)
     assert set(document) == {"workers", "idle_cpus", "notes"}
     first, second = document["workers"]
-    assert set(first) == {"worker", "cpus", "threads", "numa_nodes", "l3_domains", "packages"}
+    assert set(first) == {"worker", "cpus", "threads", "numa_nodes", "l3_domains", "packages", "pinned"}
     assert (first["worker"], first["cpus"], first["threads"]) == (0, [0, 1, 2, 3], 4)
     assert (second["worker"], second["cpus"], second["threads"]) == (1, [4, 5, 6, 7], 4)
     assert (first["numa_nodes"], second["packages"]) == ([0], [1])
@@ -112,6 +123,31 @@ def test_plan_reports_idle_cpus_and_why(tree: Path) -> None:
     assert set(parse_launcher_args("--ninstances 4").notes) <= set(noted["notes"])
 
 
+def test_plan_for_several_models(tree: Path) -> None:
+    words: list[str | Path] = [
+        "plan",
+        "--model",
+        "bert=1:share=3",
+        "--model",
+        "tiny=2:cores=1",
+        "--model",
+        "rest=1",
+        "--sys-root",
+        tree,
+    ]
+    workers = answer(*words)["workers"]
+    assert [(worker["model"], worker["threads"]) for worker in workers[1:3]] == [("tiny", 1), ("tiny", 1)]
+    assert workers[0]["threads"] > workers[3]["threads"]
+    shown, _ = ts_cores(*words)
+    assert all(name in shown for name in ("bert", "tiny", "rest"))
+
+
+def test_plan_under_a_quota(tree: Path) -> None:
+    workers = answer("plan", "--workers", "2", "--quota", "3", "--sys-root", tree)["workers"]
+    assert [worker["pinned"] for worker in workers] == [False, False]
+    assert sum(worker["threads"] for worker in workers) == 3
+
+
 def test_plan_draws_the_machine(tree: Path) -> None:
     shown, _ = ts_cores("plan", "--workers", "2", "--sys-root", tree)
     assert "2 workers on 8 of 8 cores" in shown
@@ -130,21 +166,69 @@ def test_plan_draws_the_machine(tree: Path) -> None:
 )
 def test_plan_that_does_not_exist(tree: Path, words: list[str], complaint: str) -> None:
     root = [] if "--sys-root" in words else ["--sys-root", str(tree)]
-    shown, error = ts_cores("plan", "--workers", "2", *root, *words, status=1)
+    shown, error = ts_cores("plan", "--workers", "2", *root, *words, status=2)
     assert shown == ""
     assert complaint in error
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["plan"], ["plan", "--workers", "0"], ["plan", "--workers", "x"], ["plan", "--workers", "-1"], ["nonsense"], []],
-    ids=" ".join,
-)
-def test_bad_usage(words: list[str]) -> None:
-    shown, error = ts_cores(*words, status=2)
+WRONG = [
+    pytest.param(["plan"], "plan needs --workers N or --model NAME=N", id="no number"),
+    pytest.param(["plan", "--workers", "0"], "must be a whole number from 1 to", id="no worker"),
+    pytest.param(["plan", "--workers", "x"], "not 'x'", id="not a number"),
+    pytest.param(["plan", "--workers", "\u00b2"], "not '\u00b2'", id="superscript two"),
+    pytest.param(["plan", "--workers", "-1"], "not '-1'", id="a negative number"),
+    pytest.param(
+        ["plan", "--workers", "100000"], "from 1 to 4096, not '100000'", id="more workers than can be planned"
+    ),
+    pytest.param(["plan", "--workers", f"{10**23 - 1}"], "from 1 to 4096", id="more workers than a C integer"),
+    pytest.param(["plan", "--workers", "9" * 5000], "from 1 to 4096", id="a number of 5,000 digits"),
+    pytest.param(
+        ["plan", "--workers", "2", "--svg", ""], "must name a file or directory", id="no file for the picture"
+    ),
+    pytest.param(["plan", "--workers", "2", "--svg", "."], "name a file in it", id="a directory for the picture"),
+    pytest.param(["plan", "--workers", "2", "--sys-root", ""], "must name a file or directory", id="no root"),
+    pytest.param(["plan", "--workers", "2", "--sys-root", __file__], "is a file; unpack it", id="a file as the root"),
+    pytest.param(
+        ["plan", "--workers", "2", "--launcher-args", '"--node-id 0"'], "leave these quotes out", id="quotes around all"
+    ),
+    pytest.param(
+        ["plan", "--workers", "2", "--launcher-args", f"--reserve-cores {10**23}"],
+        "from 0 to 65535",
+        id="a huge reserve",
+    ),
+    pytest.param(["plan", "--model", "bert"], "must be NAME=N", id="a model without a number"),
+    pytest.param(["plan", "--model", "bert=2:cpus=3"], "must be NAME=N", id="no such wish"),
+    pytest.param(["plan", "--model", "bert=2:share=nan"], "a number above 0, not 'nan'", id="no share"),
+    pytest.param(
+        ["plan", "--model", "a=4000", "--model", "b=97"], "at most 4096 workers, not 4097", id="a sum too large"
+    ),
+    pytest.param(["plan", "--workers", "2", "--quota", "0"], "a number above 0, not '0'", id="no quota"),
+    pytest.param(["show", "--html", ""], "must name a file or directory", id="no file for the page"),
+    pytest.param(["show", "--server", "-5"], "not '-5'", id="a negative PID"),
+    pytest.param(["show", "--watch", "--json"], "leave one of them out", id="two kinds of output"),
+    pytest.param(["show", "--watch"], "add --html FILE", id="live, but not on a terminal"),
+    pytest.param(["doctor", "--config", ""], "must name a file or directory", id="no config"),
+    pytest.param(
+        ["doctor", "--config", "/etc"], "name the file in it: --config /etc/config.properties", id="a directory"
+    ),
+    pytest.param(["doctor", "--config", "/nowhere"], "`ts-cores init /nowhere` writes one", id="no such config"),
+    pytest.param(["doctor", "--config", "/dev/null/x"], "Not a directory; name another file", id="below a file"),
+    pytest.param(["doctor", "--config", "x" * 300], "File name too long", id="a config with too long a name"),
+    pytest.param(["init", ""], "must name a file or directory", id="no file to write"),
+    pytest.param(["init", "two\nlines"], "use a simpler name", id="a name that TorchServe cannot read"),
+    pytest.param(["nonsense"], "invalid choice", id="no such command"),
+    pytest.param([], "required: COMMAND", id="nothing"),
+]
+
+
+@pytest.mark.parametrize(("words", "complaint"), WRONG)
+def test_wrong_input(tmp_path: Path, words: list[str], complaint: str) -> None:
+    shown, error = ts_cores(*words, status=2, cwd=tmp_path)
     assert shown == ""
-    assert "usage:" in error
+    assert complaint in error
+    assert error.splitlines()[-1].startswith("ts-cores")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_show_nothing() -> None:
@@ -175,6 +259,14 @@ def test_show_contract(held: list[int]) -> None:
     assert str(held[1]) in shown
 
 
+def test_the_documented_answer_has_the_fields_that_there_are(held: list[int], checkout: Path) -> None:
+    text = (checkout / "docs" / "operating.md").read_text(encoding="utf-8")
+    sample = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    document = core_map(Ledger().read())
+    assert set(sample) == {"enabled", *document}
+    assert set(sample["slices"][0]) == set(document["slices"][0])
+
+
 def test_show_writes_pictures(held: list[int], tmp_path: Path) -> None:
     ts_cores("show", "--svg", tmp_path / "a.svg", "--html", tmp_path / "a.html")
     assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
@@ -200,6 +292,40 @@ def test_show_watch_keeps_a_page_up_to_date(held: list[int], tmp_path: Path) -> 
         watch.wait()
 
 
+def test_json_and_a_picture_at_once(held: list[int], tree: Path, tmp_path: Path) -> None:
+    assert answer("plan", "--workers", "2", "--sys-root", tree, "--svg", tmp_path / "a.svg")["workers"]
+    assert answer("show", "--svg", tmp_path / "b.svg", "--html", tmp_path / "c.html")["slices"]
+    assert {file.name for file in tmp_path.glob("?.*")} == {"a.svg", "b.svg", "c.html"}
+
+
+def test_show_a_server_that_is_not_there(held: list[int]) -> None:
+    for words in ([], ["--json"]):
+        shown, error = ts_cores("show", "--server", "999999", *words, status=1)
+        assert shown == ""
+        assert "no TorchServe frontend with PID 999999" in error
+        assert error.endswith("there are: 70, 71\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+@pytest.mark.parametrize("words", [["show"], ["explain", "model0"], ["doctor"]], ids=lambda words: words[0])
+def test_output_where_a_character_cannot_be_printed(held: list[int], encoding: str, words: list[str]) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([*RUN, *words], capture_output=True, env=environment, check=False)
+    assert b"Traceback" not in done.stderr
+    assert done.stdout.decode(encoding)
+
+
+def test_piped_lines_are_not_cut(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sentence stands in one line, however long it is."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    shown, _ = ts_cores("plan", "--workers", "1", "--sys-root", tree, "--launcher-args", "--ninstances 4 --log-path x")
+    notes = answer("plan", "--workers", "1", "--sys-root", tree, "--launcher-args", "--ninstances 4 --log-path x")[
+        "notes"
+    ]
+    assert max(map(len, notes)) > 70
+    assert [note for note in notes if f"note {note}" not in shown.splitlines()] == []
+
+
 def test_show_survives_a_closed_pipe() -> None:
     """The reader has seen enough: no complaint, with rich's output (which has its own idea of the status) or ours."""
     for words in (["show"], ["show", "--json"]):
@@ -215,12 +341,94 @@ def test_show_with_an_unusable_ledger(tmp_path: Path, monkeypatch: pytest.Monkey
     assert error.count("\n") == 1
 
 
+FRONTEND = """
+exec 3<&0
+[ -z "$2" ] || exec 9<"$2"
+env ${3:+"$3"} cat - "$1/ts/model_service_worker.py" <&3 &
+echo $!
+wait
+"""
+
+WORKERS = [
+    pytest.param({"hook": True}, None, "past the launcher", id="ours, past the launcher"),
+    pytest.param({"variable": "TS_CORES_UNBOUND=a typo"}, None, "a typo", id="ours, refused by the launcher"),
+    pytest.param({}, "a TorchServe without ts-cores", "", id="of a stock server"),
+    pytest.param(
+        {"hook": True, "variable": "TS_CORES_STATE_DIR=/other"}, "the ledger in /other", "", id="other ledger"
+    ),
+    pytest.param({"user": 65534}, "user 65534", "", id="another user's"),
+]
+
+
+@pytest.mark.parametrize(("frontend", "whose", "reason"), WORKERS)
+def test_only_our_own_workers_are_judged(
+    tmp_path: Path, frontend: dict[str, Any], whose: str | None, reason: str
+) -> None:
+    """A process that looks like a worker without a lease, below one that has the plug-in's jar open, or has not."""
+    if "user" in frontend and os.geteuid() != 0:
+        pytest.skip("only root can start another user's process")
+    jar = tmp_path / "ts-cores.jar"
+    jar.touch()
+    words = [str(tmp_path), str(jar) if frontend.get("hook") else "", frontend.get("variable", "")]
+    started = subprocess.Popen(
+        ["bash", "-c", FRONTEND, "bash", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=dict(os.environ),
+        user=frontend.get("user"),
+    )
+    try:
+        assert started.stdout is not None
+        pid = int(started.stdout.readline())
+        assert eventually(lambda: process.command_line(pid)[:1] == ["cat"])
+        shown = answer("show")
+        judged = [one["reason"] for one in shown["unbound"] if one["pid"] == pid]
+        elsewhere = [one["whose"] for one in shown["elsewhere"] if one["pid"] == pid]
+        assert shown["ledger"].startswith(os.environ["TS_CORES_STATE_DIR"])
+        findings = json.loads(_any_status("doctor", "--json"))["findings"]
+        blamed = [one for one in findings if one["severity"] == "error" and str(pid) in one["what"]]
+        assert [shown["ledger"] in one["what"] for one in findings if one["subject"] == "ledger"] == [True]
+        if whose is None:
+            assert len(judged) == len(blamed) == 1
+            assert reason in judged[0]
+            assert elsewhere == []
+        else:
+            assert elsewhere == [whose]
+            assert judged == blamed == []
+            drawn, _ = ts_cores("show")
+            assert f"not judged here: 1 worker of {whose} (pid {pid})" in drawn
+    finally:
+        started.communicate()
+
+
+@pytest.mark.parametrize("hooked", [True, False], ids=["with another ledger", "stock"])
+def test_a_real_server_of_somebody_elses_is_not_judged(checkout: Path, hooked: bool) -> None:
+    plugin: dict[str, Property] = {"plugins_path": checkout / "ts_plugin" / "frontend", "cpu_launcher_enable": True}
+    properties = plugin if hooked else {}
+    here = Path(os.environ["TS_CORES_STATE_DIR"])
+    with TorchServe(archives.facts(), properties=properties, state_directory=None if hooked else here) as server:
+        whose = f"the ledger in {server.state_directory}" if hooked else "a TorchServe without ts-cores"
+        (worker,) = server.workers()
+        assert {"pid": worker, "whose": whose} in answer("show")["elsewhere"]
+        findings = json.loads(_any_status("doctor", "--json"))["findings"]
+        blamed = [one for one in findings if one["severity"] == "error" and str(worker) in one["what"]]
+        assert blamed == []
+        frontend = process.parent(worker)
+        assert frontend is not None
+        assert any(path.endswith("/ts-cores.jar") for path in process.opened(frontend)) == hooked
+
+
 def test_explain(held: list[int]) -> None:
     by_pid, _ = ts_cores("explain", str(held[1]))
     by_model, _ = ts_cores("explain", "model1")
     assert by_pid == by_model
     assert "worker 9001 of model1 1.0" in by_pid
     assert "shared with 1 other worker: model0 1.0" in by_pid
+    (worker,) = answer("explain", "model1")["workers"]
+    assert worker["pid"] == held[1]
+    assert {"about": "size", "text": "shared with 1 other worker: model0 1.0"} in worker["reasons"]
     _, error = ts_cores("explain", "model2", status=1)
     assert "models with a slice: model0, model1" in error
 
@@ -234,10 +442,93 @@ def test_doctor(tmp_path: Path) -> None:
     assert found[0]["severity"] == "error"
     assert found[0]["change"].startswith("plugins_path=")
     shown, _ = ts_cores("doctor", "--config", config, status=1)
-    assert "no plugins_path" in " ".join(shown.split())
-    _, error = ts_cores("doctor", "--config", tmp_path / "none", status=1)
-    assert "no such file" in error.lower()
-    assert error.count("\n") == 1
+    assert "no plugins_path" in shown
+
+
+BROKEN = [
+    pytest.param(b"", "no cpu_launcher_enable", id="empty"),
+    pytest.param(random.Random(0).randbytes(3000), "is not UTF-8", id="random bytes"),
+    pytest.param("\ufeff{good}", "a byte order mark hides cpu_launcher_enable", id="a byte order mark"),
+    pytest.param("{good}# Gr\u00f6\u00dfe\n".encode("latin-1"), "is not UTF-8", id="Latin-1, which stops the command"),
+    pytest.param("{good}#\nx=\\u12", "Invalid \\u escape", id="half an escape"),
+    pytest.param("{good}cpu_launcher_enable=true \n", "'true ', not true", id="a blank after true"),
+    pytest.param("{good}default_workers_per_model=\u00b2\n", "is no number", id="superscript two"),
+    pytest.param("{good}default_workers_per_model=2 \n", "'2 ' is no number", id="a blank after the number"),
+    pytest.param("{good}default_workers_per_model=99999999999\n", "is no number", id="more than 32 bits"),
+    pytest.param("{good}default_workers_per_model=-2\n", "is no number", id="less than nothing"),
+    pytest.param("{good}management_address=http://[bad:8081\n", "is no address", id="half a bracket"),
+    pytest.param("{good}management_address=http://[::1]:8081\n", "is no address", id="IPv6, which TorchServe lacks"),
+    pytest.param("{good}inference_address=http://127.0.0.1:99999\n", "is no address", id="no such port"),
+    pytest.param("{good}model_store=/nowhere\n", "/nowhere is not there", id="no model store"),
+    pytest.param("{good}load_models=a.mar,b=there.mar\n", "load_models: a.mar is not there", id="no such model"),
+    pytest.param("{good}metrics_config=/nowhere.yaml\n", "/nowhere.yaml is not there", id="no metrics file"),
+    pytest.param("{good}vmargs=$$NOBODY_SET_THIS$$\n", "NOBODY_SET_THIS is not set", id="no such variable"),
+    pytest.param(
+        "plugins_path : {plugins}\n{rest}", "does not find plugins_path", id="a colon, which hides the plug-in"
+    ),
+    pytest.param('{good}cpu_launcher_args="--node-id 0"\n', "leave these quotes out", id="quotes around the arguments"),
+    pytest.param(
+        "{good}cpu_launcher_args=--node\\\n   -idd 0", "did you mean --node-id?", id="a typo across two lines"
+    ),
+]
+
+
+def good(directory: Path) -> dict[str, str]:
+    """The parts of a config that has no fault: its model store is ``directory`` and has there.mar."""
+    (directory / "there.mar").touch()
+    plugins = ts_cores("plugin-path")[0].strip()
+    rest = f"model_store={directory}\ndefault_workers_per_model=1\ncpu_launcher_enable=true\n"
+    order = f"cpu_launcher_enable=true\nplugins_path={plugins}\nmodel_store={directory}\ndefault_workers_per_model=1\n"
+    return {"good": order, "rest": rest, "plugins": plugins}
+
+
+@pytest.mark.parametrize(("text", "complaint"), BROKEN)
+def test_doctor_refuses_a_config_that_would_not_serve(tmp_path: Path, text: str | bytes, complaint: str) -> None:
+    content = text.encode() if isinstance(text, str) else text
+    for name, part in good(tmp_path).items():
+        content = content.replace(b"{%s}" % name.encode(), part.encode())
+    (tmp_path / "config.properties").write_bytes(content)
+    found = answer("doctor", "--config", tmp_path / "config.properties", status=1)["findings"]
+    errors = [one for one in found if one["severity"] == "error"]
+    assert [one for one in errors if complaint in one["what"]], errors
+
+
+SOUND = [
+    pytest.param("{good}", id="as init writes it"),
+    pytest.param("{good}\n! a comment\n  # another\n", id="comments"),
+    pytest.param("{good}cpu_launcher_enable : TRUE\n", id="a colon"),
+    pytest.param("{good}cpu_launcher_args  --equal\n", id="blanks"),
+    pytest.param("{good}cpu_launcher_args=--node\\\n   -id 0", id="two lines"),
+    pytest.param("{good}cpu\\u005flauncher_args=--equal\n", id="an escape in a name"),
+    pytest.param("{good}management_address=http\\://127.0.0.1\\:8081\n", id="escapes as in a snapshot"),
+    pytest.param("\ufeff# a comment\n{good}", id="a byte order mark before a comment"),
+    pytest.param("{good}load_models=there.mar,https://example.org/a.mar\n", id="a model to fetch"),
+    pytest.param("{good}default_workers_per_model=0001\n", id="noughts"),
+]
+
+
+@pytest.mark.parametrize("text", SOUND)
+def test_doctor_lets_pass_what_would_serve(tmp_path: Path, text: str) -> None:
+    """Exit status 0, so that it can stand before a server; libraries and neighbours of this machine are its own."""
+    (tmp_path / "config.properties").write_text(text.format(**good(tmp_path)), encoding="utf-8")
+    shown, _ = ts_cores("doctor", "--json", "--config", tmp_path / "config.properties")
+    assert [one for one in json.loads(shown)["findings"] if one["severity"] == "error"] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_doctor_without_permission(tmp_path: Path) -> None:
+    """As a user who may not read the file; the remedy is not to write another one."""
+    (tmp_path / "config.properties").write_text("x=1\n")
+    (tmp_path / "config.properties").chmod(0)
+    script = (
+        "import os, sys; from ts_plugin.operate import config, doctor, inspection, terminal; import javaproperties;"
+        "from ts_plugin.operate.cli import main; os.chdir(sys.argv[1]); os.setuid(65534);"
+        "sys.exit(main(['doctor', '--config', 'config.properties']))"
+    )
+    tmp_path.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False)
+    assert done.stderr == "ts-cores: config.properties: Permission denied; let user 65534 read it\n"
+    assert done.returncode == 2
 
 
 def test_init_writes_what_the_doctor_accepts(tmp_path: Path) -> None:
@@ -262,6 +553,17 @@ def _any_status(*words: str) -> str:
     return subprocess.run([*RUN, *words], capture_output=True, text=True, check=False).stdout
 
 
+@pytest.mark.parametrize("name", ["größe", "a b", "a=b", "a#b:c", "a\\b"])
+def test_init_in_a_directory_with_any_name(tmp_path: Path, name: str) -> None:
+    """TorchServe's own reader finds the model store that was made for it."""
+    (tmp_path / name).mkdir()
+    ts_cores("init", tmp_path / name)
+    script = "import sys; from ts.model_server import load_properties as read; print(read(sys.argv[1])['model_store'])"
+    command = [sys.executable, "-c", script, str(tmp_path / name / "config.properties")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.removesuffix("\n")).is_dir()
+
+
 def test_init_never_overwrites(tmp_path: Path) -> None:
     file = tmp_path / "mine"
     ts_cores("init", file)
@@ -281,6 +583,12 @@ def test_init_where_nothing_can_be_written(tmp_path: Path) -> None:
     _, error = ts_cores("init", tmp_path / "file" / "x", status=1)
     assert "Not a directory" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["plan", "show", "explain", "doctor", "init", "plugin-path"])
+def test_help_has_an_example(command: str) -> None:
+    shown, _ = ts_cores(command, "--help")
+    assert f"ts-cores {command}" in shown.partition("examples:")[2]
 
 
 def test_plugin_path_has_the_jar() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import CHECKOUT
+from benchmarks.harness import CHECKOUT
 from tests.cpuset import Cpuset
 from tests.eventually import eventually
 from ts_plugin.leases import coordinator, directory
@@ -330,22 +330,24 @@ def test_a_worker_that_cannot_follow_any_more_says_so_once_and_counts_its_thread
 
 
 def asleep(state: Path, policy: Policy, cpu: int) -> subprocess.Popen[bytes]:
-    """A process that follows nothing, in the ledger with a slice of one CPU, as a worker of this process."""
+    """A process that follows nothing, in the ledger with a slice of one CPU, as if it were its own frontend."""
     sleeper = subprocess.Popen(["sleep", "600"])
     os.sched_setaffinity(sleeper.pid, {cpu})
     me = process.identify(sleeper.pid)
     assert me is not None
     slice_of = Slice((cpu,), 1, (0,), (0,), (0,))
-    lease = Lease(me.pid, me.start_time, "m", "1.0", "8000", os.getpid(), Demand(ALLOWED, policy), slice_of)
+    lease = Lease(me.pid, me.start_time, "m", "1.0", "8000", me.pid, Demand(ALLOWED, policy), slice_of)
     ledger = Ledger(str(state))
     with ledger.locked() as before:
         ledger.write(replace(before, leases=(*before.leases, lease)))
     return sleeper
 
 
+@pytest.mark.parametrize("named", [None, ALLOWED], ids=["no list", "a list that names the same CPUs"])
 def test_a_demand_that_became_impossible_is_its_own_servers_problem(
-    start: Callable[..., Claimant], state: Path
+    start: Callable[..., Claimant], state: Path, frontend: Callable[..., None], named: frozenset[int] | None
 ) -> None:
+    frontend(Policy(core_list=named))
     gone = max(TOPOLOGY.online) + 1  # a CPU that went offline under the first server's list
     with asleep(state, Policy(core_list=frozenset({FIRST, gone})), FIRST) as sleeper:
         try:
@@ -355,7 +357,7 @@ def test_a_demand_that_became_impossible_is_its_own_servers_problem(
             assert eventually(lambda: FIRST not in next(iter(worker.masks())))
             assert os.sched_getaffinity(sleeper.pid) == {FIRST}
             (note,) = [note for note in ledger.read().notes if "--core-list" in note]
-            assert f"the workers of process {os.getpid()} keep their slices: CPUs {gone} of --core-list" in note
+            assert f"the workers of process {sleeper.pid} keep their slices: CPUs {gone} of --core-list" in note
             second = start(worker="9001")
             assert "error" not in second.facts()
         finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.checks.topologies import unpacked
+from benchmarks.harness.captures import unpacked
 from ts_plugin.machine.cpulist import parse_cpulist
 from ts_plugin.machine.discovery import DiscoveryError, read_allowance, read_bounds, read_mask, read_topology
 from ts_plugin.machine.topology import Allowance, Core, NumaNode, Topology
@@ -230,6 +230,16 @@ KINDS = [
 def test_core_types(tmp_path: Path, files: dict[str, str], kinds: list[int]) -> None:
     topology = read_topology(tree(tmp_path, {"online": "0-3"} | files))
     assert [core.kind for core in topology.cores] == kinds
+
+
+def test_capacities_are_against_the_fastest_type(tmp_path: Path) -> None:
+    files = {"online": "0-3"} | each("cpu{}/cpu_capacity", "256", "256", "1024", "1000")
+    assert [core.capacity for core in read_topology(tree(tmp_path, files)).cores] == [0.25, 0.25, 1, 1]
+
+
+def test_equal_cores_need_no_capacity(tmp_path: Path) -> None:
+    files = {"online": "0-1"} | each("cpu{}/cpu_capacity", "1024", "1024")
+    assert [core.capacity for core in read_topology(tree(tmp_path, files)).cores] == [None, None]
 
 
 def test_two_packages_are_no_hybrid(tmp_path: Path) -> None:

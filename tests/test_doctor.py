@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from tests.machines import machine
-from ts_plugin.leases.coordinator import Unbound
 from ts_plugin.leases.ledger import Lease, Ledger, Server, State
+from ts_plugin.leases.unbound import JAR, Unbound
 from ts_plugin.machine import process
 from ts_plugin.machine.topology import Allowance
-from ts_plugin.operate.doctor import Finding, Severity, examine
-from ts_plugin.operate.facts import JAR, Config, Facts, Interpreter, default_config, gather, read_config
+from ts_plugin.operate.config import Config, default_config, read_config
+from ts_plugin.operate.doctor import examine
+from ts_plugin.operate.finding import Finding, Severity
+from ts_plugin.operate.inspection import Inspection, Interpreter, inspect
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Policy
 
@@ -25,16 +27,17 @@ EIGHT = frozenset(range(8))
 PROPERTIES = {
     "cpu_launcher_enable": "true",
     "plugins_path": "/plugins",
+    "model_store": "/models",
     "default_workers_per_model": "2",
     "disable_token_authorization": "true",
 }
-HEALTHY = Facts(
+HEALTHY = Inspection(
     java="17.0.15",
     torchserve="0.12.0",
     interpreter=Interpreter("/venv/bin/python"),
     config=Config(Path("/etc/config.properties"), PROPERTIES),
     plugins=frozenset({JAR}),
-    archives=1,
+    models=1,
     topology=machine(cores=8),
     allowance=Allowance(EIGHT),
 )
@@ -49,8 +52,8 @@ def without(*names: str) -> Config:
     return Config(Path("/etc/config.properties"), {k: v for k, v in PROPERTIES.items() if k not in names})
 
 
-def trouble(facts: Facts) -> list[Finding]:
-    return [one for one in examine(facts) if one.severity is not Severity.NOTE]
+def trouble(seen: Inspection) -> list[Finding]:
+    return [one for one in examine(seen) if one.severity is not Severity.NOTE]
 
 
 def test_a_healthy_machine_has_no_trouble() -> None:
@@ -75,7 +78,7 @@ def test_a_healthy_machine_has_no_trouble() -> None:
         ),
         pytest.param({"config": None}, "warning", "config", "no config.properties", id="no config"),
         pytest.param(
-            {"config": config(cpu_launcher_enable="false")}, "warning", "config", "not true", id="switched off"
+            {"config": config(cpu_launcher_enable="false")}, "error", "config", "'false', not true", id="switched off"
         ),
         pytest.param({"config": without("plugins_path")}, "error", "plug-in", "no plugins_path", id="no path"),
         pytest.param({"plugins": None}, "error", "plug-in", "no directory", id="path is no directory"),
@@ -98,7 +101,7 @@ def test_a_healthy_machine_has_no_trouble() -> None:
         pytest.param(
             {"config": config(default_workers_per_model="9")}, "warning", "workers", "9 workers", id="too many"
         ),
-        pytest.param({"archives": 5}, "warning", "workers", "10 workers for 8 cores", id="too many models"),
+        pytest.param({"models": 5}, "warning", "workers", "10 workers for 8 cores", id="too many models"),
         pytest.param({"topology": None}, "error", "topology", "cannot be read", id="no /sys"),
         pytest.param(
             {"allowance": Allowance(EIGHT, 2.0), "config": config(cpu_launcher_args="--pin always")},
@@ -143,7 +146,6 @@ def test_finds(change: dict[str, Any], severity: str, subject: str, words: str) 
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({"config": config(management_address="http://[::1]:8081")}, id="IPv6 loopback"),
         pytest.param({"config": config(management_address="unix:/tmp/x")}, id="a socket"),
         pytest.param({"config": without("disable_token_authorization")}, id="tokens"),
         pytest.param({"allowance": Allowance(EIGHT, 2.0)}, id="a quota"),
@@ -167,11 +169,12 @@ def test_the_worst_comes_first() -> None:
 def test_read_config(tmp_path: Path) -> None:
     """The TS_* variables win, where the file says so, and $$NAME$$ is replaced."""
     file = tmp_path / "config.properties"
-    file.write_text("# a comment\nmodel_store = $$HOME$$/store\nworkers=$$NONE$$\nenable_envvars_config=true\nx=1=2\n")
+    file.write_text("# a comment\nstore = $$HOME$$/store\nworkers=$$NONE$$\nenable_envvars_config=true\nx=1=2\n")
     environment = {"HOME": "/home/me", "TS_CPU_LAUNCHER_ENABLE": "true", "TS_X": "3", "OTHER": "4"}
-    properties = read_config(file, environment).properties
-    assert properties == {
-        "model_store": "/home/me/store",
+    config = read_config(file, environment)
+    assert config.errors == ("workers: the variable NONE is not set; export NONE=...",)
+    assert config.properties == {
+        "store": "/home/me/store",
         "workers": "$$NONE$$",
         "enable_envvars_config": "true",
         "x": "3",
@@ -179,6 +182,46 @@ def test_read_config(tmp_path: Path) -> None:
     }
     file.write_text("x=1\n")
     assert read_config(file, environment).properties == {"x": "1"}
+
+
+DUMP = """
+import java.io.FileInputStream;
+import java.util.*;
+public class Dump {
+  public static void main(String[] words) throws Exception {
+    Properties found = new Properties();
+    found.load(new FileInputStream(words[0]));
+    for (String name : found.stringPropertyNames()) System.out.println(hex(name) + " " + hex(found.getProperty(name)));
+  }
+  static String hex(String text) {
+    StringBuilder all = new StringBuilder("x");
+    for (char each : text.toCharArray()) all.append(String.format("%04x", (int) each));
+    return all.toString();
+  }
+}
+"""
+
+ODDITIES = (
+    b"plain=1\ncolon:2\nblank 3\ntab\t4\nspaced = 5 \ncrlf=6\r\ncr=7\rfeed=\f8\nempty=\nnothing\n"
+    b"latin=\xe9\nescape=\\u00e9\\t\\n\\\\\\q\npair=\\ud83d\\ude00\nna\\ me\\:\\==9\n"
+    b'# comment=1\n  ! comment=2\n\nlong=a,\\\n    b,\\\r\n\tc\ncomment=\\\n#no\nquotes="--x 1"\n'
+    b"twice=1\ntwice=2\n=no name\nutf8=\xc3\xa9\nlast=\\"
+)
+
+
+def test_a_config_is_read_as_java_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "Dump.java").write_text(DUMP)
+    (tmp_path / "odd.properties").write_bytes(ODDITIES)
+    command = ["java", str(tmp_path / "Dump.java"), str(tmp_path / "odd.properties")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    pairs = (line.split() for line in done.stdout.splitlines())
+    java = {_text(name): _text(value) for name, value in pairs}
+    assert len(java) >= 20
+    assert read_config(tmp_path / "odd.properties", {}).properties == java
+
+
+def _text(code: str) -> str:
+    return bytes.fromhex(code.removeprefix("x")).decode("utf-16-be")
 
 
 def test_default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,26 +236,26 @@ def test_default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert default_config() == other
 
 
-def test_gather_here(tmp_path: Path, checkout: Path) -> None:
+def test_inspect_here(tmp_path: Path, checkout: Path) -> None:
     """On this machine, with the demo's own config and an installation that works."""
     (tmp_path / "config.properties").write_text(
         f"cpu_launcher_enable=true\nplugins_path={checkout}/ts_plugin/frontend\ndefault_workers_per_model=1\n"
         f"model_store={tmp_path}\nload_models=all\n"
     )
     (tmp_path / "a.mar").write_bytes(b"")
-    facts = gather(tmp_path / "config.properties")
-    assert facts.interpreter is not None
-    assert facts.interpreter.missing == frozenset()
-    assert facts.java is not None
-    assert facts.plugins == frozenset({JAR})
-    assert facts.jar
-    assert facts.archives == 1
-    assert facts.topology is not None
-    assert facts.ledger_error is None
-    assert [one for one in trouble(facts) if one.subject not in ("neighbours", "worker", "OpenMP")] == []
+    seen = inspect(tmp_path / "config.properties")
+    assert seen.interpreter is not None
+    assert seen.interpreter.missing == frozenset()
+    assert seen.java is not None
+    assert seen.plugins == frozenset({JAR})
+    assert seen.jar
+    assert seen.models == 1
+    assert seen.topology is not None
+    assert seen.ledger_error is None
+    assert [one for one in trouble(seen) if one.subject not in ("neighbours", "worker", "OpenMP")] == []
 
 
-def test_gather_sees_threads_outside_their_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_sees_threads_outside_their_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "state"))
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
@@ -225,26 +268,32 @@ def test_gather_sees_threads_outside_their_slice(tmp_path: Path, monkeypatch: py
         with ledger.locked():
             ledger.write(State(generation=1, leases=(lease,)))
         os.sched_setaffinity(sleeper.pid, cpus[:1])
-        assert gather(None).astray == ()
+        assert inspect(None).astray == ()
         os.sched_setaffinity(sleeper.pid, cpus)
-        assert gather(None).astray == (((sleeper.pid, 1),) if len(cpus) > 1 else ())
+        assert inspect(None).astray == (((sleeper.pid, 1),) if len(cpus) > 1 else ())
     finally:
         sleeper.communicate()
 
 
-def test_gather_reports_an_unusable_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_reports_an_unusable_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "file"))
-    error = gather(None).ledger_error
+    error = inspect(None).ledger_error
     assert error is not None
     assert error.startswith(str(tmp_path / "file"))
 
 
-def test_gather_sees_a_busy_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["a program", "a worker of another ledger"])
+def test_inspect_sees_a_busy_neighbour(tmp_path: Path, elsewhere: bool) -> None:
+    """Nothing keeps the slices of two ledgers apart, so the other's worker is a neighbour like any other."""
+    script = tmp_path / "ts" / ("model_service_worker.py" if elsewhere else "program.py")
+    script.parent.mkdir()
+    script.write_text("while True: pass")
+    environment = dict(os.environ) | ({"TS_CORES_STATE_DIR": "/other"} if elsewhere else {})
+    neighbour = subprocess.Popen([sys.executable, str(script)], env=environment)
     try:
         for _ in range(10):
-            if neighbour.pid in [pid for pid, *_ in gather(None).busy]:
+            if neighbour.pid in [pid for pid, *_ in inspect(None).busy]:
                 return
         pytest.fail("a process that computes all the time was never seen")
     finally:

@@ -61,12 +61,16 @@ def test_moves_and_notes() -> None:
     texts = [text for _, text in rows]
     assert "it had to change its NUMA node 2 times since it started" in texts
     assert texts[-2:] == ["no such option", "the planner's"]
-    assert [head for head, _ in rows][-2:] == ["note", ""]
+    assert [head for head, _ in rows][-2:] == ["note", "note"]
 
 
 def test_hybrids() -> None:
     topology = machine(cores=6, slow=4)
-    assert "only the fastest core type" in reasons(topology, Demand(topology.online))
+    everybody = Demand(topology.online)
+    assert "only the fastest core type" in reasons(topology, everybody)
+    slow = leases(machine(cores=6, slow=4), everybody, everybody)[1]
+    rows = explain(slow, State(leases=(slow,)), topology)
+    assert "only one core type, not the fastest" in "\n".join(text for _, text in rows)
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,12 @@ before = set(process.threads(os.getpid()))
 there = Slice(tuple(cpus), 2, (1,), (0,), (0,))
 demand = Demand(cpus, Policy(memory=Memory.PREFERRED))
 own = Follower(Ledger(), Lease(os.getpid(), 0, "m", "1.0", "9000", None, demand, there))
-own.follow()
+own.elastic.hold()
 ones = torch.ones(512, 512)
 torch.mm(ones, ones).relu_()
 team = set(process.threads(os.getpid())) - before
 own._wanted = replace(there, numa_nodes=(0,))  # as after a move to node 0
-own.follow()
+own.elastic.hold()
 torch.mm(ones, ones).relu_()
 after = policies()
 team_after = set(process.threads(os.getpid())) - before

@@ -174,9 +174,17 @@ def test_jar_is_what_its_source_says(checkout: Path, tmp_path: Path) -> None:
         assert jar.namelist() == [
             "META-INF/services/org.pytorch.serve.servingsdk.ModelServerEndpoint",
             "org/tscores/CoresEndpoint.class",
-            "org/tscores/DrainingWorkLoadManager$Retiree.class",
+            "org/tscores/DrainingAggregator.class",
             "org/tscores/DrainingWorkLoadManager.class",
         ]
+
+
+def test_jar_runs_on_every_java_that_torchserve_runs_on(checkout: Path) -> None:
+    """A class that is newer than the JVM ends the server: PluginsManager lets the UnsupportedClassVersionError out."""
+    with zipfile.ZipFile(checkout / JAR) as jar:
+        # The JVM specification, 4.1: the major version, 55 for Java 11, is bytes 6 and 7 of every class file.
+        versions = {int.from_bytes(jar.read(name)[6:8]) for name in jar.namelist() if name.endswith(".class")}
+    assert versions == {55}
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

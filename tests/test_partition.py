@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from ts_plugin.planning.core_groups import CoreGroup, Part
 from ts_plugin.planning.partition import cut, pack, repair
@@ -204,9 +206,9 @@ PACKED = [
 ]
 
 
-@pytest.mark.parametrize(("groups", "wanted", "expected"), PACKED)
-def test_pack(groups: list[int], wanted: list[int], expected: list[str]) -> None:
-    groups = [CoreGroup(0, 0, 0, l3, size) for l3, size in enumerate(groups)]
+@pytest.mark.parametrize(("domains", "wanted", "expected"), PACKED)
+def test_pack(domains: list[int], wanted: list[int], expected: list[str]) -> None:
+    groups = [CoreGroup(0, 0, 0, l3, size) for l3, size in enumerate(domains)]
     parts = pack(groups, wanted)
     assert sizes(parts) == wanted
     assert [" ".join(f"{i}:{count}" for i, count in part) for part in parts] == expected
@@ -221,10 +223,55 @@ def test_repair_gives_away_and_exchanges() -> None:
     assert repair(groups, entangled, [6, 6], 6, far) in ([((0, 6),), ((1, 6),)], [((1, 6),), ((0, 6),)])
 
 
-def test_parts_are_in_one_order() -> None:
-    """Cells and parts are numbered upwards, so that the same machine always gives the same text."""
-    groups = [CoreGroup(0, 0, 0, l3, 4) for l3 in range(6)]
-    for workers in (1, 2, 3, 5, 9):
-        parts = cut(groups, workers, distance=far)
-        assert all(list(part) == sorted(part) for part in parts)
-        assert all(a <= b for a, b in pairwise(parts) if workers in (1, 2, 3))
+@pytest.mark.parametrize(
+    ("domains", "workers"),
+    [*(([4] * 6, workers) for workers in (1, 2, 3, 5, 9, 24)), ([1, 3, 4], 3), ([1, 3, 4, 2], 4)],
+    ids=str,
+)
+def test_parts_are_in_one_order(domains: list[int], workers: int) -> None:
+    """Groups and parts are numbered upwards, so that the same machine always gives the same text."""
+    groups = [CoreGroup(0, 0, 0, l3, cores) for l3, cores in enumerate(domains)]
+    parts = cut(groups, workers, distance=far)
+    assert len(parts) == workers
+    assert all(list(part) == sorted(part) for part in parts)
+    assert all(a[0][0] <= b[0][0] for a, b in pairwise(parts))
+
+
+EVEN = [
+    pytest.param([4, 4, 4, 4, 4, 4], 5, [8, 4, 4, 4, 4], id="one boundary: one part of two domains"),
+    pytest.param([16], 10, [2, 2, 2, 2, 2, 2, 1, 1, 1, 1], id="no boundary at all"),
+    pytest.param([2] * 22, 16, [4] * 6 + [2] * 10, id="nobody swallows what is left over"),
+    pytest.param([8, 8], 3, [8, 4, 4], id="unequal where that saves a boundary"),
+    pytest.param([9, 3], 3, [5, 4, 3], id="as equal as the domains allow"),
+    pytest.param([20, 4], 2, [12, 12], id="nobody gets less than half of the equal share"),
+    pytest.param([9, 2, 2, 2], 4, [5, 4, 4, 2], id="nobody gets more than twice of the equal share"),
+    pytest.param([9, 2, 1], 2, [9, 3], id="small domains go together"),
+]
+
+
+@pytest.mark.parametrize(("domains", "workers", "expected"), EVEN)
+def test_sizes_are_as_equal_as_boundaries_allow(domains: list[int], workers: int, expected: list[int]) -> None:
+    groups = [CoreGroup(0, 0, 0, l3, size) for l3, size in enumerate(domains)]
+    assert sorted(sizes(cut(groups, workers, distance=far)), reverse=True) == expected
+
+
+@given(
+    domains=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12),
+    workers=st.integers(1, 40),
+)
+def test_nobody_gets_less_than_half_or_more_than_twice_of_the_equal_share(
+    domains: list[tuple[int, int]], workers: int
+) -> None:
+    groups = [CoreGroup(0, node, node // 2, l3, cores) for l3, (node, cores) in enumerate(domains)]
+    total = sum(group.size for group in groups)
+    assume(workers <= total)
+    found = sizes(cut(groups, workers, distance=far))
+    assert (len(found), sum(found)) == (workers, total)
+    assert min(found) * 2 * workers >= total
+    assert max(found) * workers <= 2 * total
+
+
+def test_the_example_at_the_head_of_cut() -> None:
+    groups = [CoreGroup(0, node, node, 3 * node + l3, 4) for node in range(2) for l3 in range(3)]
+    parts = cut(groups, 5, distance=far)
+    assert parts == [((0, 4), (1, 4)), ((2, 4),), ((3, 4),), ((4, 4),), ((5, 4),)]

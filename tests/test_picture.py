@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -21,7 +24,8 @@ from tests.browser import Browser
 from tests.machines import machine
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology
-from ts_plugin.operate import picture
+from ts_plugin.operate.html import html
+from ts_plugin.operate.svg import PALETTE, svg
 from ts_plugin.operate.terminal import Map, utilisation
 from ts_plugin.operate.view import View, Worker, tag
 from ts_plugin.planning.planner import Demand, plan
@@ -62,7 +66,7 @@ def attributes(element: ElementTree.Element, *names: str) -> tuple[float, ...]:
 @pytest.mark.parametrize(("topology", "workers"), CASES)
 def test_svg_shows_every_core_with_its_owners(topology: Topology, workers: int) -> None:
     view = drawn(topology, workers)
-    root = ElementTree.fromstring(picture.svg(view))
+    root = ElementTree.fromstring(svg(view))
     cells = [cell for cell in root.iter(f"{SVG}g") if cell.get("class") == "cell" and "data-tags" in cell.attrib]
     assert len(cells) == len(topology.cores)
     shown = {}
@@ -81,7 +85,7 @@ def test_svg_shows_every_core_with_its_owners(topology: Topology, workers: int) 
 
 @pytest.mark.parametrize(("topology", "workers"), CASES)
 def test_svg_stays_inside_its_canvas(topology: Topology, workers: int) -> None:
-    root = ElementTree.fromstring(picture.svg(drawn(topology, workers)))
+    root = ElementTree.fromstring(svg(drawn(topology, workers)))
     _, _, width, height = map(float, root.attrib["viewBox"].split())
     assert width <= 1300
     for shape in root.iter(f"{SVG}rect"):
@@ -98,7 +102,7 @@ def test_svg_stays_inside_its_canvas(topology: Topology, workers: int) -> None:
 
 
 def test_tiles_do_not_overlap() -> None:
-    root = ElementTree.fromstring(picture.svg(drawn(MACHINES["SNC"], 3)))
+    root = ElementTree.fromstring(svg(drawn(MACHINES["SNC"], 3)))
     places = []
     for cell in root.iter(f"{SVG}g"):
         if "data-tags" in cell.attrib:
@@ -111,10 +115,10 @@ def test_tiles_do_not_overlap() -> None:
 
 def test_workers_beyond_the_palette_have_a_pattern_of_their_own() -> None:
     view = drawn(MACHINES["1024 CPUs"], 40)
-    root = ElementTree.fromstring(picture.svg(view))
+    root = ElementTree.fromstring(svg(view))
     known = {pattern.attrib["id"] for pattern in root.iter(f"{SVG}pattern")}
     used = {fill[5:-1] for shape in root.iter(f"{SVG}rect") if (fill := shape.get("fill", "")).startswith("url(#")}
-    assert used == known == {f"ts-{index}" for index in range(len(picture.PALETTE), 40)}
+    assert used == known == {f"ts-{index}" for index in range(len(PALETTE), 40)}
 
 
 def test_text_can_be_read_on_every_colour() -> None:
@@ -125,13 +129,24 @@ def test_text_can_be_read_on_every_colour() -> None:
         linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    for fill, ink in picture.PALETTE:
+    for fill, ink in PALETTE:
         light, dark = sorted((luminance(fill), luminance(ink)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, fill
 
 
+def test_every_cpu_number_is_written_on_192_cores() -> None:
+    topology = machine(packages=2, l3=12, cores=8, smt=2)
+    texts = {(text.text or ""): float(text.attrib["font-size"]) for text in _texts(svg(drawn(topology, 20)))}
+    assert {str(cpu) for cpu in topology.online} <= set(texts)
+    assert min(texts.values()) >= 7
+
+
+def _texts(document: str) -> Iterator[ElementTree.Element]:
+    return ElementTree.fromstring(document).iter(f"{SVG}text")
+
+
 def test_names_are_escaped_and_nothing_is_fetched() -> None:
-    page = picture.html(drawn(MACHINES["SMT"], 2))
+    page = html(drawn(MACHINES["SMT"], 2))
     assert "resnet<18>" not in page
     assert "resnet&lt;18&gt;" in page
     assert "why &lt;not&gt;" in page
@@ -176,11 +191,11 @@ def rgb(colour: str) -> tuple[int, int, int]:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
     page = tmp_path / "cores.html"
-    page.write_text(picture.html(drawn(MACHINES["SNC"], 6)), encoding="utf-8")
+    page.write_text(html(drawn(MACHINES["SNC"], 6)), encoding="utf-8")
     with Browser(tmp_path / "profile", dark=dark) as browser:
         browser.open(page.as_uri())
         seen = colours(browser.screenshot(tmp_path / "cores.png"))
-        assert {rgb(fill) for fill, _ in picture.PALETTE[:6]} <= seen
+        assert {rgb(fill) for fill, _ in PALETTE[:6]} <= seen
         assert rgb("#12161c" if dark else "#ffffff") in seen
         assert browser.run("document.querySelectorAll('tbody tr').length") == 6
         assert browser.run("document.documentElement.scrollWidth <= innerWidth")
@@ -192,6 +207,34 @@ def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
         mine = "[...document.querySelectorAll('#map .mine')].every(cell => cell.dataset.tags === 'B')"
         browser.wait("document.querySelectorAll('#map .mine').length > 0")
         assert browser.run(mine)
+
+
+def test_the_page_says_first_what_is_wrong_and_where_it_is(tmp_path: Path) -> None:
+    page = tmp_path / "cores.html"
+    view = replace(drawn(MACHINES["SMT"], 2), host="gpu<7>", server_pid=4711)
+    page.write_text(html(view), encoding="utf-8")
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page.as_uri())
+        foot = "document.getElementById('unbound').getBoundingClientRect().bottom"
+        assert browser.run(f"0 < {foot} && {foot} <= document.getElementById('map').getBoundingClientRect().top")
+        red, green, blue = browser.run(
+            "getComputedStyle(document.getElementById('unbound')).color.match(/\\d+/g).map(Number)"
+        )
+        assert red > 3 * max(green, blue)
+        place = browser.run("document.getElementById('place').textContent")
+        assert re.match(r"gpu<7> · server 4711 · \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+$", place)
+
+
+@pytest.mark.parametrize("age", [0, 3600], ids=["written now", "written an hour ago"])
+def test_a_page_that_is_read_from_a_file_shows_utilisation(tmp_path: Path, age: int) -> None:
+    page = tmp_path / "cores.html"
+    view, before, now = drawn(MACHINES["two cores"], 2), {0: (10, 100), 1: (0, 100)}, {0: (60, 200), 1: (0, 200)}
+    page.write_text(html(view, before=before, ticks=now, reload=60), encoding="utf-8")
+    os.utime(page, times=(time.time() - age,) * 2)
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page.as_uri())
+        browser.wait("document.querySelector('.load[data-cpu=\"0\"]').style.transform === 'scaleX(0.5)'")
+        assert browser.run("document.getElementById('status').className") == ("lost" if age else "live")
 
 
 class Server(ThreadingHTTPServer):
@@ -207,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         allowed = self.server.token is None or self.headers["Authorization"] == f"Bearer {self.server.token}"
-        body = picture.html(self.server.view, ticks={0: (1, 2)}).encode() if allowed else b'{"code": 400}'
+        body = html(self.server.view, ticks={0: (1, 2)}).encode() if allowed else b'{"code": 400}'
         self.send_response(200 if allowed else 400)
         self.send_header("Content-Type", "text/html; charset=utf-8" if allowed else "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -261,4 +304,4 @@ def test_a_real_server_behind_its_token(tmp_path: Path, checkout: Path) -> None:
             pids = browser.run("[...document.querySelectorAll('tbody tr')].map(row => +row.cells[3].textContent)")
             assert sorted(pids) == sorted(piece["pid"] for piece in running.cores()["slices"])
             seen = colours(browser.screenshot(tmp_path / "cores.png"))
-            assert {rgb(fill) for fill, _ in picture.PALETTE[:2]} <= seen
+            assert {rgb(fill) for fill, _ in PALETTE[:2]} <= seen

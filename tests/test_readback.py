@@ -13,10 +13,11 @@ import pytest
 
 from ts_plugin.leases import masks
 from ts_plugin.leases.binding import Outcome
-from ts_plugin.leases.ledger import Lease
+from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.machine import process
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.worker import openmp
+from ts_plugin.worker.elastic import Elastic
 from ts_plugin.worker.readback import ReadBack
 
 ALLOWED = tuple(sorted(os.sched_getaffinity(0)))
@@ -24,12 +25,13 @@ needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell 
 
 SETUP = """
 import json, os, sys, threading
-from ts_plugin.leases.ledger import Lease
+from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.worker.elastic import Elastic
 from ts_plugin.worker.readback import ReadBack
 cpus = tuple(sorted(os.sched_getaffinity(0)))
 lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus[:1], 1, (0,), (0,), (0,)))
-look = ReadBack()
+look, elastic = ReadBack(), Elastic(Ledger(), lease, print)
 """
 
 
@@ -50,8 +52,8 @@ def lease_here(cpus: tuple[int, ...] = ALLOWED) -> Lease:
 def test_masks_outside_the_slice_are_put_back_and_counted_once() -> None:
     found = run("""
 threading.Thread(target=threading.Event().wait, daemon=True).start()
-first = look.read(lease, thorough=False)
-second = look.read(lease, thorough=False)
+first = look.read(lease, elastic, thorough=False)
+second = look.read(lease, elastic, thorough=False)
 print(json.dumps([first.outside, list(first.problems), second.outside, sorted(os.sched_getaffinity(0)), cpus]))
 """)
     outside, problems, again, mask, cpus = found
@@ -66,12 +68,12 @@ def test_moves_between_cpus_are_counted_since_the_last_look() -> None:
     found = run("""
 wide = lease.__class__(*[getattr(lease, n) for n in ("pid", "start_time", "model", "version", "worker_id", "server_pid",
     "demand")], Slice(cpus, len(cpus), (0,), (0,), (0,)))
-first = look.read(wide, thorough=False).migrations
+first = look.read(*look_at(wide), thorough=False).migrations
 for _ in range(10):
     for cpu in cpus[:2]:
         os.sched_setaffinity(0, {cpu})
 os.sched_setaffinity(0, cpus)
-print(json.dumps([first, look.read(wide, thorough=False).migrations]))
+print(json.dumps([first, look.read(*look_at(wide), thorough=False).migrations]))
 """)
     first, moved = found
     if first is None:
@@ -80,11 +82,15 @@ print(json.dumps([first, look.read(wide, thorough=False).migrations]))
     assert moved >= 10
 
 
+def look_at(lease: Lease) -> tuple[Lease, Elastic]:
+    return lease, Elastic(Ledger(), lease, print)
+
+
 def test_a_thorough_look_finds_two_openmp_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openmp, "runtimes", lambda: {"libgomp.so.1": "", "libiomp5.so": ""})
-    problems = ReadBack().read(lease_here(), thorough=True).problems
+    problems = ReadBack().read(*look_at(lease_here()), thorough=True).problems
     assert any("libgomp.so.1, libiomp5.so" in problem for problem in problems)
-    assert ReadBack().read(lease_here(), thorough=False).problems == ()
+    assert ReadBack().read(*look_at(lease_here()), thorough=False).problems == ()
 
 
 def test_the_openmp_runtime_of_torch_is_seen_in_a_real_process() -> None:
@@ -94,14 +100,14 @@ def test_the_openmp_runtime_of_torch_is_seen_in_a_real_process() -> None:
 
 
 def test_pages_on_other_nodes_are_remote() -> None:
-    here = ReadBack().read(lease_here(), thorough=True)
+    here = ReadBack().read(*look_at(lease_here()), thorough=True)
     if here.remote_pages is None:
         pytest.skip("this kernel has no numa_maps")
     assert here.remote_pages == 0 or len(os.listdir("/sys/devices/system/node")) > 1
     elsewhere = Slice(ALLOWED, len(ALLOWED), (1023,), (0,), (0,))
     me = lease_here()
     lease = Lease(me.pid, me.start_time, "m", "1.0", "9000", None, me.demand, elsewhere)
-    pages = ReadBack().read(lease, thorough=True).remote_pages
+    pages = ReadBack().read(*look_at(lease), thorough=True).remote_pages
     assert pages is not None
     assert pages > 100, "all of this process's memory is elsewhere then"
 
@@ -109,8 +115,8 @@ def test_pages_on_other_nodes_are_remote() -> None:
 def test_a_crowd_is_reported_once_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "state", lambda pid, tid: "R")
     monkeypatch.setattr(process, "threads", lambda pid: list(range(100)))
-    monkeypatch.setattr(masks, "enforce", lambda lease: Outcome(0))
+    monkeypatch.setattr(masks, "enforce", lambda lease, cpus, before: Outcome(0))
     look = ReadBack()
-    problems = [look.read(lease_here(), thorough=False).problems for _ in range(5)]
+    problems = [look.read(*look_at(lease_here()), thorough=False).problems for _ in range(5)]
     assert [len(found) for found in problems] == [0, 0, 1, 0, 0]
     assert "100 runnable threads" in problems[2][0]

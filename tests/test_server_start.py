@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +20,7 @@ import pytest
 import hatch_build
 from benchmarks.harness import archives
 from benchmarks.harness.torchserve import PORTS, Property, TorchServe, free_ports
+from tests.eventually import eventually
 from ts_plugin.machine import discovery
 from ts_plugin.machine.cpulist import parse_cpulist
 
@@ -206,6 +208,48 @@ def test_unusable_state_directory_serves_unbound_and_says_so(tmp_path: Path) -> 
         assert masks(answer) == {frozenset(os.sched_getaffinity(0))}
         assert str(blocked) in server.cores()["unbound"][0]["reason"]
         assert str(blocked) in next(line for line in server.log().splitlines() if "org.tscores" in line)
+
+
+def test_a_server_whose_state_directory_was_deleted_keeps_its_policy() -> None:
+    """It had no worker, so nobody but the frontend knew what its config.properties asks for."""
+    cpu = max(ALLOWED)
+    with TorchServe(archives.facts(), properties={**PINNED, "cpu_launcher_args": f"--core-list {cpu}"}) as server:
+        (before,) = facts(server).values()
+        assert masks(before) == {frozenset({cpu})}
+        server.scale("facts", 0)
+        assert eventually(lambda: not server.workers())
+        shutil.rmtree(server.state_directory)
+        server.scale("facts", 1)
+        (after,) = facts(server).values()
+        assert masks(after) == {frozenset({cpu})}
+        assert_pinned(server)
+
+
+@pytest.mark.parametrize(
+    ("first_line", "reason"),
+    [
+        pytest.param("#!/nowhere/bin/python", "is gone", id="interpreter-gone"),
+        pytest.param("#!/bin/false", "exit status 1", id="does-not-run"),
+        pytest.param("#!/bin/echo", "but TorchServe runs in", id="of-another-environment"),
+        pytest.param(None, "Permission denied", id="not-executable"),
+    ],
+)
+def test_a_launcher_that_does_not_run_is_left_alone(tmp_path: Path, first_line: str | None, reason: str) -> None:
+    """The environment was copied, its file system is mounted noexec, ...: workers start as TorchServe starts them."""
+    launcher = tmp_path / "ts-cores-python"
+    launcher.write_text(f"{first_line or '#!/bin/sh'}\n")
+    launcher.chmod(0o755 if first_line else 0o644)
+    (tmp_path / "ts_cores-0.dist-info").mkdir()
+    (tmp_path / "ts_cores-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: ts-cores\nVersion: 0\n")
+    (tmp_path / "ts_cores-0.dist-info" / "RECORD").write_text("ts-cores-python,,\n")
+    environment = {"PYTHONPATH": str(tmp_path)}  # this distribution is found before the one that is installed
+    with TorchServe(archives.facts(), properties=PINNED, environment=environment) as server:
+        assert_stock(server)
+        (line,) = [line for line in server.log().splitlines() if "org.tscores" in line]
+        assert "ERROR" in line
+        assert "unbound" in line
+        assert str(launcher) in line
+        assert reason in line
 
 
 def test_environment_without_package_serves_unbound_and_says_so(tmp_path: Path) -> None:

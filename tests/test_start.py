@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import CHECKOUT
+from benchmarks.harness import CHECKOUT
 
 SCRIPT = """
 import json, os, sys
 sys.path.insert(0, sys.argv.pop(1))
 from tests.seccomp import forbid_affinity
+from ts_plugin.leases.unbound import unbound_workers
 from ts_plugin.leases import coordinator
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.worker.start import start
@@ -31,7 +32,7 @@ def prepare(lease):
         raise OSError("no room for preparations")
     return ["a note"]
 
-lease, reason = start(worker="9000", archive=sys.argv[2], prepare=prepare, how=" (by a test)")
+lease, reason = start(worker="9000", archive=sys.argv[2], prepare=prepare)
 state = Ledger().read()
 print(json.dumps({
     "pid": os.getpid(),
@@ -39,7 +40,7 @@ print(json.dumps({
     "reason": reason,
     "mask_as_before": sorted(os.sched_getaffinity(0)) == before,
     "leases": [entry.pid for entry in state.leases],
-    "unbound": {worker.pid: worker.reason for worker in coordinator.unbound_workers(state)}.get(os.getpid()),
+    "unbound": {worker.pid: worker.reason for worker in unbound_workers(state)}.get(os.getpid()),
 }))
 """
 
@@ -71,7 +72,7 @@ def test_a_bound_worker_says_so_with_its_notes(tmp_path: Path) -> None:
     assert facts["leases"] == [facts["pid"]]
     assert facts["unbound"] is None
     assert "intra-op threads" in log
-    assert "(by a test)" in log
+    assert "(claimed by the handler)" in log
     assert "worker 9000: a note" in log
 
 

@@ -7,7 +7,7 @@ import io
 from rich.console import Console, RenderableType
 
 from tests.machines import machine
-from ts_plugin.operate.doctor import Finding, Severity
+from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.terminal import Map, report
 from ts_plugin.operate.view import of_plan
 from ts_plugin.planning.planner import Demand, plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -16,9 +17,7 @@ from benchmarks.checks.topologies import (
     COLUMNS,
     Case,
     Machine,
-    fewest_crossings,
-    fewest_crossings_of_equal,
-    fewest_crossings_within,
+    fewest_boundaries,
     machines,
     score,
 )
@@ -45,9 +44,12 @@ MACHINE = Machine(
 
 COUNTS = [
     pytest.param("0-3 4-7", {}, id="nothing wrong"),
-    pytest.param("0-5 6-7", {"numa_crossings": 1, "numa_avoidable": 1, "l3_crossings": 1}, id="an avoidable crossing"),
-    pytest.param("0-1 2-4 5-7", {"numa_crossings": 1, "numa_avoidable": 1}, id="28 + 14 + 14 is possible"),
-    pytest.param("0-3 4-5 6-7", {"l3_crossings": 1}, id="... and wanted"),
+    pytest.param("0-5 6-7", {"numa": 1, "numa_avoidable": 1, "l3": 2, "l3_avoidable": 0}, id="an avoidable boundary"),
+    pytest.param("0-7 -", {"numa": 1, "l3": 3}, id="groups touched minus one"),
+    pytest.param("0-1 2-4 5-7", {"numa": 1, "numa_avoidable": 1}, id="28 + 14 + 14 is possible"),
+    pytest.param("0-3 4-5 6-7", {"l3": 1, "l3_avoidable": 0}, id="... and wanted"),
+    pytest.param("0-6 7", {"uneven": 1}, id="less than half of the equal share"),
+    pytest.param("0-4 5 6 7", {"uneven": 1}, id="more than twice of it"),
     pytest.param("0,8 1-7", {"smt_inside": 1}, id="both siblings of a core"),
     pytest.param("0-3,4 4-7", {"smt_between": 1, "overlapping": 2}, id="one core twice"),
     pytest.param("0-3 4-7,11", {"smt_between": 1, "overlapping": 2}, id="a core through its other sibling"),
@@ -71,7 +73,7 @@ def test_counts(slices: str, expected: dict[str, int]) -> None:
     counts = score(case(slices))
     assert {key: counts[key] for key in expected} == expected
     if not expected:
-        assert not any(counts[key] for key in COLUMNS if not key.endswith("_crossings"))
+        assert not any(counts[key] for key in COLUMNS if key not in ("numa", "l3", "mixed"))
 
 
 def test_what_is_not_allowed_is_counted_and_then_cut_away() -> None:
@@ -107,13 +109,15 @@ def compositions(total: int, parts: int, least: int) -> Iterator[tuple[int, ...]
             yield (first, *rest)
 
 
-def fewest_by_trying(groups: tuple[int, ...], workers: int, least: int) -> int:
+def fewest_by_trying(groups: tuple[int, ...], workers: int) -> int:
     """Try every division of every group among the workers."""
+    cores = sum(groups)
+    sizes = range(-(-cores // (2 * workers)), 2 * cores // workers + 1)
 
     @cache
     def best(group: int, held: tuple[tuple[int, int], ...]) -> int:
         if group == len(groups):
-            return sum(touched > 1 for _, touched in held) if all(size >= least for size, _ in held) else workers + 1
+            return sum(touched - 1 for _, touched in held) if all(size in sizes for size, _ in held) else cores
         return min(
             best(
                 group + 1, tuple(sorted((s + more, t + (more > 0)) for (s, t), more in zip(held, shares, strict=True)))
@@ -124,45 +128,34 @@ def fewest_by_trying(groups: tuple[int, ...], workers: int, least: int) -> int:
     return best(0, ((0, 0),) * workers)
 
 
-@pytest.mark.parametrize(
-    "groups",
-    [(2, 2, 2, 2), (4, 4), (3, 5), (1, 1, 1, 5), (1, 2, 3), (7,), (1, 1, 1, 1, 1), (6, 1), (2, 1, 2, 1)],
-    ids=str,
-)
-def test_the_fewest_crossings_are_exact(groups: tuple[int, ...]) -> None:
+GROUPS = [(2, 2, 2, 2), (4, 4), (3, 5), (1, 1, 1, 5), (1, 2, 3), (7,), (1, 1, 1, 1, 1), (6, 1), (2, 1, 2, 1), (5, 1, 1)]
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_the_fewest_boundaries_of_small_machines_are_exact(groups: tuple[int, ...]) -> None:
     for workers in range(1, min(5, sum(groups)) + 1):
-        least = max(1, -(-sum(groups) // (2 * workers)))
-        assert fewest_crossings(groups, workers) == fewest_by_trying(groups, workers, least), workers
+        assert fewest_boundaries(groups, workers) == fewest_by_trying(groups, workers), workers
 
 
 @pytest.mark.parametrize(
-    ("groups", "workers", "equal", "reachable"),
+    ("groups", "workers", "expected"),
     [
-        pytest.param([28, 28], 2, 0, 0, id="a node each"),
-        pytest.param([28, 28], 3, 1, 0, id="28 + 14 + 14"),
-        pytest.param([2, 2, 2, 2], 3, 0, 1, id="four nodes of two cores: equal slices leave two cores idle"),
-        pytest.param([8, 8, 8], 2, 2, 1, id="fewer workers than nodes"),
-        pytest.param([1] * 8, 5, 0, 1, id="private caches"),
-        pytest.param([4, 4], 16, 0, 0, id="more workers than cores"),
+        pytest.param([28, 28], 2, 0, id="a node each"),
+        pytest.param([28, 28], 3, 0, id="28 + 14 + 14"),
+        pytest.param([2, 2, 2, 2], 3, 1, id="four nodes of two cores"),
+        pytest.param([8, 8, 8], 2, 1, id="fewer workers than nodes"),
+        pytest.param([20, 4], 2, 1, id="a node too small for a worker"),
+        pytest.param([3, 3, 3, 3], 5, 1, id="three and three hold three of two, apart only two"),
+        pytest.param([4, 4], 16, 0, id="more workers than cores"),
     ],
 )
-def test_the_bound_for_equal_slices(groups: list[int], workers: int, equal: int, reachable: int) -> None:
-    assert fewest_crossings_of_equal(groups, workers) == equal
-    assert fewest_crossings(groups, workers) == reachable
+def test_the_fewest_boundaries(groups: list[int], workers: int, expected: int) -> None:
+    assert fewest_boundaries(groups, workers) == expected
 
 
-@pytest.mark.parametrize(
-    ("nodes", "workers", "expected"),
-    [
-        pytest.param([[4, 4], [4, 4]], 4, 0, id="an L3 domain each"),
-        pytest.param([[4, 4], [4, 4]], 2, 2, id="a node each"),
-        pytest.param([[1, 1, 1, 1], [1, 1, 1, 1]], 5, 1, id="four slices of one core and one of a node"),
-        pytest.param([[2, 1], [2, 1]], 3, 1, id="one node divided, the other whole"),
-        pytest.param([[2], [2], [2], [2]], 3, 1, id="a node must be crossed anyway"),
-    ],
-)
-def test_the_fewest_l3_crossings_within_nodes(nodes: list[list[int]], workers: int, expected: int) -> None:
-    assert fewest_crossings_within(nodes, workers) == expected
+def test_an_l3_domain_per_core_tells_nothing() -> None:
+    private = replace(MACHINE, l3_of={cpu: cpu % 8 for cpu in ONLINE})
+    assert score(case("0-3 4-7", private))["l3"] == 0
 
 
 @needs_captures
@@ -176,9 +169,6 @@ def test_run_cpu_is_driven_as_it_was_when_the_captures_were_made(monkeypatch: py
         "smt_inside": "smt_cores",
         "smt_between": "overlap_cores",
         "overlapping": "overlap_workers",
-        "numa_crossings": "numa_cross",
-        "numa_over_bound": "numa_avoidable",
-        "l3_crossings": "l3_cross",
         "idle": "idle_cores",
         "idle_avoidable": "idle_avoidable",
     }
@@ -194,6 +184,9 @@ def test_run_cpu_is_driven_as_it_was_when_the_captures_were_made(monkeypatch: py
                 assert {key: counts[key] for key in columns} == {
                     key: int(row[theirs]) for key, theirs in columns.items()
                 }, (machine.name, played.workers)
+                for column, place_of in (("numa_cross", machine.node_of), ("l3_cross", machine.l3_of)):
+                    held = [cpus & machine.allowed for cpus in played.slices if cpus]
+                    assert sum(len({place_of[cpu] for cpu in cpus}) > 1 for cpus in held) == int(row[column])
                 compared += 1
             elif row and row["status"] == "infeasible":
                 assert played.error
@@ -215,7 +208,12 @@ HARD = (
 
 @needs_captures
 @pytest.mark.parametrize("name", ["flux-ipa20", "nri-sample1", "hwloc-16amd64-8n2c-cpusets", "nri-server"])
-def test_the_command_scores_a_directory(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_scores_a_directory(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     for kind, suffix in (("json", "json"), ("sysfs", "tar.xz"), ("lscpu", "txt")):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / f"{name}.{suffix}").symlink_to(CAPTURES / kind / f"{name}.{suffix}")
@@ -227,6 +225,7 @@ def test_the_command_scores_a_directory(name: str, tmp_path: Path, capsys: pytes
     assert {key: document["totals"]["ts-cores"].get(key, 0) for key in HARD} == dict.fromkeys(HARD, 0)
     assert topologies.main([str(tmp_path), "--markdown"]) == 0
     assert "| cases | 7 |" in capsys.readouterr().out
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_directory_without_captures_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

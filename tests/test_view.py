@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.machines import machine
-from ts_plugin.leases.coordinator import Unbound
 from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.leases.unbound import Unbound
 from ts_plugin.machine import cpu_time, process
 from ts_plugin.machine.topology import Topology
 from ts_plugin.operate import view
@@ -69,6 +69,14 @@ def test_unbound_workers_of_one_server() -> None:
     assert picture.unbound == ((6, "why not"),)
 
 
+def test_workers_of_others_are_counted_and_not_judged() -> None:
+    unbound = [Unbound(5, "why", 1), Unbound(6, "", 2, "user 7"), Unbound(8, "", 3, "user 7")]
+    picture = view.of_state(State(notes=("first",)), machine(), frozenset(range(4)), unbound)
+    assert picture.unbound == ((5, "why"),)
+    assert picture.notes == ("first", "not judged here: 2 workers of user 7 (pid 6, 8)")
+    assert "1 unbound" in picture.summary()
+
+
 @pytest.mark.parametrize(
     ("topology", "labels"),
     [
@@ -120,7 +128,7 @@ def test_ticks(tmp_path: Path) -> None:
 
 
 def test_look_at_this_machine() -> None:
-    picture = view.look()
+    picture = view.current_view()
     assert picture.topology.online >= frozenset(os.sched_getaffinity(0))
     assert picture.workers == ()
     assert process.identify(os.getpid()) is not None

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import grpc
 import pytest
 
 from benchmarks.harness import archives
 from benchmarks.harness.archives import Handler
-from benchmarks.harness.torchserve import TorchServe
+from benchmarks.harness.torchserve import Property, RequestError, TorchServe
 from tests.eventually import eventually
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery
@@ -163,6 +171,120 @@ def test_every_rank_of_torchrun_gets_its_own_slice() -> None:
         held = leases(server)
         assert len(held) == 2
         assert all(len(cpus) == CORES // 2 for cpus in held.values())
+
+
+TRACE = """<?xml version="1.0"?>
+<Configuration>
+  <Appenders>
+    <Console name="console"><PatternLayout pattern="%d %p %c %m%n"/></Console>
+    <File name="pipe" fileName="{pipe}"><PatternLayout pattern="%-{width}m%n"/></File>
+  </Appenders>
+  <Loggers>
+    <Root level="info"><AppenderRef ref="console"/></Root>
+    <Logger name="org.pytorch.serve.wlm.Model" level="trace" additivity="false"><AppenderRef ref="pipe"/></Logger>
+  </Loggers>
+</Configuration>
+"""
+
+
+class SlowLog:
+    """TorchServe's trace of "get first job", between a request's leaving the queue and its entry in the worker's batch.
+
+    Written to a pipe that nobody reads while ``held``, so that a worker can be kept at that very point.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        pipe = directory / "pipe"
+        os.mkfifo(pipe)
+        self._file = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+        room = fcntl.fcntl(self._file, fcntl.F_SETPIPE_SZ, 4096)
+        self.config = directory / "log4j2.xml"
+        self.config.write_text(TRACE.format(pipe=pipe, width=4 * room))  # one line alone fills the pipe
+        self.held = False
+        self._end = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+
+    def __enter__(self) -> Self:
+        self._reader.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.held = False
+        self._end.set()
+        self._reader.join()
+        os.close(self._file)
+
+    def full(self) -> bool:
+        return bool(select.select([self._file], [], [], 0)[0])
+
+    def _read(self) -> None:
+        while not self._end.wait(0.005):
+            with contextlib.suppress(BlockingIOError):
+                while not self.held:
+                    os.read(self._file, 65536)
+
+
+@pytest.mark.parametrize("config", ["batchSize: 1\n", "batchSize: 2\nmaxBatchDelay: 200\n"], ids=["one", "batch"])
+def test_a_worker_that_is_scaled_away_while_it_takes_a_request_answers_it(tmp_path: Path, config: str) -> None:
+    archive = archives.facts("taker", config=config)
+    with SlowLog(tmp_path) as log, ThreadPoolExecutor() as client:
+        properties = {**PINNED, "vmargs": f"-Dlog4j2.configurationFile={log.config}"}
+        with TorchServe(archive, workers=2, properties=properties) as server:
+            stays, goes = (worker["pid"] for worker in server.describe("taker")["workers"])
+            # A worker polls while the other waits for its turn, so they take requests in turns.
+            assert eventually(lambda: ask(server, "taker")["pid"] == stays)
+            log.held = True
+            answer = client.submit(ask, server, "taker")
+            assert eventually(log.full), "the request has left the queue"
+            server.scale("taker", 1, synchronous=False, wait=False)
+            assert eventually(lambda: len(server.describe("taker")["workers"]) == 1)
+            time.sleep(0.5)  # for whatever wakes the worker
+            assert not answer.done()
+            log.held = False
+            assert answer.result(timeout=60)["pid"] == goes
+            assert eventually(lambda: list(server.workers()) == [stays])
+
+
+GPU = {"CUDA_VISIBLE_DEVICES": "0"}  # enough for TorchServe's frontend to number its workers' devices
+
+
+def test_scaling_down_is_done_when_the_worker_has_left_its_gpu() -> None:
+    """The device's memory can be used again when the API says 200, as after TorchServe's own scaling."""
+    server = TorchServe(archives.facts(), workers=2, properties=PINNED, environment=GPU)
+    with server, ThreadPoolExecutor() as clients:
+        answers = [clients.submit(ask, server, "facts", {"sleep": 3}) for _ in range(2)]
+        assert eventually(lambda: server.log().count("Flushing req.cmd PREDICT") == 2), "each computes one"
+        server.scale("facts", 1, wait=False)
+        assert len(server.workers()) == 1
+        assert len({answer.result()["pid"] for answer in answers}) == 2
+
+
+def test_a_hung_worker_that_is_scaled_away_ends_with_its_response_timeout() -> None:
+    archive = archives.facts("hung", config="responseTimeout: 8\n")
+    properties: dict[str, Property | None] = {**PINNED, "unregister_model_timeout": 1}
+    server = TorchServe(archive, workers=2, properties=properties, environment=GPU)
+    with server, ThreadPoolExecutor() as clients:
+        answers = [clients.submit(ask, server, "hung", {"sleep": 600}) for _ in range(2)]
+        assert eventually(lambda: server.log().count("Flushing req.cmd PREDICT") == 2), "each computes one"
+        with pytest.raises(RequestError) as refusal:
+            server.scale("hung", 1, wait=False)
+        assert refusal.value.status == 408
+        goes = set(server.workers())
+        assert eventually(lambda: goes.isdisjoint(server.workers())), "the one that stays is restarted by TorchServe"
+        assert all(isinstance(answer.exception(), RequestError) for answer in answers)
+        server.wait_ready("hung", 1)
+
+
+def test_a_worker_that_is_scaled_away_before_its_restart_does_not_start() -> None:
+    with TorchServe(archives.facts(), workers=2, properties=PINNED) as server:
+        stays, goes = (worker["pid"] for worker in server.describe("facts")["workers"])
+        os.kill(goes, signal.SIGKILL)
+        assert eventually(lambda: "Retry worker: 9001 in 1 seconds" in server.log())
+        server.scale("facts", 1)
+        assert eventually(lambda: "worker 9001 was scaled away before its restart" in server.log())
+        assert list(server.workers()) == list(leases(server)) == [stays]
 
 
 def test_a_section_that_cannot_be_granted_is_refused_with_a_note_and_serves() -> None:

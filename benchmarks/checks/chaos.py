@@ -1,9 +1,9 @@
-"""Chaos: random scaling, registering, SIGKILL and load on real servers, watched from /proc by code that is not ours.
+"""Chaos: random scaling, registering, SIGKILL and load on real servers, watched from /proc.
 
-``./dev chaos --minutes 10``. Two TorchServe servers share one ledger. A watcher reads the affinity masks
-of all threads of all workers from /proc ten times a second, by its own means. Whatever happened, at most GRACE seconds
-later (``--grace``) the masks must be disjoint (with more workers than cores: one core each, equally crowded), cover
-every core, and ``GET /cores`` must list exactly the workers that live. Exit status 0 without a violation.
+``./dev chaos --minutes 10``. Two TorchServe servers share one ledger. A watcher, which shares no code with ts_plugin,
+reads the affinity masks of all threads of all workers from /proc ten times a second. Whatever happened, at most GRACE
+seconds later (``--grace``) the masks must be disjoint (with more workers than cores: one core each, equally crowded),
+cover every core, and ``GET /cores`` must list exactly the workers that live. Exit status 0 without a violation.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.harness import CHECKOUT, archives
-from benchmarks.harness.torchserve import RequestError, TorchServe, TorchServeError
+from benchmarks.harness import PLUGINS, archives
+from benchmarks.harness.torchserve import Property, RequestError, TorchServe, TorchServeError
 
 GRACE = 2.0  # seconds, the promise
 READ_BACK = 6.0  # seconds until a worker has looked at its own masks again
-PLUGINS = CHECKOUT / "ts_plugin" / "frontend"
 DAMAGE = ["", "{", '{"version": 0}', '{"version": 1, "generation": "x"}', "[" * 200_000, "\0" * 4096]
 UNFINISHED = ("idle cores", "more workers than cores, but not shared fairly")
 MAX_WORKERS = 3  # per model: more would only wait for the CPUs to start them
@@ -63,9 +62,9 @@ class Report:
 class Watcher(threading.Thread):
     """Reads masks from /proc and counts how long they are not what the promise says."""
 
-    def __init__(self, storm: Storm) -> None:
+    def __init__(self, chaos: Chaos) -> None:
         super().__init__(daemon=True)
-        self._storm, self._report = storm, storm.report
+        self._chaos, self._report = chaos, chaos.report
         self._end = threading.Event()
         self._unsettled_since: float | None = None
         self._workers: frozenset[int] = frozenset()
@@ -78,11 +77,11 @@ class Watcher(threading.Thread):
         while not self._end.wait(0.1):
             try:
                 self._observe()
-            except Exception as error:  # noqa: BLE001 - a watcher that stopped watching must not look like peace
+            except Exception as error:  # noqa: BLE001 - a watcher that failed must not look like no violation
                 self._report.violations.append(f"watcher: {error!r}")
 
     def _observe(self) -> None:
-        workers, complaint = self._storm.inspect()
+        workers, complaint = self._chaos.inspect()
         now = time.monotonic()
         self._report.observations += 1
         if workers != self._workers or complaint is None:
@@ -92,11 +91,11 @@ class Watcher(threading.Thread):
             return
         if self._unsettled_since is None:
             self._unsettled_since = now
-        if self._storm.tampered:
+        if self._chaos.tampered:
             return
         unsettled = now - self._unsettled_since
         self._report.longest_unsettled = max(self._report.longest_unsettled, unsettled)
-        if unsettled > self._storm.grace:
+        if unsettled > self._chaos.grace:
             self._report.violations.append(f"{time.strftime('%H:%M:%S')} {complaint}")
             self._unsettled_since = now
 
@@ -187,7 +186,7 @@ def physical_cores(allowed: frozenset[int]) -> list[frozenset[int]]:
     return list(found)
 
 
-class Storm:
+class Chaos:
     """Two servers, the models on them, and the random things that happen to them."""
 
     def __init__(self, seed: int, report: Report, grace: float = GRACE) -> None:
@@ -195,10 +194,7 @@ class Storm:
         self.report = report
         self.grace = grace
         self.archive = archives.facts()
-        properties: dict[str, str | int | float | bool | Path | None] = {
-            "plugins_path": PLUGINS,
-            "cpu_launcher_enable": True,
-        }
+        properties: dict[str, Property | None] = {"plugins_path": PLUGINS, "cpu_launcher_enable": True}
         first = TorchServe(self.archive, workers=1, properties=properties)
         second = TorchServe(self.archive, workers=1, properties=properties, state_directory=first.state_directory)
         self.servers = [first, second]
@@ -208,7 +204,7 @@ class Storm:
         self._outages: list[tuple[TorchServe, float, float]] = []  # server, from a kill to its recovery
         self._clients = [threading.Thread(target=self._client, daemon=True) for _ in range(2)]
 
-    def __enter__(self) -> Storm:
+    def __enter__(self) -> Chaos:
         try:
             for server in self.servers:
                 server.start()
@@ -352,7 +348,7 @@ class Storm:
         workers = frozenset(pid for server in self.servers for pid in living_workers(server))
         complaint = inspect(workers)
         if complaint is not None and complaint.startswith(UNFINISHED) and any(map(starting, self.servers)):
-            complaint = None  # what a newcomer will take, or already holds
+            complaint = None  # a worker that starts will take the cores, or already holds them
         return workers, complaint
 
     def check_settled(self) -> None:
@@ -373,17 +369,17 @@ class Storm:
 
 
 def run(minutes: float, seed: int, grace: float = GRACE) -> Report:
-    """Run the storm for that long and return what was counted."""
+    """Do random things for that long and return what was counted."""
     report = Report()
-    with Storm(seed, report, grace) as storm:
-        watcher = Watcher(storm)
+    with Chaos(seed, report, grace) as chaos:
+        watcher = Watcher(chaos)
         watcher.start()
         started = time.monotonic()
         try:
             while time.monotonic() - started < minutes * 60:
-                storm.act()
-                storm.check_settled()
-                time.sleep(storm.random.uniform(0.5, GRACE + 1))
+                chaos.act()
+                chaos.check_settled()
+                time.sleep(chaos.random.uniform(0.5, GRACE + 1))
                 print(f"{time.monotonic() - started:5.0f} s  {dict(report.actions)}", file=sys.stderr, flush=True)
         except TorchServeError as error:
             report.violations.append(f"serving went down: {error}")

@@ -12,19 +12,17 @@ import functools
 import importlib
 import importlib.util
 import json
-import lzma
 import os
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.harness.captures import unpacked
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.planning.planner import Demand, Slice, plan
@@ -34,9 +32,7 @@ __all__ = [
     "WORKERS",
     "Case",
     "Machine",
-    "fewest_crossings",
-    "fewest_crossings_of_equal",
-    "fewest_crossings_within",
+    "fewest_boundaries",
     "Slicer",
     "cases",
     "contest",
@@ -44,7 +40,6 @@ __all__ = [
     "run_cpu",
     "score",
     "ts_cores",
-    "unpacked",
 ]
 
 WORKERS = (1, 2, 3, 4, 5, 8, 16)
@@ -56,21 +51,19 @@ COLUMNS = {
     "offline": "CPUs offline",
     "nonexistent": "CPUs that do not exist",
     "not_allowed": "CPUs not allowed",
-    "numa_crossings": "slices across NUMA nodes",
-    "numa_over_bound": "… more than the bound for equal slices",
-    "numa_avoidable": "… avoidable with nothing idle",
-    "l3_crossings": "slices across L3 domains",
-    "l3_over_bound": "… more than the bound for equal slices",
-    "l3_avoidable": "… avoidable with nothing idle",
+    "numa": "boundaries between NUMA nodes inside slices",
+    "numa_avoidable": "… more than a lower bound",
+    "l3": "boundaries between L3 domains inside slices",
+    "l3_avoidable": "… more than a lower bound",
+    "mixed": "boundaries between core types inside slices",
+    "mixed_avoidable": "… more than a lower bound",
+    "uneven": "slices below half or above twice of the equal share",
     "idle": "cores idle",
     "idle_avoidable": "… more than equal slices leave over",
-    "mixed_avoidable": "slices of mixed core types, avoidable",
     "dead": "workers that get no CPUs",
 }
 _TOTALS = {"cases": "cases", "slices": "slices", "unpinned": "slices without pinning (CFS quota)"}
-_WRONG = [
-    key for key in COLUMNS if key not in ("numa_crossings", "l3_crossings", "numa_over_bound", "l3_over_bound", "idle")
-]
+_WRONG = [key for key in COLUMNS if key not in ("numa", "l3", "mixed", "idle")]
 
 Slicer = Callable[[int, int], frozenset[int] | None]
 """The CPUs of the worker with this rank among so many, None without pinning."""
@@ -163,15 +156,6 @@ def _lscpu(file: Path, document: dict[str, Any]) -> str | None:
     return "\n".join(f"{line}0" if incomplete and line.endswith(",") else line for line in lines)
 
 
-@contextmanager
-def unpacked(archive: Path) -> Iterator[str]:
-    """Unpack a captured tree for as long as the context lasts, in memory where the system has a place for that."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
-        with lzma.open(archive) as stream:
-            subprocess.run(["tar", "-x", "-C", directory], input=stream.read(), check=True)
-        yield os.path.join(directory, os.listdir(directory)[0])
-
-
 def ts_cores(root: str) -> Slicer:
     """Return the planner for the machine below ``root``, as ``ts-cores plan --sys-root`` uses it."""
     topology, allowance = read_topology(root), read_allowance(root)
@@ -204,6 +188,8 @@ def run_cpu(lscpu: str, *options: str) -> Slicer:
     launcher.cpuinfo = module._CPUinfo(test_input=lscpu)
     launcher.is_numactl_available = lambda: True
     launcher.set_multi_thread_and_allocator = lambda *_: None  # would change our environment
+
+    options = (*options, "--log-path", os.devnull)  # its main() does the same; without, every launch leaves a directory
 
     def slice_of(workers: int, rank: int) -> frozenset[int]:
         arguments = parser.parse_args([*options, "--ninstances", str(workers), "--rank", str(rank), "worker.py"])
@@ -270,76 +256,51 @@ def score(case: Case) -> Counter[str]:
     if not count["unpinned"]:
         count["idle"] = len(usable.difference(*held))
         count["idle_avoidable"] = max(0, count["idle"] - len(usable) % workers)
-    node, l3, kind = (
-        {machine.core_of[cpu]: group for cpu, group in group_of.items() if machine.core_of[cpu] in usable}
-        for group_of in (machine.node_of, machine.l3_of, machine.kind_of)
+    places = {"numa": machine.node_of, "l3": machine.l3_of, "mixed": machine.kind_of}
+    if max(Counter({machine.core_of[cpu]: l3 for cpu, l3 in machine.l3_of.items()}.values()).values()) == 1:
+        places["l3"] = dict.fromkeys(machine.l3_of)  # a domain per core tells nothing
+    for column, place_of in places.items():
+        groups = Counter(
+            {machine.core_of[cpu]: place for cpu, place in place_of.items() if machine.core_of[cpu] in usable}.values()
+        )
+        count[column] = sum(len({place_of[cpu] for cpu in cpus}) - 1 for cpus in slices if cpus)
+        count[f"{column}_avoidable"] = max(0, count[column] - fewest_boundaries(list(groups.values()), workers))
+    count["uneven"] = _uneven(
+        [frozenset(machine.kind_of[cpu] for cpu in cpus) for cpus in slices], list(map(len, held))
     )
-    reachable = {
-        "numa": fewest_crossings(list(Counter(node.values()).values()), workers),
-        "l3": fewest_crossings_within(
-            [list(Counter(l3[core] for core in l3 if node[core] == one).values()) for one in set(node.values())],
-            workers,
-        ),
-        "mixed": fewest_crossings(list(Counter(kind.values()).values()), workers),
-    }
-    for column, group_of, groups in (
-        ("numa", machine.node_of, node),
-        ("l3", machine.l3_of, l3),
-        ("mixed", machine.kind_of, kind),
-    ):
-        crossings = sum(len({group_of[cpu] for cpu in cpus}) > 1 for cpus in slices)
-        bound = fewest_crossings_of_equal(list(Counter(groups.values()).values()), workers)
-        count[f"{column}_crossings"] = crossings
-        count[f"{column}_over_bound"] = max(0, crossings - bound)
-        count[f"{column}_avoidable"] = max(0, crossings - max(bound, reachable[column]))
     return count
 
 
-def fewest_crossings_of_equal(groups: Sequence[int], workers: int) -> int:
-    """Return the number of equal slices that must cross groups of these sizes; cores may stay idle for it."""
-    size = sum(groups) // workers
-    return max(0, workers - sum(group // size for group in groups)) if size else 0
+def _uneven(kinds: Sequence[frozenset[Any]], sizes: Sequence[int]) -> int:
+    """Count slices below half or above twice of the equal share, which is that of the slices on the same core types."""
+    shares = {
+        chosen: Fraction(
+            sum(size for size, other in zip(sizes, kinds, strict=True) if other == chosen), kinds.count(chosen)
+        )
+        for chosen in kinds
+    }
+    return sum(not shares[chosen] <= 2 * size <= 4 * shares[chosen] for size, chosen in zip(sizes, kinds, strict=True))
 
 
-def fewest_crossings(groups: Sequence[int], workers: int, least: int | None = None) -> int:
-    """Return the number of slices that must cross groups of these sizes if nothing is idle.
+def fewest_boundaries(groups: Sequence[int], workers: int) -> int:
+    """Return a number of boundaries that ``workers`` slices of groups of these sizes cannot do without.
 
-    Sizes are free from ``least`` upwards, by default half of the equal share. One slice may swallow whatever the
-    others leave, so what counts is how many fit into the groups, and whether every group has one.
+    A lower bound: it looks at one level alone. Nothing is idle, and every slice has half to twice of the equal share.
+    Slices and groups that touch each other form components, and one of k groups crosses k - 1 boundaries. Joining two
+    groups makes room for one more slice at most, or for one less. Groups that are too small for a slice are joined
+    with each other or with a larger one.
     """
-    if sum(groups) < workers:
-        return 0
-    least = least or _least(sum(groups), workers)
-    fitting = sum(group // least for group in groups)
-    homeless = len(groups) > workers or any(group < least for group in groups)
-    return max(0, workers - fitting, int(homeless))
-
-
-def fewest_crossings_within(nodes: Sequence[Sequence[int]], workers: int) -> int:
-    """Return the number of slices that must cross L3 domains if nothing is idle and as few as possible cross a node.
-
-    ``nodes`` has the sizes of the L3 domains in each NUMA node.
-    """
-    cores = sum(map(sum, nodes))
+    cores = sum(groups)
     if cores < workers:
         return 0
-    if fewest_crossings([sum(domains) for domains in nodes], workers):  # some cross anyway, and their domains with it
-        return fewest_crossings([domain for domains in nodes for domain in domains], workers)
-    least = _least(cores, workers)
-    fewest = {0: 0}  # workers in the nodes so far: crossings
-    for domains in nodes:
-        grown: dict[int, int] = {}
-        for placed, crossings in fewest.items():
-            for more in range(1, min(sum(domains) // least, workers - placed) + 1):
-                total = crossings + fewest_crossings(domains, more, least)
-                grown[placed + more] = min(total, grown.get(placed + more, total))
-        fewest = grown
-    return fewest[workers]
-
-
-def _least(cores: int, workers: int) -> int:
-    """Return half of the equal share: nobody gets less."""
-    return max(1, -(-cores // (2 * workers)))
+    least, most = -(-cores // (2 * workers)), 2 * cores // workers
+    small = [group for group in groups if group < least]
+    return max(
+        0,
+        workers - sum(group // least for group in groups),
+        sum(-(-group // most) for group in groups) - workers,
+        len(small) - sum(small) // least,
+    )
 
 
 def _table(totals: Mapping[str, Counter[str]], *, markdown: bool) -> str:

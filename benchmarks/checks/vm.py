@@ -34,7 +34,7 @@ GUESTS: dict[str, list[str]] = {
     "cpuset 0-3 with memory of node 1": ["--cpuset", "0-3", "--mems", "1"],
 }
 
-WORKER = f"""
+SCRIPT = f"""
 import json, sys, time
 memory = bytearray({MEBIBYTES} << 20)
 memory[::4096] = b"x" * len(memory[::4096])
@@ -43,13 +43,13 @@ sys.stdin.read()
 """
 
 
-class Worker:
+class StandIn:
     """A stand-in for TorchServe's worker script, started through the real launcher."""
 
     def __init__(self, directory: Path, number: int) -> None:
         script = directory / "ts" / "model_service_worker.py"
         script.parent.mkdir(exist_ok=True)
-        script.write_text(WORKER)
+        script.write_text(SCRIPT)
         manifest = directory / "MAR-INF" / "MANIFEST.json"
         manifest.parent.mkdir(exist_ok=True)
         manifest.write_text('{"model": {"modelName": "stand-in"}}')
@@ -97,9 +97,9 @@ def guest() -> int:
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TS_CORES_STATE_DIR"] = f"{scratch}/state"
-        workers: list[Worker] = []
+        workers: list[StandIn] = []
         for number in range(3):
-            workers.append(Worker(Path(scratch), number))
+            workers.append(StandIn(Path(scratch), number))
             plan = planned(len(workers))
             expected = sorted(format_cpulist(entry["cpus"]) for entry in plan["workers"])
             check = settled(workers, expected)
@@ -121,12 +121,12 @@ def planned(workers: int) -> dict[str, Any]:
     return answer
 
 
-def settled(workers: list[Worker], expected: list[str]) -> Callable[[], bool]:
+def settled(workers: list[StandIn], expected: list[str]) -> Callable[[], bool]:
     return lambda: sorted(mask for worker in workers for mask in worker.masks()) == expected
 
 
 def report(
-    count: int, workers: list[Worker], state: Any, problems: list[str], expected: list[str], check: Callable[[], bool]
+    count: int, workers: list[StandIn], state: Any, problems: list[str], expected: list[str], check: Callable[[], bool]
 ) -> None:
     deadline = time.monotonic() + 60  # emulated CPUs: seconds here are not seconds there
     while not check() and time.monotonic() < deadline:

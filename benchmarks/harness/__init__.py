@@ -3,3 +3,4 @@
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+PLUGINS = CHECKOUT / "ts_plugin" / "frontend"  # for the property plugins_path

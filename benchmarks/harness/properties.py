@@ -7,6 +7,8 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+import javaproperties
+
 __all__ = ["LOOPBACK", "PORTS", "Property", "free_ports", "read_properties", "write_properties"]
 
 LOOPBACK = "127.0.0.1"
@@ -25,13 +27,9 @@ def write_properties(file: Path, properties: Mapping[str, Property | None]) -> N
 
 
 def read_properties(file: Path) -> dict[str, str]:
-    """Return the properties of a config file or snapshot; a backslash before ``:`` or ``=`` is Java's escape."""
-    found = {}
-    for line in file.read_text().splitlines():
-        name, equals, value = line.partition("=")
-        if equals and not line.lstrip().startswith(("#", "!")):
-            found[name.strip()] = value.strip().replace("\\:", ":").replace("\\=", "=")
-    return found
+    """Return the properties of a config file or snapshot, as Java reads them."""
+    with file.open("rb") as stream:
+        return dict(javaproperties.load(stream))
 
 
 def free_ports(number: int) -> list[int]:

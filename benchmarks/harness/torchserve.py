@@ -342,7 +342,7 @@ class TorchServe(Client):
         return {pid: words for pid, words in found.items() if pid not in wrappers}
 
     def _marked(self) -> list[psutil.Process]:
-        """Return every process of this user with our directory in its environment, whoever its parent is now."""
+        """Return every process of this user with our directory in its environment, also one whose parent has ended."""
         mark = f"LOG_LOCATION={self.log_directory}".encode()
         found = []
         for process in psutil.process_iter():

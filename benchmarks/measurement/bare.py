@@ -144,11 +144,11 @@ def main() -> None:
     work = _load(Path(order["model"]), Path(order["body"]).read_bytes())
     print(json.dumps([]), file=answers, flush=True)
     for line in sys.stdin:
-        wish = json.loads(line)
+        asked = json.loads(line)
         took: list[float] = []
-        end = time.perf_counter() + wish["seconds"]
-        while wish["work"] in work and (begun := time.perf_counter()) < end:
-            work[wish["work"]]()
+        end = time.perf_counter() + asked["seconds"]
+        while asked["work"] in work and (begun := time.perf_counter()) < end:
+            work[asked["work"]]()
             took.append(time.perf_counter() - begun)
         print(json.dumps(took), file=answers, flush=True)
 

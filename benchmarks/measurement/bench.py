@@ -1,4 +1,4 @@
-"""The benchmark run: every configuration of every cell, interleaved and in rotated order, then the two exercises."""
+"""The benchmark run: every configuration of every scenario, in rotated order; then scaling, then the exercises."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from benchmarks.harness.torchserve import TorchServeError
 from benchmarks.measurement import exercises, report, scaling
 from benchmarks.measurement.bare import BareError
 from benchmarks.measurement.load import FEWEST_REQUESTS, LoadError
-from benchmarks.measurement.machine import allowed_cores, describe, summary
-from benchmarks.measurement.measure import Observed, UnboundError, Wish, ceiling, serve, setting
-from benchmarks.measurement.results import Cell, Config, Row
+from benchmarks.measurement.machine import describe, summary
+from benchmarks.measurement.measure import Observed, UnboundError, Workload, ceiling, serve, setting
+from benchmarks.measurement.results import Config, Row, Scenario
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.machine.topology import Core
 
@@ -41,7 +41,7 @@ class Job:
     """One row to be measured."""
 
     config: Config
-    cell: Cell
+    scenario: Scenario
     repetition: int
 
 
@@ -51,12 +51,12 @@ def rotated(configs: Sequence[Config], repetition: int) -> list[Config]:
     return [*configs[start:], *configs[:start]]
 
 
-def jobs(configs: Sequence[Config], cells: Sequence[Cell], repetitions: int) -> Iterator[Job]:
-    """Yield every row to measure: within a repetition all configurations of a cell are neighbours in time."""
+def jobs(configs: Sequence[Config], scenarios: Sequence[Scenario], repetitions: int) -> Iterator[Job]:
+    """Yield every row to measure: within a repetition all configurations of a scenario are neighbours in time."""
     for repetition in range(repetitions):
-        for cell in cells:
+        for scenario in scenarios:
             for config in rotated(configs, repetition):
-                yield Job(config, cell, repetition)
+                yield Job(config, scenario, repetition)
 
 
 @dataclass(slots=True)
@@ -69,9 +69,9 @@ class Run:
     traces: list[dict[str, Any]] = field(default_factory=list)
     scaled: list[dict[str, Any]] = field(default_factory=list)
     single: list[dict[str, Any]] = field(default_factory=list)
-    rates: dict[Cell, float] = field(default_factory=dict)  # requests per second of each cell's open loops
+    rates: dict[Scenario, float] = field(default_factory=dict)  # requests per second of each scenario's open loops
     machine: dict[str, Any] = field(default_factory=describe)
-    cores: Sequence[Core] = field(default_factory=lambda: allowed_cores(read_topology(), read_allowance()))
+    cores: Sequence[Core] = field(default_factory=lambda: read_topology().cores_of(read_allowance().cpus))
     interrupted: bool = False
 
     def archive(self, model: str, handler: Handler) -> Path:
@@ -83,26 +83,27 @@ class Run:
 
     def measure(self, job: Job) -> Row:
         """Measure one row; a configuration that cannot run becomes a row that says so."""
-        cell, options = job.cell, self.options
-        rate = options.rate or self.rates.get(cell)
-        wish = Wish(cell, options.requests, options.seconds, rate, job.repetition == 0, not options.no_keep_alive)
+        scenario, options = job.scenario, self.options
+        rate = options.rate or self.rates.get(scenario)
+        first, keep_alive = job.repetition == 0, not options.no_keep_alive
+        workload = Workload(scenario, options.requests, options.seconds, rate, first, keep_alive)
         try:
             if job.config is Config.CEILING:
-                found = ceiling(self.archive(cell.model, Handler.STOCK), self.body, wish, self.cores)
+                found = ceiling(self.archive(scenario.model, Handler.STOCK), self.body, workload, self.cores)
             else:
                 given = setting(
-                    job.config, workers=cell.workers, cores=len(self.cores), launcher_args=options.launcher_args
+                    job.config, workers=scenario.workers, cores=len(self.cores), launcher_args=options.launcher_args
                 )
-                mar = self.archive(cell.model, given.handler)
-                found = serve(job.config, mar, self.body, given, wish, self.cores)
+                mar = self.archive(scenario.model, given.handler)
+                found = serve(job.config, mar, self.body, given, workload, self.cores)
         except FAILURES as error:
-            row = Row(job.config, cell, job.repetition, error=str(error))
+            row = Row(job.config, scenario, job.repetition, error=str(error))
         else:
-            row = Row(job.config, cell, job.repetition, found.figures)
-            if found.figures.rate_per_second:  # the first served row of a cell sets it for all: default, the slowest
-                self.rates.setdefault(cell, found.figures.rate_per_second)
+            row = Row(job.config, scenario, job.repetition, found.figures)
+            if found.figures.rate_per_second:  # the first served row sets it for its scenario: default, the slowest
+                self.rates.setdefault(scenario, found.figures.rate_per_second)
             self.machine["unavailable"] |= found.unavailable
-            if job.repetition == 0:
+            if first:
                 self.traces.append(_trace(job, found, {cpu: core.node for core in self.cores for cpu in core.cpus}))
         self.rows.append(row)
         return row
@@ -159,8 +160,8 @@ class Run:
 
 def _trace(job: Job, found: Observed, node_of: dict[int, int]) -> dict[str, Any]:
     workers = {
-        pid: facts | {"node_seconds": found.trace.node_seconds(int(pid), node_of)}
-        for pid, facts in found.bindings.items()
+        pid: binding | {"node_seconds": found.trace.node_seconds(int(pid), node_of)}
+        for pid, binding in found.bindings.items()
     }
     where = [
         (pid, thread, [place and (place[0], round(place[1], 2)) for place in places])
@@ -169,9 +170,9 @@ def _trace(job: Job, found: Observed, node_of: dict[int, int]) -> dict[str, Any]
     ]
     return {
         "config": str(job.config),
-        "model": job.cell.model,
-        "workers_wanted": job.cell.workers,
-        "concurrency": job.cell.concurrency,
+        "model": job.scenario.model,
+        "workers_wanted": job.scenario.workers,
+        "concurrency": job.scenario.concurrency,
         "workers": workers,
         "trace": {
             "times": [round(moment, 2) for moment in found.trace.times],
@@ -190,7 +191,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             body.write_bytes(archives.photograph())
         state = Run(options, body)
         console.print(summary(state.machine))
-        todo = list(jobs(options.configs, _cells(options), options.repetitions))
+        todo = list(jobs(options.configs, _scenarios(options), options.repetitions))
         scaled = [config for config in SCALED if config in options.configs and not options.no_scaling]
         single = [] if options.no_exercises else list(exercises.exercises(state.cores))
         columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn())
@@ -223,16 +224,16 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return 130 if state.interrupted else 0
 
 
-def _cells(options: argparse.Namespace) -> list[Cell]:
-    return [Cell(model, workers, options.concurrency) for model in options.models for workers in options.workers]
+def _scenarios(options: argparse.Namespace) -> list[Scenario]:
+    return [Scenario(model, workers, options.concurrency) for model in options.models for workers in options.workers]
 
 
 def _label(job: Job) -> str:
-    return f"{job.cell.model}, {job.cell.workers} workers, {job.config} #{job.repetition}"
+    return f"{job.scenario.model}, {job.scenario.workers} workers, {job.config} #{job.repetition}"
 
 
 def _line(row: Row) -> str:
-    what = _label(Job(row.config, row.cell, row.repetition))
+    what = _label(Job(row.config, row.scenario, row.repetition))
     if row.figures is None:
         return f"{what}: could not run: {(row.error or '').splitlines()[0]}"
     void = f", VOID: {row.figures.failed} failed" if not row.valid else ""

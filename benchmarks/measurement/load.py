@@ -62,17 +62,8 @@ def ab(url: str, body: Path, *, requests: int, concurrency: int) -> Load:
         raise LoadError("ab is not installed: apt-get install apache2-utils")
     with tempfile.NamedTemporaryFile(suffix=".csv") as percentiles:
         command = [program, "-k", "-l", "-q", "-r", "-s", str(ANSWER_SECONDS), "-e", percentiles.name]
-        command += [
-            "-n",
-            str(requests),
-            "-c",
-            str(min(concurrency, requests)),
-            "-p",
-            str(body),
-            "-T",
-            CONTENT_TYPE,
-            url,
-        ]
+        command += ["-n", str(requests), "-c", str(min(concurrency, requests))]
+        command += ["-p", str(body), "-T", CONTENT_TYPE, url]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise LoadError(f"{' '.join(command)}: exit status {done.returncode}: {done.stderr.strip()}")

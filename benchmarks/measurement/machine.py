@@ -14,50 +14,27 @@ from typing import Any
 
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.discovery import read_allowance, read_topology
-from ts_plugin.machine.topology import Allowance, Core, Topology
 
-__all__ = ["allowed_cores", "describe", "has_smt", "numa_nodes", "summary"]
+__all__ = ["describe", "summary"]
 
-TUNING = (
-    "OMP_",
-    "KMP_",
-    "GOMP_",
-    "MKL_",
-    "LD_PRELOAD",
-    "MALLOC_",
-)  # every configuration inherits these from the caller
+TUNING = ("OMP_", "KMP_", "GOMP_", "MKL_", "LD_PRELOAD", "MALLOC_")  # every configuration inherits these
 PACKAGES = ("ts-cores", "torch", "torchvision", "torchserve", "torch-model-archiver", "numpy")
-
-
-def allowed_cores(topology: Topology, allowance: Allowance) -> tuple[Core, ...]:
-    """Return the physical cores of which at least one CPU is allowed."""
-    return topology.cores_of(allowance.cpus)
-
-
-def has_smt(topology: Topology) -> bool:
-    return any(len(core.cpus) > 1 for core in topology.cores)
-
-
-def numa_nodes(topology: Topology) -> list[int]:
-    """Return the nodes that have cores."""
-    return sorted({core.node for core in topology.cores})
 
 
 def describe() -> dict[str, Any]:
     """Return everything about the machine and its software that results.json carries under "machine"."""
     topology, allowance = read_topology(), read_allowance()
-    cores = allowed_cores(topology, allowance)
     return {
         "cpu_model": _first(Path("/proc/cpuinfo"), r"^model name\s*:\s*(.+)$") or platform.machine(),
         "packages": len({core.package for core in topology.cores}),
-        "numa_nodes": len(numa_nodes(topology)),
+        "numa_nodes": len({core.node for core in topology.cores}),
         "l3_domains": len({core.l3 for core in topology.cores}),
         "cores": len(topology.cores),
         "cpus": len(topology.online),
         "cpus_per_core": dict(sorted(Counter(str(len(core.cpus)) for core in topology.cores).items())),
         "core_types": len({core.kind for core in topology.cores}),
         "allowed_cpus": format_cpulist(allowance.cpus),
-        "allowed_cores": len(cores),
+        "allowed_cores": len(topology.cores_of(allowance.cpus)),
         "cgroup_cpu_quota": allowance.quota,
         "topology": [
             {"cpus": format_cpulist(core.cpus), "package": core.package, "numa_node": core.node, "l3_domain": core.l3}

@@ -10,18 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ts_plugin
+from benchmarks.harness import PLUGINS
 from benchmarks.harness.archives import Handler
 from benchmarks.harness.torchserve import Property, TorchServe
 from benchmarks.measurement import perf, probe
 from benchmarks.measurement.bare import Bare, Binding, divide
 from benchmarks.measurement.load import Answer, Load, LoadError, OpenLoop, ab, closed_loop, percentile
-from benchmarks.measurement.results import Cell, Config, Figures
+from benchmarks.measurement.results import Config, Figures, Scenario
 from ts_plugin.machine.topology import Core
 
-__all__ = ["UnboundError", "Observed", "Setting", "Wish", "ceiling", "serve", "setting"]
+__all__ = ["UnboundError", "Observed", "Setting", "Workload", "ceiling", "serve", "setting"]
 
-PLUGINS = Path(ts_plugin.__file__).parent / "frontend"
 WARM_UP = 5  # requests per worker: TorchScript optimises during the first ones
 RATE_SHARE = 0.7  # of a closed loop's throughput: below saturation
 SATURATED = 3.0  # intervals between two requests by which latency may grow during an open loop
@@ -66,13 +65,13 @@ def setting(config: Config, *, workers: int, cores: int, launcher_args: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class Workload:
     """How much to measure. ``rate``: requests per second of the open loop, None for a share of the row's throughput.
 
     ``seconds`` is the length of the open loop, of a profile, and of the ceiling's loop.
     """
 
-    cell: Cell
+    scenario: Scenario
     requests: int
     seconds: float
     rate: float | None = None
@@ -89,7 +88,9 @@ class Observed(NamedTuple):
     unavailable: dict[str, str]
 
 
-def serve(config: Config, archive: Path, body: Path, given: Setting, wish: Wish, cores: Sequence[Core]) -> Observed:
+def serve(
+    config: Config, archive: Path, body: Path, given: Setting, workload: Workload, cores: Sequence[Core]
+) -> Observed:
     """Measure one served configuration.
 
     Raises:
@@ -97,7 +98,7 @@ def serve(config: Config, archive: Path, body: Path, given: Setting, wish: Wish,
         LoadError: the client gave up.
         UnboundError: the workers are not bound as the configuration says.
     """
-    workers = wish.cell.workers
+    workers = workload.scenario.workers
     with TorchServe(archive, workers=workers, properties=given.properties, environment=given.environment) as server:
         url = server.prediction_url(archive.stem)
         pids = sorted(server.workers())
@@ -105,25 +106,25 @@ def serve(config: Config, archive: Path, body: Path, given: Setting, wish: Wish,
             closed_loop(url, body.read_bytes(), requests=workers, concurrency=workers)
         _require_bound(config, server, pids, cores)
         with Watch([process.pid for process in server.tree()], pids, cores) as watch:
-            load = _load(url, body, wish)
+            load = _load(url, body, workload)
         figures = watch.figures(load, [process.pid for process in server.tree()])
         figures = replace(figures, ready_seconds=server.ready_seconds)
-        figures = _at_rate(figures, url, body.read_bytes(), wish)
+        figures = _at_rate(figures, url, body.read_bytes(), workload)
         unavailable: dict[str, str] = {}
-        if wish.profile:
+        if workload.profile:
             with OpenLoop(url, body.read_bytes(), rate=figures.requests_per_second):
-                figures = _profiled(figures, pids, wish.seconds, unavailable)
+                figures = _profiled(figures, pids, workload.seconds, unavailable)
         return Observed(figures, watch.trace, _bindings(pids), unavailable)
 
 
-def ceiling(archive: Path, body: Path, wish: Wish, cores: Sequence[Core]) -> Observed:
+def ceiling(archive: Path, body: Path, workload: Workload, cores: Sequence[Core]) -> Observed:
     """Measure the same handler in as many bare processes as there would be workers, each on its own cores."""
-    bindings: list[Binding] = divide(cores, wish.cell.workers)
+    bindings: list[Binding] = divide(cores, workload.scenario.workers)
     with Bare(archive, body.read_bytes(), bindings) as bare:
-        bare.work(min(wish.seconds, 2))  # warm-up
+        bare.work(min(workload.seconds, 2))  # warm-up
         with Watch(bare.pids, bare.pids, cores) as watch:
             begun = time.monotonic()
-            took = [1000 * seconds for seconds in bare.work(wish.seconds)]
+            took = [1000 * seconds for seconds in bare.work(workload.seconds)]
             seconds = time.monotonic() - begun
         load = Load(
             requests=len(took),
@@ -136,7 +137,7 @@ def ceiling(archive: Path, body: Path, wish: Wish, cores: Sequence[Core]) -> Obs
         )
         figures = replace(watch.figures(load, bare.pids), ready_seconds=bare.ready_seconds)
         begun = time.monotonic()
-        forward = len(bare.work(wish.seconds, what="forward"))
+        forward = len(bare.work(workload.seconds, what="forward"))
         figures = replace(figures, forward_per_second=forward / (time.monotonic() - begun) if forward else None)
         return Observed(figures, watch.trace, _bindings(bare.pids), {})
 
@@ -202,10 +203,10 @@ class Watch:
         return sum(shares) / len(shares) if shares else None
 
 
-def _load(url: str, body: Path, wish: Wish) -> Load:
-    if wish.keep_alive:
-        return ab(url, body, requests=wish.requests, concurrency=wish.cell.concurrency)
-    return closed_loop(url, body.read_bytes(), requests=wish.requests, concurrency=wish.cell.concurrency)
+def _load(url: str, body: Path, workload: Workload) -> Load:
+    if workload.keep_alive:
+        return ab(url, body, requests=workload.requests, concurrency=workload.scenario.concurrency)
+    return closed_loop(url, body.read_bytes(), requests=workload.requests, concurrency=workload.scenario.concurrency)
 
 
 def _require_bound(config: Config, server: TorchServe, pids: Sequence[int], cores: Sequence[Core]) -> None:
@@ -221,9 +222,9 @@ def _require_bound(config: Config, server: TorchServe, pids: Sequence[int], core
         raise UnboundError("TorchServe's launcher came up without pinning anything: see its log")
 
 
-def _at_rate(figures: Figures, url: str, body: bytes, wish: Wish) -> Figures:
-    rate = wish.rate or RATE_SHARE * figures.requests_per_second
-    answers = OpenLoop(url, body, rate=rate).run(wish.seconds)
+def _at_rate(figures: Figures, url: str, body: bytes, workload: Workload) -> Figures:
+    rate = workload.rate or RATE_SHARE * figures.requests_per_second
+    answers = OpenLoop(url, body, rate=rate).run(workload.seconds)
     good = [1000 * answer.latency for answer in answers if answer.good]
     if not good:
         raise LoadError(f"no good answer at {rate:g} requests/s")

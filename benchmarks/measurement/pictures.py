@@ -17,7 +17,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.measurement.results import Cell, Config, Row, cells, spread
+from benchmarks.measurement.results import Config, Row, Scenario, scenarios, spread
 from ts_plugin.machine.cpulist import parse_cpulist
 
 __all__ = ["COLOURS", "draw"]
@@ -83,7 +83,7 @@ def draw(out: Path, rows: Sequence[Row], traces: Traces, scaling: Sequence[dict[
             lambda: scaling_runs(scaling),
         ),
     ]
-    traces = same_length(one_cell(traces))
+    traces = same_length(one_scenario(traces))
     made = {}
     out.mkdir(parents=True, exist_ok=True)
     with pyplot.rc_context(STYLE):
@@ -96,13 +96,13 @@ def draw(out: Path, rows: Sequence[Row], traces: Traces, scaling: Sequence[dict[
     return made
 
 
-def one_cell(traces: Traces) -> Traces:
-    """Return the traces of the cell with the most configurations, the first of equals: one picture shows one cell."""
-    by_cell: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def one_scenario(traces: Traces) -> Traces:
+    """Return the traces of the scenario with the most configurations, the first of equals: a picture shows one."""
+    by_scenario: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for one in traces:
-        by_cell.setdefault((one["model"], one["workers_wanted"]), []).append(one)
+        by_scenario.setdefault((one["model"], one["workers_wanted"]), []).append(one)
     order = list(Config)
-    largest = max(by_cell.values(), key=lambda cell: len(cell), default=[])
+    largest = max(by_scenario.values(), key=len, default=[])
     return sorted(largest, key=lambda one: order.index(Config(one["config"])))
 
 
@@ -124,14 +124,14 @@ def same_length(traces: Traces) -> Traces:
 
 
 def throughput(rows: Sequence[Row]) -> Figure | None:
-    shown = [cell for cell in cells(rows) if any(row.cell == cell and row.valid for row in rows)]
+    shown = [scenario for scenario in scenarios(rows) if any(row.scenario == scenario and row.valid for row in rows)]
     if not shown:
         return None
     figure, panels = _panels(len(shown), height=0.5 + 0.34 * len(Config))
-    for axes, cell in zip(panels, shown, strict=True):
-        names = [config for config in Config if any(row.config is config and row.cell == cell for row in rows)]
+    for axes, scenario in zip(panels, shown, strict=True):
+        names = [config for config in Config if any(row.config is config and row.scenario == scenario for row in rows)]
         for height, config in enumerate(names):
-            found = spread(rows, config, cell, "requests_per_second")
+            found = spread(rows, config, scenario, "requests_per_second")
             if found is None:
                 axes.text(0, height, " could not run", va="center", style="italic")
                 continue
@@ -139,30 +139,30 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
             values = [
                 row.figures.requests_per_second
                 for row in rows
-                if row.figures and row.valid and row.cell == cell and row.config is config
+                if row.figures and row.valid and row.scenario == scenario and row.config is config
             ]
             axes.plot(values, [height] * len(values), "o", color="white", markeredgecolor="black", markersize=4)
             axes.annotate(f"  {found.median:.1f}", (max(values), height), va="center")
         _name_rows(axes, names)
         axes.margins(x=0.12)
-        axes.set_title(f"{_title(cell)}, {cell.concurrency} concurrent requests", loc="left")
+        axes.set_title(f"{_title(scenario)}, {scenario.concurrency} concurrent requests", loc="left")
         axes.set_xlabel("requests per second")
     return figure
 
 
 def latency(rows: Sequence[Row]) -> Figure | None:
-    shown = [cell for cell in cells(rows) if any(_served(row, cell) for row in rows)]
+    shown = [scenario for scenario in scenarios(rows) if any(_served(row, scenario) for row in rows)]
     if not shown:
         return None
     figure, grid = pyplot.subplots(
         len(shown), 2, figsize=(WIDTH, (0.7 + 0.34 * (len(Config) - 1)) * len(shown)), squeeze=False
     )
     kinds = (("p", "under full load (ab)"), ("rate_p", "at a fixed rate"))
-    for line, cell in zip(grid, shown, strict=True):
-        names = [config for config in Config if any(_served(row, cell) and row.config is config for row in rows)]
+    for line, scenario in zip(grid, shown, strict=True):
+        names = [config for config in Config if any(_served(row, scenario) and row.config is config for row in rows)]
         for axes, (prefix, title) in zip(line, kinds, strict=True):
             for height, config in enumerate(names):
-                low, high = (spread(rows, config, cell, f"{prefix}{percent}_ms") for percent in (50, 99))
+                low, high = (spread(rows, config, scenario, f"{prefix}{percent}_ms") for percent in (50, 99))
                 if low is None or high is None:
                     continue
                 axes.plot([low.median, high.median], [height, height], "-", color=COLOURS[config], linewidth=2.5)
@@ -174,9 +174,9 @@ def latency(rows: Sequence[Row]) -> Figure | None:
             _name_rows(axes, names)
             axes.set_xlim(left=0)
             axes.margins(x=0.08)
-            rate = next((found for row in rows if row.cell == cell and (found := _rate(row))), None)
+            rate = next((found for row in rows if row.scenario == scenario and (found := _rate(row))), None)
             suffix = f", {rate:.3g} requests/s" if prefix == "rate_p" and rate else ""
-            axes.set_title(f"{_title(cell)}\n{title}{suffix}", loc="left")
+            axes.set_title(f"{_title(scenario)}\n{title}{suffix}", loc="left")
             axes.set_xlabel("milliseconds, p50 to p99")
     return figure
 
@@ -277,8 +277,8 @@ def core_map(traces: Traces) -> Figure | None:
     figure, panels = _panels(len(shown), height=0.7 + 0.24 * tallest)
     for axes, one in zip(panels, shown, strict=True):
         cpus = sorted(int(cpu) for cpu in one["trace"]["usage"])
-        for worker, facts in enumerate(one["workers"].values()):
-            allowed = set().union(*(parse_cpulist(mask) for mask in facts["masks"].values()))
+        for worker, binding in enumerate(one["workers"].values()):
+            allowed = set().union(*(parse_cpulist(mask) for mask in binding["masks"].values()))
             colour = WORKERS[worker % len(WORKERS)]
             axes.bar(
                 range(len(cpus)),
@@ -341,16 +341,16 @@ def _cpu_axis(axes: Axes, numbers: Sequence[str]) -> None:
     axes.set_ylabel("CPU")
 
 
-def _served(row: Row, cell: Cell) -> bool:
-    return row.cell == cell and row.valid and row.config is not Config.CEILING
+def _served(row: Row, scenario: Scenario) -> bool:
+    return row.scenario == scenario and row.valid and row.config is not Config.CEILING
 
 
 def _rate(row: Row) -> float | None:
     return row.figures.rate_per_second if row.figures else None
 
 
-def _title(cell: Cell) -> str:
-    return f"{cell.model}, {cell.workers} workers"
+def _title(scenario: Scenario) -> str:
+    return f"{scenario.model}, {scenario.workers} workers"
 
 
 def _title_of(one: dict[str, Any]) -> str:

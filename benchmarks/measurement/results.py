@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["Cell", "Config", "Figures", "Row", "Spread", "cells", "markdown", "ratio", "spread", "to_csv"]
+__all__ = ["Scenario", "Config", "Figures", "Row", "Spread", "scenarios", "markdown", "ratio", "spread", "to_csv"]
 
 
 class Config(StrEnum):
@@ -64,7 +64,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Cell:
+class Scenario:
     """What rows must share to be compared."""
 
     model: str
@@ -77,7 +77,7 @@ class Row:
     """One configuration in one repetition: figures, or the error that left it without."""
 
     config: Config
-    cell: Cell
+    scenario: Scenario
     repetition: int
     figures: Figures | None = None
     error: str | None = None
@@ -89,7 +89,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         flat: dict[str, Any] = {
             "config": str(self.config),
-            **dataclasses.asdict(self.cell),
+            **dataclasses.asdict(self.scenario),
             "repetition": self.repetition,
         }
         if self.figures is None:
@@ -98,10 +98,10 @@ class Row:
 
     @staticmethod
     def from_json(flat: dict[str, Any]) -> Row:
-        cell = Cell(flat["model"], flat["workers"], flat["concurrency"])
+        scenario = Scenario(flat["model"], flat["workers"], flat["concurrency"])
         names = {field.name for field in dataclasses.fields(Figures)}
         figures = None if "error" in flat else Figures(**{name: flat[name] for name in names & flat.keys()})
-        return Row(Config(flat["config"]), cell, flat["repetition"], figures, flat.get("error"))
+        return Row(Config(flat["config"]), scenario, flat["repetition"], figures, flat.get("error"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,29 +119,29 @@ class Spread:
         return middle if self.number == 1 else f"{middle} ({low}\N{EN DASH}{high})"
 
 
-def cells(rows: Iterable[Row]) -> list[Cell]:
-    return list(dict.fromkeys(row.cell for row in rows))
+def scenarios(rows: Iterable[Row]) -> list[Scenario]:
+    return list(dict.fromkeys(row.scenario for row in rows))
 
 
-def spread(rows: Iterable[Row], config: Config, cell: Cell, figure: str) -> Spread | None:
+def spread(rows: Iterable[Row], config: Config, scenario: Scenario, figure: str) -> Spread | None:
     """Return a figure's spread over the valid rows; None where there is none."""
-    return _spread([value for row in rows if (value := _value(row, config, cell, figure)) is not None])
+    return _spread([value for row in rows if (value := _value(row, config, scenario, figure)) is not None])
 
 
-def ratio(rows: Sequence[Row], config: Config, base: Config, cell: Cell, figure: str) -> Spread | None:
+def ratio(rows: Sequence[Row], config: Config, base: Config, scenario: Scenario, figure: str) -> Spread | None:
     """Return the spread of ``config / base``, each ratio from one repetition, where neighbours in time are compared."""
     ratios = []
     for repetition in sorted({row.repetition for row in rows}):
         same = [row for row in rows if row.repetition == repetition]
-        above = [value for row in same if (value := _value(row, config, cell, figure)) is not None]
-        below = [value for row in same if (value := _value(row, base, cell, figure)) is not None]
+        above = [value for row in same if (value := _value(row, config, scenario, figure)) is not None]
+        below = [value for row in same if (value := _value(row, base, scenario, figure)) is not None]
         if above and below and below[0] > 0:
             ratios.append(above[0] / below[0])
     return _spread(ratios)
 
 
-def _value(row: Row, config: Config, cell: Cell, figure: str) -> float | None:
-    if row.config is not config or row.cell != cell or not row.valid:
+def _value(row: Row, config: Config, scenario: Scenario, figure: str) -> float | None:
+    if row.config is not config or row.scenario != scenario or not row.valid:
         return None
     value: float | None = getattr(row.figures, figure)
     return value
@@ -153,7 +153,7 @@ def _spread(values: Sequence[float]) -> Spread | None:
 
 def to_csv(rows: Iterable[Row]) -> str:
     """Return all rows as CSV with a header; an unknown figure is an empty field, an error its first line."""
-    names = ["config", *(field.name for field in dataclasses.fields(Cell)), "repetition", "error", "void"]
+    names = ["config", *(field.name for field in dataclasses.fields(Scenario)), "repetition", "error", "void"]
     names += [field.name for field in dataclasses.fields(Figures)]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -180,28 +180,28 @@ COLUMNS = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return one table per cell, ready to paste: medians, and lowest to highest in brackets."""
+    """Return one table per scenario, ready to paste: medians, and lowest to highest in brackets."""
     parts = []
-    for cell in cells(rows):
-        found = [row for row in rows if row.cell == cell]
-        lines = [_line(found, config, cell) for config in Config if any(row.config is config for row in found)]
-        head = f"**{cell.model}, {cell.workers} workers, {cell.concurrency} concurrent requests**"
+    for scenario in scenarios(rows):
+        found = [row for row in rows if row.scenario == scenario]
+        lines = [_line(found, config, scenario) for config in Config if any(row.config is config for row in found)]
+        head = f"**{scenario.model}, {scenario.workers} workers, {scenario.concurrency} concurrent requests**"
         table = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
         parts.append(f"{head}\n\n{table}{''.join(lines)}")
     return "\n".join(parts)
 
 
-def _line(rows: Sequence[Row], config: Config, cell: Cell) -> str:
+def _line(rows: Sequence[Row], config: Config, scenario: Scenario) -> str:
     mine = [row for row in rows if row.config is config]
     if not any(row.valid for row in mine):
         return f"| {config} | {_complaint(mine)} |" + " |" * (len(COLUMNS) - 2) + "\n"
 
     def one(figure: str, digits: int = 0, scale: float = 1.0) -> str:
-        found = spread(rows, config, cell, figure)
+        found = spread(rows, config, scenario, figure)
         return found.text(digits, scale) if found else "\N{EN DASH}"
 
     def against(base: Config, digits: int) -> str:
-        found = ratio(rows, config, base, cell, "requests_per_second")
+        found = ratio(rows, config, base, scenario, "requests_per_second")
         return found.text(digits) if found and config is not base else "\N{EN DASH}"
 
     limited = next((row.figures for row in mine if row.valid and row.figures and row.figures.rate_per_second), None)

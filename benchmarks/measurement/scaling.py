@@ -1,4 +1,4 @@
-"""Scaling 1 -> 2 -> 1 workers under an open loop: which requests are lost, and for how long does nobody answer?"""
+"""Scaling 1 -> 2 -> 1 workers under an open loop: what fails, and the longest time without an answer."""
 
 from __future__ import annotations
 

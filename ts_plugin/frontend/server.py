@@ -1,40 +1,56 @@
-"""What the Java hook asks: `python -P -m ts_plugin.frontend.server takeover|cores`. All policy is on this side."""
+"""What the Java hook asks: `python -P -m ts_plugin.frontend.server takeover|register|cores`. All policy is here."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from importlib import metadata
 from typing import Any
 
-from ts_plugin.leases import coordinator
-from ts_plugin.leases.ledger import Ledger, LedgerError, Server
+from ts_plugin.leases import registration
+from ts_plugin.leases.ledger import Ledger, Server
 from ts_plugin.machine import cpu_time, discovery, process
+from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.operate.core_map import core_map
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
-__all__ = ["main", "take_over"]
+__all__ = ["LauncherError", "main", "register", "take_over"]
 
 LAUNCHER = "ts-cores-python"
+LAUNCHER_SECONDS = 10  # a Python starts in a tenth of a second
+
+
+class LauncherError(RuntimeError):
+    """Workers cannot be started through the launcher; the message says why and how to mend it."""
 
 
 def main(arguments: list[str]) -> int:
     """Answer the frontend that is this process's parent: one JSON document, or one page, on stdout."""
     command, *options = arguments or [""]
+    values = {name: value for name, _, value in (option.partition("=") for option in options)}
+    text = values.get("--launcher-args", "")
     server_pid = os.getppid()
     if command == "takeover":
-        text = next((option.partition("=")[2] for option in options if option.startswith("--launcher-args=")), "")
         answer = take_over(Ledger(), server_pid, text)
+    elif command == "register":
+        limit = parse_cpulist(values["--limit"]) if "--limit" in values else None
+        register(Ledger(), server_pid, text, limit)
+        answer = {}
     elif command == "cores" and "--html" in options:
-        from ts_plugin.operate import picture, view
+        from ts_plugin.operate import view
+        from ts_plugin.operate.html import html
 
-        sys.stdout.buffer.write(picture.html(view.look(server_pid), ticks=cpu_time.ticks()).encode())
+        sys.stdout.buffer.write(html(view.current_view(server_pid), ticks=cpu_time.ticks()).encode())
         return 0
     elif command == "cores":
         answer = {"enabled": "--enabled" in options, **core_map(Ledger().read(), server_pid=server_pid)}
     else:
         print("usage: python -m ts_plugin.frontend.server takeover [--launcher-args=TEXT]", file=sys.stderr)
+        print(
+            "       python -m ts_plugin.frontend.server register [--limit=CPUS] [--launcher-args=TEXT]", file=sys.stderr
+        )
         print("       python -m ts_plugin.frontend.server cores [--enabled] [--html]", file=sys.stderr)
         return 2
     print(json.dumps(answer))
@@ -42,33 +58,49 @@ def main(arguments: list[str]) -> int:
 
 
 def take_over(ledger: Ledger, server_pid: int, launcher_args: str) -> dict[str, Any]:
-    """Enter a frontend into the ledger; return the launcher's path and the warnings that its log should show.
+    """Enter a frontend into the ledger, and return what its hook has to know.
 
-    A mistake in ``launcher_args`` is entered too: the workers then serve unbound and name it.
+    "python" is the launcher's path, "warnings" are for the server's log. "mark" is a file that is there while the
+    frontend is in the ledger, "register" the arguments that enter it again: with the mask that holds it back now, since
+    it may be moved aside later. A mistake in ``launcher_args`` is entered too: workers then serve unbound and name it.
 
     Raises:
-        FileNotFoundError: the launcher is not installed beside this package.
+        LauncherError: the launcher is not installed beside this package, or does not run here.
     """
-    warnings = []
+    launcher = _launcher_path()
+    _try_launcher(launcher)
+    bounds = discovery.read_bounds()
+    limit = bounds.limit(discovery.read_mask(server_pid))
+    warnings = [*discovery.read_topology().notes, *bounds.within(limit).notes]
+    try:
+        warnings += register(ledger, server_pid, launcher_args, limit)
+    except OSError as problem:
+        warnings.append(f"{problem}; workers serve UNBOUND")
+    again = ["register", f"--launcher-args={launcher_args}"]
+    again += [] if limit is None else [f"--limit={format_cpulist(limit)}"]
+    return {"python": launcher, "warnings": warnings, "mark": registration.mark(ledger, server_pid), "register": again}
+
+
+def register(ledger: Ledger, server_pid: int, launcher_args: str, limit: frozenset[int] | None) -> list[str]:
+    """Enter a frontend, which ``limit`` holds back from other CPUs, into the ledger.
+
+    Return what its log should show of ``launcher_args``.
+
+    Raises:
+        LedgerError: the ledger cannot be used. OSError: the frontend's mark cannot be made.
+    """
     policy, error = Policy(), None
     try:
         policy = parse_launcher_args(launcher_args)
-        warnings += [f"cpu_launcher_args: {note}" for note in policy.notes]
+        notes = [f"cpu_launcher_args: {note}" for note in policy.notes]
     except LauncherArgsError as problem:
         error = f"cpu_launcher_args: {problem}"
-        warnings.append(f"{error}; workers serve UNBOUND")
-    try:
-        identity = process.identify(server_pid)
-        bounds = discovery.read_bounds()
-        limit = bounds.limit(discovery.read_mask(server_pid))
-        allowance = bounds.within(limit)
-        warnings += [*discovery.read_topology().notes, *allowance.notes]
-        if identity is not None:
-            server = Server(server_pid, identity.start_time, policy, allowance.cpus, error, limit)
-            coordinator.register_server(ledger, server)
-    except OSError as problem:
-        warnings.append(f"{problem}; workers serve UNBOUND")
-    return {"python": _launcher_path(), "warnings": warnings}
+        notes = [f"{error}; workers serve UNBOUND"]
+    identity = process.identify(server_pid)
+    if identity is not None:
+        allowed = discovery.read_bounds().within(limit).cpus
+        registration.register(ledger, Server(server_pid, identity.start_time, policy, allowed, error, limit))
+    return notes
 
 
 def _launcher_path() -> str:
@@ -76,11 +108,37 @@ def _launcher_path() -> str:
     for file in metadata.files("ts-cores") or ():
         if file.name == LAUNCHER:
             return os.path.realpath(str(file.locate()))
-    raise FileNotFoundError(f"{LAUNCHER} is not installed for {sys.executable}; pip install ts-cores there")
+    raise LauncherError(f"{LAUNCHER} is not installed for {sys.executable}; {_remedy()}")
+
+
+def _try_launcher(launcher: str) -> None:
+    """Start an interpreter through the launcher, as TorchServe will: it must run, in this environment.
+
+    An environment that was copied or renamed has a launcher whose first line names the old one.
+    """
+    command = [launcher, "-I", "-c", "import sys; print(sys.prefix)"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LAUNCHER_SECONDS, check=False
+        )
+    except FileNotFoundError:
+        raise LauncherError(f"{launcher}: the interpreter that its first line names is gone; {_remedy()}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LauncherError(f"{launcher} does not run: {error}; {_remedy()}") from error
+    if done.returncode:
+        complaint = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise LauncherError(f"{launcher} does not run: exit status {done.returncode}: {complaint}; {_remedy()}")
+    prefix = done.stdout.strip()
+    if os.path.realpath(prefix) != os.path.realpath(sys.prefix):
+        raise LauncherError(f"{launcher} starts workers in {prefix}, but TorchServe runs in {sys.prefix}; {_remedy()}")
+
+
+def _remedy() -> str:
+    return f"{sys.executable} -m pip install --force-reinstall ts-cores"
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (LedgerError, FileNotFoundError) as error:
+    except (OSError, LauncherError) as error:
         sys.exit(f"ts-cores: {error}")

@@ -41,9 +41,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.0001, 0.002  # seconds between two tries for a lo
 
 SLOTS = 1 << 12  # the most workers; a record that nobody has written takes no memory
 SIZE = 512  # bytes of a record
-HEAD = struct.Struct("=QIQQIIddddQQddI")
+HEAD = struct.Struct("=QIQQIIdddddQQddI")
 OWNER = struct.Struct("=QIQ")  # its first fields: version, PID, start time
-IDLE_SINCE, IDLE_OFFSET = struct.Struct("=d"), struct.calcsize("=QIQQIIddd")
+IDLE_SINCE, IDLE_OFFSET = struct.Struct("=d"), struct.calcsize("=QIQQIIdddd")
 MEASURED = struct.Struct("=Idd")
 WIDTHS = (SIZE - HEAD.size) // MEASURED.size  # the most service times that a record holds
 TRIES = 16  # a record that is just being written is read again
@@ -237,6 +237,7 @@ class Records:
             record.rate,
             record.seen,
             record.at,
+            record.born,
             idle_since,
             totals.requests,
             totals.wide,
@@ -256,7 +257,7 @@ class Records:
         start = slot * SIZE
         for _ in range(TRIES):
             text = self._memory[start : start + SIZE]
-            version, pid, start_time, model, cores, width, rate, seen, at, idle, *rest = HEAD.unpack_from(text)
+            version, pid, start_time, model, cores, width, rate, seen, at, born, idle, *rest = HEAD.unpack_from(text)
             requests, wide, borrowed, waited, count = rest
             if version % 2 or struct.unpack_from("=Q", self._memory, start)[0] != version:
                 continue
@@ -264,6 +265,6 @@ class Records:
                 return None
             measured = tuple(Measured(*MEASURED.unpack_from(text, HEAD.size + i * MEASURED.size)) for i in range(count))
             idle_since = None if math.isnan(idle) else idle
-            record = Record(model, cores, width, measured, rate, seen, at, idle_since)
+            record = Record(model, cores, width, measured, rate, seen, at, born, idle_since)
             return Entry(Identity(pid, start_time), record, Totals(requests, wide, borrowed, waited))
         return None

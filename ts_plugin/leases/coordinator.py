@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ts_plugin.leases import masks
 from ts_plugin.leases.ledger import Lease, Ledger, Refusal, Server, State
@@ -18,26 +19,16 @@ from ts_plugin.planning.planner import Demand, PlanError, Slice, plan
 from ts_plugin.planning.policy import Policy
 
 __all__ = [
-    "UNBOUND_VARIABLE",
     "Applicant",
     "CannotBind",
-    "Unbound",
     "join",
     "leave",
     "register_server",
     "replan",
     "restore",
     "server_of",
-    "unbound_workers",
     "update_demand",
 ]
-
-UNBOUND_VARIABLE = "TS_CORES_UNBOUND"  # in a worker's environment: why the launcher could not bind it
-WORKER_SCRIPT = "/ts/model_service_worker.py"
-PAST_LAUNCHER = (
-    "started past the launcher, and its handler does not claim a slice; use CoreSliceMixin "
-    "(if it does use it, the claim failed before the ledger could be written: the worker's log says why)"
-)
 
 
 class CannotBind(RuntimeError):
@@ -62,15 +53,6 @@ class Applicant:
     cores: int | None = None
     share: float = 1.0
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Unbound:
-    """A TorchServe worker without a slice, and why."""
-
-    pid: int
-    reason: str
-    server_pid: int | None = None
 
 
 def join(ledger: Ledger, applicant: Applicant) -> Lease:
@@ -204,24 +186,6 @@ def server_of(state: State, pid: int) -> Server | None:
     return None if ancestor is None else servers.get(ancestor)
 
 
-def unbound_workers(state: State) -> list[Unbound]:
-    """Return the TorchServe workers of this machine that hold no lease in ``state``, as far as /proc shows them."""
-    bound = {lease.pid for lease in state.leases}
-    reasons = {refusal.pid: refusal.reason for refusal in state.refusals}
-    found = []
-    for pid in process.pids():
-        arguments = process.command_line(pid)
-        if pid in bound or not any(argument.endswith(WORKER_SCRIPT) for argument in arguments[1:3]):
-            continue
-        if process.parent(pid) in bound:  # a child that a worker forked looks like the worker
-            continue
-        reason = process.environment(pid).get(UNBOUND_VARIABLE) or reasons.get(pid, PAST_LAUNCHER)
-        server = server_of(state, pid)
-        # A frontend that could not be entered into the ledger is still the parent of its workers.
-        found.append(Unbound(pid, reason, server.pid if server else process.parent(pid)))
-    return found
-
-
 def _without(state: State, pid: int) -> State:
     return replace(
         state,
@@ -239,8 +203,7 @@ def _allowing(state: State, lease: Lease) -> State:
     return replace(state, servers=servers)
 
 
-@dataclass(frozen=True, slots=True)
-class _Asking:
+class _Asking(NamedTuple):
     """A worker in the planner's eyes. ``owner``: whose mistake an impossible demand is, by PID."""
 
     pid: int
@@ -248,8 +211,7 @@ class _Asking:
     demand: Demand
 
 
-@dataclass(frozen=True, slots=True)
-class _Division:
+class _Division(NamedTuple):
     """A slice for every PID that could be planned; the others keep what they have, and ``notes`` say why."""
 
     slices: dict[int, Slice]
@@ -291,19 +253,25 @@ def _divide(topology: Topology, leases: Iterable[Lease], newcomer: _Asking | Non
         raise failed[newcomer.owner]
     notes = tuple(f"the workers of process {owner} keep their slices: {error}" for owner, error in failed.items())
     kept = {cpu for worker in asking if worker.owner in failed for cpu in worker.demand.held}
-    taken = {cpu for core in topology.cores_of(kept) for cpu in core.cpus}
-    rest = [
-        replace(worker, demand=replace(worker.demand, allowed=worker.demand.allowed - taken or worker.demand.allowed))
-        for worker in asking
-        if worker.owner not in failed
-    ]
+    taken = frozenset(cpu for core in topology.cores_of(kept) for cpu in core.cpus)
+    rest = [worker._replace(demand=_beside(worker.demand, taken)) for worker in asking if worker.owner not in failed]
     try:
         division = _planned(topology, rest)
     except PlanError as error:
         if newcomer:
             raise
         return _Division({}, frozenset(), (*notes, str(error)))
-    return replace(division, notes=(*division.notes, *notes))
+    return division._replace(notes=(*division.notes, *notes))
+
+
+def _beside(demand: Demand, taken: frozenset[int]) -> Demand:
+    """Return ``demand`` without the CPUs that are ``taken``; unchanged if nothing is left, cores are shared then."""
+    allowed, named = demand.allowed - taken, demand.policy.core_list
+    if named is None:
+        return replace(demand, allowed=allowed or demand.allowed)
+    if not named - taken:
+        return demand
+    return replace(demand, allowed=allowed, policy=replace(demand.policy, core_list=named - taken))
 
 
 def _planned(topology: Topology, asking: Sequence[_Asking]) -> _Division:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ __all__ = [
     "environment",
     "identify",
     "migrations",
+    "namespace",
+    "opened",
     "owner",
     "parent",
     "pids",
@@ -64,6 +67,25 @@ def owner(pid: int) -> int | None:
         return os.stat(f"{PROC}/{pid}").st_uid
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def namespace(pid: int) -> str | None:
+    """Return the PID namespace of ``pid``, for example ``pid:[4026531836]``, or None where it may not be read."""
+    try:
+        return os.readlink(f"{PROC}/{pid}/ns/pid")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+
+
+def opened(pid: int) -> Iterator[str]:
+    """Yield the paths of the files that ``pid`` has open; none where that may not be read."""
+    try:
+        descriptors = os.listdir(f"{PROC}/{pid}/fd")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):  # closed in the meantime
+            yield os.readlink(f"{PROC}/{pid}/fd/{descriptor}")
 
 
 def threads(pid: int) -> list[int]:

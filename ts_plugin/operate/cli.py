@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from ts_plugin import __version__
 from ts_plugin.leases.ledger import Ledger, LedgerError
+from ts_plugin.leases.unbound import unbound_workers
 from ts_plugin.machine import cpu_time, discovery
 from ts_plugin.machine.discovery import DiscoveryError
+from ts_plugin.machine.topology import Allowance, Topology
 from ts_plugin.operate import view
-from ts_plugin.operate.core_map import core_map
-from ts_plugin.planning.planner import Demand, PlanError, Slice, plan
+from ts_plugin.operate.arguments import parse_arguments
+from ts_plugin.operate.core_map import core_map, lease_document, slice_document
+from ts_plugin.planning.planner import Demand, PlanError, plan
 from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ts_plugin.operate.html import Ticks
+
 __all__ = ["main"]
 
+APPROXIMATIONS = {"·": "-", "→": "->", "…": "...", "×": "x", "✗": "x"} | dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True))
+UNCUT = 10_000  # columns of a line that is piped
 LOOK_EVERY = 1.0  # seconds between two pictures of `show --watch`
 
 
@@ -35,152 +43,147 @@ class CommandError(Exception):
     """The command cannot do what was asked; the message is the one line that the user sees."""
 
 
+class InputError(CommandError):
+    """What was asked for makes no sense: a wrong option, or a file that is not what it should be."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 if it failed, 2 if it was not understood."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(_join_values(words))
+    _print_anything()
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        status: int = options.run(options)
+        status = COMMANDS[options.command](options)
         sys.stdout.flush()
-    except (CommandError, PlanError, LauncherArgsError, DiscoveryError, LedgerError) as error:
-        print(f"ts-cores: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # `ts-cores show | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (CommandError, PlanError, LauncherArgsError, DiscoveryError, LedgerError) as error:
+        print(f"ts-cores: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError | PlanError | LauncherArgsError) else 1
+    except OSError as error:
+        print(f"ts-cores: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return status
 
 
-def _join_values(words: Sequence[str]) -> list[str]:
-    """Write ``--launcher-args VALUE`` as one word: argparse takes a value that starts with dashes for an option."""
-    joined: list[str] = []
-    for word in words:
-        if joined and joined[-1] == "--launcher-args":
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
+def _print_anything() -> None:
+    """Let output be an approximation where its encoding lacks a character: PYTHONIOENCODING=ascii."""
+    codecs.register_error("ts-cores", _approximate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="ts-cores")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ts-cores", description="One slice of physical cores for every TorchServe worker."
-    )
-    parser.add_argument("--version", action="version", version=f"ts-cores {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    planning = commands.add_parser("plan", help="who would get what, and why: on this machine or on a captured one")
-    planning.add_argument("--workers", type=_positive, required=True, metavar="N")
-    planning.add_argument("--launcher-args", default="", metavar='"..."', help="as in cpu_launcher_args")
-    planning.add_argument("--sys-root", default="/", metavar="DIR", help="read DIR/sys and DIR/proc instead of / ")
-    planning.add_argument("--svg", type=Path, metavar="FILE", help="write the picture for a document")
-    planning.add_argument("--json", action="store_true")
-    planning.set_defaults(run=_plan)
-
-    show = commands.add_parser("show", help="who holds what now")
-    show.add_argument("--server", type=_positive, metavar="PID", help="only the workers of this TorchServe frontend")
-    show.add_argument("--watch", action="store_true", help="live, with the utilisation of every CPU; Ctrl-C ends it")
-    show.add_argument("--svg", type=Path, metavar="FILE", help="write the picture for a document")
-    show.add_argument("--html", type=Path, metavar="FILE", help="write a page; with --watch it keeps itself up to date")
-    show.add_argument("--json", action="store_true")
-    show.set_defaults(run=_show)
-
-    explain = commands.add_parser("explain", help="why a worker has the cores that it has")
-    explain.add_argument("who", metavar="PID|MODEL[:VERSION]")
-    explain.set_defaults(run=_explain)
-
-    doctor = commands.add_parser("doctor", help="what is wrong here, why it matters, and the line to change")
-    doctor.add_argument("--config", type=Path, metavar="FILE", help="default: what torchserve started here would read")
-    doctor.add_argument("--json", action="store_true")
-    doctor.set_defaults(run=_doctor)
-
-    init = commands.add_parser("init", help="write a config.properties for a server of your own")
-    init.add_argument("path", nargs="?", type=Path, default=Path("config.properties"), metavar="FILE|DIR")
-    init.set_defaults(run=_init)
-
-    where = commands.add_parser("plugin-path", help="print the directory for plugins_path")
-    where.set_defaults(run=_plugin_path)
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
-    return int(text)
+def _approximate(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letter = error.object[error.start]
+    if "\udc80" <= letter <= "\udcff":  # a byte of a file name that is no text
+        return bytes([ord(letter) & 0xFF]), error.start + 1
+    return APPROXIMATIONS.get(letter, "?"), error.start + 1
 
 
 def _plan(options: argparse.Namespace) -> int:
     policy = parse_launcher_args(options.launcher_args)
-    topology = discovery.read_topology(options.sys_root)
-    allowance = discovery.read_allowance(options.sys_root)
-    demand = Demand(allowance.cpus, policy, allowance.quota)
-    result = plan(topology, [demand] * options.workers)
-    notes = dict.fromkeys((*topology.notes, *allowance.notes, *policy.notes, *result.notes))
-    if options.json:
-        workers = [{"worker": number, **_document(piece)} for number, piece in enumerate(result.slices)]
-        print(json.dumps({"workers": workers, "idle_cpus": sorted(result.idle), "notes": list(notes)}))
-        return 0
-    planned = view.of_plan(topology, result, allowance.cpus, tuple(notes))
+    topology, allowance = _machine(options.sys_root)
+    quota = allowance.quota if options.quota is None else options.quota
+    models = [model for model in options.models for _ in range(model.workers)]
+    result = plan(topology, [Demand(allowance.cpus, policy, quota, model.cores, model.share) for model in models])
+    notes = tuple(dict.fromkeys((*topology.notes, *allowance.notes, *policy.notes, *result.notes)))
+    names = [model.name for model in models]
+    planned = view.of_plan(topology, result, allowance.cpus, notes, names)
     if options.svg:
-        from ts_plugin.operate import picture
+        from ts_plugin.operate.svg import svg
 
-        _write(options.svg, picture.svg(planned))
-        return 0
-    from ts_plugin.operate.terminal import Map
+        _write(options.svg, svg(planned))
+    if options.json:
+        workers = [
+            {"worker": number, **({"model": name} if name else {}), **slice_document(piece)}
+            for number, (name, piece) in enumerate(zip(names, result.slices, strict=True))
+        ]
+        print(json.dumps({"workers": workers, "idle_cpus": sorted(result.idle), "notes": notes}))
+    elif not options.svg:
+        from ts_plugin.operate.terminal import Map
 
-    _console().print(Map(planned))
+        _console().print(Map(planned))
     return 0
 
 
-def _document(piece: Slice) -> dict[str, object]:
-    return {
-        "cpus": list(piece.cpus),
-        "threads": piece.threads,
-        "numa_nodes": list(piece.numa_nodes),
-        "l3_domains": list(piece.l3_domains),
-        "packages": list(piece.packages),
-    }
+def _machine(root: Path | None) -> tuple[Topology, Allowance]:
+    if root is None:
+        return discovery.read_topology(), discovery.read_allowance()
+    if root.is_file():
+        raise InputError(f"{root}: is a file; unpack it and name the directory that has sys/devices/system/cpu")
+    try:
+        return discovery.read_topology(str(root)), discovery.read_allowance(str(root))
+    except DiscoveryError as error:
+        raise InputError(str(error)) from error
 
 
 def _show(options: argparse.Namespace) -> int:
-    if options.json:
-        document = core_map(Ledger().read(), server_pid=options.server)
-        print(json.dumps({**document, "idle_cpus": sorted(view.look(options.server).idle())}))
-        return 0
-    if options.svg or options.html:
-        _write_pictures(options)
+    drawn = options.svg or options.html
+    _need_server(options.server)
+    if drawn:
+        ticks = _write_pictures(options, before=None)
         while options.watch:
             time.sleep(LOOK_EVERY)
-            _write_pictures(options)
-        return 0
-    from ts_plugin.operate.terminal import Map
-
-    if options.watch:
+            ticks = _write_pictures(options, before=ticks)
+    if options.json:
+        ledger = Ledger()
+        document = core_map(ledger.read(), server_pid=options.server)
+        idle = sorted(view.current_view(options.server).idle())
+        print(json.dumps({**document, "idle_cpus": idle, "ledger": ledger.path}))
+    elif options.watch and not drawn:
         _watch(options.server)
-    else:
-        _console().print(Map(view.look(options.server)))
+    elif not drawn:
+        from ts_plugin.operate.terminal import Map
+
+        _console().print(Map(view.current_view(options.server)))
     return 0
 
 
-def _write_pictures(options: argparse.Namespace) -> None:
-    from ts_plugin.operate import picture
+def _need_server(pid: int | None) -> None:
+    """Raise CommandError if ``pid`` is given and no server of that PID has a part in the ledger or a worker outside."""
+    if pid is None:
+        return
+    ledger = Ledger()
+    state = ledger.read()
+    known = {server.pid for server in state.servers} | {lease.server_pid for lease in state.leases}
+    if pid not in known and pid not in {worker.server_pid for worker in unbound_workers(state)}:
+        there = ", ".join(str(one) for one in sorted(one for one in known if one is not None))
+        raise CommandError(
+            f"no TorchServe frontend with PID {pid} in {ledger.path}; "
+            + (f"there are: {there}" if there else "there is none, so leave --server out")
+        )
 
-    now = view.look(options.server)
-    reload = LOOK_EVERY if options.watch else None
+
+def _write_pictures(options: argparse.Namespace, *, before: Ticks | None) -> Ticks:
+    """Write what was asked for; return the clock ticks that the page holds, for the utilisation in the next one."""
+    from ts_plugin.operate.html import html
+    from ts_plugin.operate.svg import svg
+
+    now = view.current_view(options.server)
+    ticks, reload = cpu_time.ticks(), LOOK_EVERY if options.watch else None
     if options.svg:
-        _write(options.svg, picture.svg(now))
+        _write(options.svg, svg(now))
     if options.html:
-        _write(options.html, picture.html(now, ticks=cpu_time.ticks(), reload=reload))
+        _write(options.html, html(now, ticks=ticks, before=before, reload=reload))
+    return ticks
 
 
 def _write(file: Path, text: str) -> None:
     """Write a file whole or not at all: a browser may be reading the old one."""
+    if file.is_dir():
+        raise InputError(f"{file}: is a directory; name a file in it")
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(file)
+        try:
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
         raise CommandError(f"{file}: {error.strerror}") from error
 
@@ -191,18 +194,15 @@ def _watch(server_pid: int | None) -> None:
     from ts_plugin.operate.terminal import Map, utilisation
 
     before = cpu_time.ticks()
-    with Live(Map(view.look(server_pid)), console=_console(), screen=True, auto_refresh=False) as live:
+    with Live(Map(view.current_view(server_pid)), console=_console(), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(LOOK_EVERY)
             after = cpu_time.ticks()
-            live.update(Map(view.look(server_pid), utilisation(before, after)), refresh=True)
+            live.update(Map(view.current_view(server_pid), utilisation(before, after)), refresh=True)
             before = after
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from rich.table import Table
-    from rich.text import Text
-
     from ts_plugin.operate.explain import explain, find
 
     state = Ledger().read()
@@ -211,26 +211,40 @@ def _explain(options: argparse.Namespace) -> int:
         known = sorted({lease.model for lease in state.leases})
         hint = f"models with a slice: {', '.join(known)}" if known else "no worker holds a slice now"
         raise CommandError(f"no slice is held by {options.who!r}; {hint}")
-    topology, console = discovery.read_topology(), _console()
-    for lease in leases:
-        table = Table.grid(padding=(0, 2))
-        for head, text in explain(lease, state, topology):
-            table.add_row(Text(f"  {head}", "dim"), text)
-        console.print(Text(f"{lease}, pid {lease.pid}", "bold"), table, sep="\n")
+    topology = discovery.read_topology()
+    found = [(lease, explain(lease, state, topology)) for lease in leases]
+    if options.json:
+        documents = [
+            {**lease_document(lease), "reasons": [{"about": about, "text": text} for about, text in reasons]}
+            for lease, reasons in found
+        ]
+        print(json.dumps({"workers": documents}))
+        return 0
+    from ts_plugin.operate.terminal import reasons_table
+
+    for lease, reasons in found:
+        _console().print(reasons_table(f"{lease}, pid {lease.pid}", reasons))
     return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from ts_plugin.operate.doctor import Severity, examine
-    from ts_plugin.operate.facts import default_config, gather
+    from ts_plugin.operate.config import default_config
+    from ts_plugin.operate.doctor import examine
+    from ts_plugin.operate.finding import Severity
+    from ts_plugin.operate.inspection import inspect
 
-    config = options.config or default_config()
+    path = options.config or default_config()
     try:
-        findings = examine(gather(config))
+        findings = examine(inspect(path))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; `ts-cores init {path}` writes one") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a directory; name the file in it: --config {path}/config.properties") from error
     except OSError as error:
-        raise CommandError(f"{config}: {error.strerror}; `ts-cores init {config}` writes one") from error
+        remedy = f"let user {os.getuid()} read it" if isinstance(error, PermissionError) else "name another file"
+        raise InputError(f"{path}: {error.strerror}; {remedy}") from error
     if options.json:
-        print(json.dumps({"config": str(config) if config else None, "findings": [asdict(one) for one in findings]}))
+        print(json.dumps({"config": str(path) if path else None, "findings": [asdict(one) for one in findings]}))
     else:
         from ts_plugin.operate.terminal import report
 
@@ -239,21 +253,36 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
+    import javaproperties
+
+    from ts_plugin.operate.config import parse_config
+
     target = (options.path / "config.properties" if options.path.is_dir() else options.path).absolute()
+    paths = {
+        "plugins_path": _plugins(),
+        "model_store": target.parent / "model_store",
+        "metrics_config": _plugins().with_name("metrics.yaml"),
+    }
     cores = len(discovery.read_topology().cores_of(discovery.read_allowance().cpus))
-    text = Template(
+    template = Template(
         resources.files("ts_plugin.operate").joinpath("template.properties").read_text(encoding="utf-8")
-    ).substitute(
+    )
+    text = template.substitute(
         file=target,
-        plugins=_plugins(),
-        metrics=_plugins().with_name("metrics.yaml"),
-        store=target.parent / "model_store",
+        plugins=paths["plugins_path"],
+        store=paths["model_store"],
+        metrics=javaproperties.escape(str(paths["metrics_config"])),
         workers=min(2, cores),
     )
+    content = text.encode(errors="surrogateescape")
+    config = parse_config(target, content, {})
+    unreadable = [str(path) for name, path in paths.items() if config.get(name) != str(path)]
+    if unreadable or config.errors or not str(target).isprintable():
+        raise InputError(f"TorchServe cannot read {unreadable or [str(target)]} from a file; use a simpler name")
     try:
-        (target.parent / "model_store").mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8") as file:
-            file.write(text)
+        paths["model_store"].mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            file.write(content)
     except FileExistsError:
         raise CommandError(f"{target}: exists already and is left as it is; name another file") from None
     except OSError as error:
@@ -281,4 +310,16 @@ def _plugins() -> Path:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    # Piped, a line may be as long as it is: nothing is cut, and grep finds what it looks for.
+    free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, width=UNCUT if free else None)
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "plan": _plan,
+    "show": _show,
+    "explain": _explain,
+    "doctor": _doctor,
+    "init": _init,
+    "plugin-path": _plugin_path,
+}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ts_plugin.leases import coordinator
 from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.leases.unbound import unbound_workers
+from ts_plugin.planning.planner import Slice
 
-__all__ = ["core_map"]
+__all__ = ["core_map", "lease_document", "slice_document"]
 
 
 def core_map(state: State, *, server_pid: int | None = None) -> dict[str, Any]:
@@ -16,32 +17,37 @@ def core_map(state: State, *, server_pid: int | None = None) -> dict[str, Any]:
     def wanted(owner: int | None) -> bool:
         return server_pid is None or owner == server_pid
 
+    workers = [worker for worker in unbound_workers(state) if wanted(worker.server_pid)]
     return {
-        "slices": [_slice(lease) for lease in state.leases if wanted(lease.server_pid)],
-        "unbound": [
-            {"pid": worker.pid, "reason": worker.reason}
-            for worker in coordinator.unbound_workers(state)
-            if wanted(worker.server_pid)
-        ],
+        "slices": [lease_document(lease) for lease in state.leases if wanted(lease.server_pid)],
+        "unbound": [{"pid": worker.pid, "reason": worker.reason} for worker in workers if not worker.elsewhere],
+        "elsewhere": [{"pid": worker.pid, "whose": worker.elsewhere} for worker in workers if worker.elsewhere],
         "reserved_cpus": sorted(state.reserved),
         "notes": list(state.notes),
     }
 
 
-def _slice(lease: Lease) -> dict[str, Any]:
-    cores = lease.slice
+def slice_document(cores: Slice) -> dict[str, Any]:
+    """Return a slice, planned or held, as JSON values."""
     return {
-        "pid": lease.pid,
-        "model": lease.model,
-        "version": lease.version,
-        "worker_id": lease.worker_id,
-        "server_pid": lease.server_pid,
         "cpus": list(cores.cpus),
         "threads": cores.threads,
         "numa_nodes": list(cores.numa_nodes),
         "l3_domains": list(cores.l3_domains),
         "packages": list(cores.packages),
         "pinned": cores.pinned,
+    }
+
+
+def lease_document(lease: Lease) -> dict[str, Any]:
+    """Return a worker and its slice as JSON values."""
+    return {
+        "pid": lease.pid,
+        "model": lease.model,
+        "version": lease.version,
+        "worker_id": lease.worker_id,
+        "server_pid": lease.server_pid,
+        **slice_document(lease.slice),
         "moves": lease.moves,
         "notes": list(lease.notes),
     }

@@ -2,75 +2,63 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
-from pathlib import Path
-from urllib.parse import urlsplit
 
 from ts_plugin.leases.environment import COLLAPSING, THREAD_COUNTS
 from ts_plugin.machine.cpulist import format_cpulist
-from ts_plugin.operate.facts import JAR, Facts
-from ts_plugin.operate.view import count
-from ts_plugin.planning.planner import Demand, PlanError, plan
-from ts_plugin.planning.policy import LauncherArgsError, Pin, Policy, parse_launcher_args
+from ts_plugin.machine.words import count
+from ts_plugin.operate.config_checks import (
+    check_config,
+    check_launcher_args,
+    check_plan,
+    check_plugin,
+    check_switch,
+    check_token,
+    policy_of,
+)
+from ts_plugin.operate.finding import Finding, Severity
+from ts_plugin.operate.inspection import Inspection
+from ts_plugin.operate.view import not_judged
+from ts_plugin.planning.policy import LauncherArgsError, Pin
 
-__all__ = ["CHECKS", "Finding", "Severity", "examine"]
+__all__ = ["CHECKS", "examine"]
 
 JAVA_NEEDED = 17
 TORCHSERVE_NEEDED = "0.12."
 
 
-class Severity(StrEnum):
-    ERROR = "error"  # workers do not start, or serve unbound
-    WARNING = "warning"  # it serves, but slower or less safely than it could
-    NOTE = "note"  # worth knowing; nothing to do
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """``what`` is the case, ``why`` it matters, and the ``change`` that cures it: a line to write or a command."""
-
-    severity: Severity
-    subject: str
-    what: str
-    why: str = ""
-    change: str = ""
-
-
-def _system(facts: Facts) -> Iterator[Finding]:
-    if facts.system != "Linux":
+def _system(seen: Inspection) -> Iterator[Finding]:
+    if seen.system != "Linux":
         yield Finding(
             Severity.ERROR,
             "system",
-            f"this is {facts.system}",
+            f"this is {seen.system}",
             "affinity masks of other processes exist on Linux only; workers serve unbound here",
             "serve on Linux",
         )
 
 
-def _java(facts: Facts) -> Iterator[Finding]:
+def _java(seen: Inspection) -> Iterator[Finding]:
     why = f"TorchServe's frontend is a Java program and needs release {JAVA_NEEDED}"
     change = "apt-get install openjdk-17-jre-headless, or set JAVA_HOME"
-    if facts.java is None:
+    if seen.java is None:
         yield Finding(Severity.ERROR, "java", "no java in JAVA_HOME or on PATH", why, change)
-    elif (release := _release(facts.java)) is not None and release < JAVA_NEEDED:
-        yield Finding(Severity.ERROR, "java", f"java is release {facts.java}", why, change)
+    elif (release := _release(seen.java)) is not None and release < JAVA_NEEDED:
+        yield Finding(Severity.ERROR, "java", f"java is release {seen.java}", why, change)
 
 
-def _torchserve(facts: Facts) -> Iterator[Finding]:
+def _torchserve(seen: Inspection) -> Iterator[Finding]:
     change = "pip install 'torchserve==0.12.*'"
-    if facts.torchserve is None:
+    if seen.torchserve is None:
         yield Finding(Severity.ERROR, "torchserve", "torchserve is not installed beside ts-cores", "", change)
-    elif not facts.torchserve.startswith(TORCHSERVE_NEEDED):
-        what = f"torchserve is {facts.torchserve}"
+    elif not seen.torchserve.startswith(TORCHSERVE_NEEDED):
+        what = f"torchserve is {seen.torchserve}"
         yield Finding(Severity.WARNING, "torchserve", what, "ts-cores was built and tested with 0.12", change)
 
 
-def _interpreter(facts: Facts) -> Iterator[Finding]:
-    found = facts.interpreter
+def _interpreter(seen: Inspection) -> Iterator[Finding]:
+    found = seen.interpreter
     if found is None:
         change = "activate the environment that has torchserve and ts-cores"
         yield Finding(
@@ -96,123 +84,27 @@ def _interpreter(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _switch(facts: Facts) -> Iterator[Finding]:
-    config = facts.config
-    if config is None:
-        yield Finding(
-            Severity.WARNING,
-            "config",
-            "no config.properties here",
-            "without one TorchServe starts without ts-cores",
-            "ts-cores init, then: torchserve --ts-config config.properties",
-        )
-    elif not config.on("cpu_launcher_enable"):
-        yield Finding(
-            Severity.WARNING,
-            "config",
-            f"{config.path}: cpu_launcher_enable is not true",
-            "ts-cores stays out of the way: every worker uses all cores",
-            "cpu_launcher_enable=true",
-        )
-
-
-def _plugin(facts: Facts) -> Iterator[Finding]:
-    if not facts.jar:
-        yield Finding(
-            Severity.ERROR,
-            "plug-in",
-            f"{JAR} is missing in the installed package",
-            "without it TorchServe's frontend knows nothing of ts-cores",
-            "install a JDK 17, then: pip install --force-reinstall --no-deps ts-cores",
-        )
-    if facts.config is None or not facts.config.on("cpu_launcher_enable"):
+def _allowance(seen: Inspection) -> Iterator[Finding]:
+    if seen.topology is None or seen.allowance is None:
         return
-    path = facts.config.get("plugins_path")
-    change = "plugins_path=" + str(Path(__file__).resolve().parents[1] / "frontend")
-    if not path:
-        yield Finding(
-            Severity.ERROR,
-            "plug-in",
-            f"{facts.config.path}: no plugins_path",
-            "TorchServe then uses its own launcher, which gives SMT siblings to different workers",
-            change,
-        )
-    elif facts.plugins is None or JAR not in facts.plugins:
-        what = "is no directory" if facts.plugins is None else f"has no {JAR}"
-        why = "TorchServe then uses its own launcher"
-        if not Path(path).is_absolute():
-            why += "; a relative path counts from the directory that torchserve is started in"
-        yield Finding(Severity.ERROR, "plug-in", f"plugins_path {path} {what}", why, change)
-
-
-def _launcher_args(facts: Facts) -> Iterator[Finding]:
-    try:
-        policy = _policy(facts)
-    except LauncherArgsError as error:
-        yield Finding(Severity.ERROR, "cpu_launcher_args", str(error), "all workers serve unbound", "correct that word")
-        return
-    for note in policy.notes:
-        yield Finding(Severity.NOTE, "cpu_launcher_args", note)
-
-
-def _plan(facts: Facts) -> Iterator[Finding]:
-    """Plan what the server would start with, and say what comes of it."""
-    if facts.topology is None or facts.allowance is None or facts.config is None:
-        return
-    name, per_model = "default_workers_per_model", facts.config.get("default_workers_per_model")
-    if not per_model:
-        yield Finding(
-            Severity.WARNING,
-            "workers",
-            f"{facts.config.path}: no {name}",
-            f"TorchServe then starts {len(facts.allowance.cpus)} workers per model, one per CPU",
-            f"{name}={max(1, min(4, facts.cores // 4))}",
-        )
-        return
-    if not per_model.isdigit() or int(per_model) == 0:
-        yield Finding(Severity.ERROR, "workers", f"{name}={per_model} is no number above 0", "", f"{name}=1")
-        return
-    workers = int(per_model) * max(1, facts.archives or 1)
-    if workers > facts.cores:
-        models = f" x {facts.archives} models" if (facts.archives or 1) > 1 else ""
-        yield Finding(
-            Severity.WARNING,
-            "workers",
-            f"{name}={per_model}{models}: {workers} workers for {facts.cores} cores",
-            "workers then take turns on a core, with one thread each",
-            f"{name}={max(1, facts.cores // max(1, facts.archives or 1))}",
-        )
-    try:
-        demand = Demand(facts.allowance.cpus, _policy(facts), facts.allowance.quota)
-        for note in plan(facts.topology, [demand] * workers).notes:
-            yield Finding(Severity.NOTE, "plan", note)
-    except LauncherArgsError:
-        return  # said already
-    except PlanError as error:
-        yield Finding(Severity.ERROR, "plan", str(error), "workers serve unbound", "correct cpu_launcher_args")
-
-
-def _allowance(facts: Facts) -> Iterator[Finding]:
-    if facts.topology is None or facts.allowance is None:
-        return
-    allowed, quota = facts.allowance.cpus, facts.allowance.quota
-    left = facts.topology.online - allowed - facts.topology.isolated
+    allowed, quota = seen.allowance.cpus, seen.allowance.quota
+    left = seen.topology.online - allowed - seen.topology.isolated
     if left:
         yield Finding(
             Severity.NOTE,
             "cpuset",
-            f"{len(allowed)} of {len(facts.topology.online)} CPUs are allowed here: {format_cpulist(allowed)}",
+            f"{len(allowed)} of {len(seen.topology.online)} CPUs are allowed here: {format_cpulist(allowed)}",
             "slices are cut from these alone",
         )
-    if quota is not None and quota < len(facts.topology.cores_of(allowed)):
+    if quota is not None and quota < len(seen.topology.cores_of(allowed)):
         try:
-            pin = _policy(facts).pin
+            pin = policy_of(seen).pin
         except LauncherArgsError:
             pin = Pin.AUTO
         yield Finding(
             Severity.NOTE if pin is Pin.AUTO else Severity.WARNING,
             "quota",
-            f"a CFS quota allows {quota:g} CPUs' worth of time on {facts.cores} cores",
+            f"a CFS quota allows {quota:g} CPUs' worth of time on {seen.cores} cores",
             "such CPUs are shared with other containers: threads are bounded by the quota and not pinned"
             if pin is not Pin.ALWAYS
             else "--pin always puts workers on cores that other containers may use too",
@@ -220,11 +112,11 @@ def _allowance(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _machine(facts: Facts) -> Iterator[Finding]:
-    if facts.topology is None:
+def _machine(seen: Inspection) -> Iterator[Finding]:
+    if seen.topology is None:
         yield Finding(Severity.ERROR, "topology", "the machine cannot be read from /sys", "workers serve unbound")
         return
-    cores = facts.topology.cores
+    cores = seen.topology.cores
     words = [count(len(cores), "core"), count(len({core.package for core in cores}), "package")]
     words += [
         count(len({core.node for core in cores}), "NUMA node"),
@@ -234,26 +126,26 @@ def _machine(facts: Facts) -> Iterator[Finding]:
     words.append(f"{smt} SMT siblings per core" if smt > 1 else "no SMT")
     words += [f"{len({core.kind for core in cores})} core types"] if any(core.kind for core in cores) else []
     yield Finding(Severity.NOTE, "machine", ", ".join(words))
-    notes = facts.topology.notes + (facts.allowance.notes if facts.allowance else ())
+    notes = seen.topology.notes + (seen.allowance.notes if seen.allowance else ())
     for note in notes:
         yield Finding(Severity.NOTE, "machine", note)
 
 
-def _openmp(facts: Facts) -> Iterator[Finding]:
+def _openmp(seen: Inspection) -> Iterator[Finding]:
     for name in COLLAPSING:
-        if name in facts.environment:
+        if name in seen.environment:
             yield Finding(
                 Severity.WARNING,
                 "OpenMP",
-                f"{name}={facts.environment[name]} is set",
+                f"{name}={seen.environment[name]} is set",
                 "it shrinks a mask to one CPU at `import torch`; workers are rid of it, other programs are not",
                 f"unset {name}",
             )
-    counts = [f"{name}={facts.environment[name]}" for name in THREAD_COUNTS if name in facts.environment]
+    counts = [f"{name}={seen.environment[name]}" for name in THREAD_COUNTS if name in seen.environment]
     if counts:
         what = f"{', '.join(counts)} in the environment"
         yield Finding(Severity.NOTE, "OpenMP", what, "workers get the count of their slice instead")
-    preload = facts.environment.get("LD_PRELOAD", "")
+    preload = seen.environment.get("LD_PRELOAD", "")
     if "iomp" in preload:
         yield Finding(
             Severity.WARNING,
@@ -264,38 +156,19 @@ def _openmp(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _preload(facts: Facts) -> Iterator[Finding]:
-    for note in facts.preload_notes:
+def _preload(seen: Inspection) -> Iterator[Finding]:
+    for note in seen.preload_notes:
         yield Finding(Severity.WARNING, "preload", note)
 
 
-def _token(facts: Facts) -> Iterator[Finding]:
-    if facts.config is None:
-        return
-    address = facts.config.get("management_address", "http://127.0.0.1:8081")
-    if not facts.config.on("disable_token_authorization"):
-        minutes = facts.config.get("token_expiration_min", "60")
-        yield Finding(
-            Severity.NOTE,
-            "token",
-            f"GET /cores wants the management key of key_file.json, which expires after {minutes} minutes",
-            "TorchServe 0.12 guards all its APIs so; `ts-cores show` needs no key",
-        )
-    elif not _loopback(address):
-        yield Finding(
-            Severity.WARNING,
-            "token",
-            f"disable_token_authorization=true and management_address={address}",
-            "whoever reaches that port can load models, which is to run programs here",
-            "management_address=http://127.0.0.1:8081",
-        )
-
-
-def _ledger(facts: Facts) -> Iterator[Finding]:
-    if facts.ledger_error:
+def _ledger(seen: Inspection) -> Iterator[Finding]:
+    if seen.ledger_error:
         why = "without the ledger no worker knows what the others hold, so all serve unbound"
-        yield Finding(Severity.ERROR, "ledger", facts.ledger_error, why, "export TS_CORES_STATE_DIR=DIR")
-    for server in facts.state.servers:
+        yield Finding(Severity.ERROR, "ledger", seen.ledger_error, why, "export TS_CORES_STATE_DIR=DIR")
+    elif seen.ledger:
+        held = f"{count(len(seen.state.servers), 'server')}, {count(len(seen.state.leases), 'worker')} with a slice"
+        yield Finding(Severity.NOTE, "ledger", f"{seen.ledger}: {held}")
+    for server in seen.state.servers:
         if server.error:
             yield Finding(
                 Severity.ERROR,
@@ -306,16 +179,19 @@ def _ledger(facts: Facts) -> Iterator[Finding]:
             )
 
 
-def _workers(facts: Facts) -> Iterator[Finding]:
-    for reason in dict.fromkeys(worker.reason for worker in facts.unbound):
-        pids = [str(worker.pid) for worker in facts.unbound if worker.reason == reason]
+def _workers(seen: Inspection) -> Iterator[Finding]:
+    ours = [worker for worker in seen.unbound if not worker.elsewhere]
+    for reason in dict.fromkeys(worker.reason for worker in ours):
+        pids = [str(worker.pid) for worker in ours if worker.reason == reason]
         yield Finding(
             Severity.ERROR,
             "worker",
             f"{count(len(pids), 'worker')} unbound (pid {', '.join(pids)}): {reason}",
             "they run on everybody's cores with as many threads as the machine has cores",
         )
-    for pid, threads in facts.astray:
+    for note in not_judged(seen.unbound):
+        yield Finding(Severity.NOTE, "worker", note)
+    for pid, threads in seen.astray:
         yield Finding(
             Severity.WARNING,
             "worker",
@@ -323,17 +199,17 @@ def _workers(facts: Facts) -> Iterator[Finding]:
             "they run on other workers' cores; read-back should have put them back within seconds",
             "see its log: the handler or one of its libraries sets affinity masks",
         )
-    for lease in facts.state.leases:
+    for lease in seen.state.leases:
         for note in lease.notes:
             yield Finding(Severity.NOTE, "worker", f"{lease}: {note}")
-    for note in facts.state.notes:
+    for note in seen.state.notes:
         yield Finding(Severity.NOTE, "plan", note)
 
 
-def _neighbours(facts: Facts) -> Iterator[Finding]:
-    held = {cpu for lease in facts.state.leases if lease.slice.pinned for cpu in lease.slice.cpus}
-    cpus = frozenset(held) or (facts.allowance.cpus if facts.allowance else frozenset())
-    for pid, name, mask, share in facts.busy:
+def _neighbours(seen: Inspection) -> Iterator[Finding]:
+    held = {cpu for lease in seen.state.leases if lease.slice.pinned for cpu in lease.slice.cpus}
+    cpus = frozenset(held) or (seen.allowance.cpus if seen.allowance else frozenset())
+    for pid, name, mask, share in seen.busy:
         if not mask.isdisjoint(cpus):
             yield Finding(
                 Severity.WARNING,
@@ -344,28 +220,25 @@ def _neighbours(facts: Facts) -> Iterator[Finding]:
             )
 
 
-CHECKS: tuple[Callable[[Facts], Iterable[Finding]], ...] = (
+CHECKS: tuple[Callable[[Inspection], Iterable[Finding]], ...] = (
     _system,
     _java,
     _torchserve,
     _interpreter,
-    _switch,
-    _plugin,
-    _launcher_args,
+    check_switch,
+    check_config,
+    check_plugin,
+    check_launcher_args,
     _machine,
     _allowance,
-    _plan,
+    check_plan,
     _openmp,
     _preload,
-    _token,
+    check_token,
     _ledger,
     _workers,
     _neighbours,
 )
-
-
-def _policy(facts: Facts) -> Policy:
-    return parse_launcher_args(facts.config.get("cpu_launcher_args") if facts.config else "")
 
 
 def _release(version: str) -> int | None:
@@ -376,15 +249,7 @@ def _release(version: str) -> int | None:
     return int(numbers[1] if numbers[0] == "1" and len(numbers) > 1 else numbers[0])
 
 
-def _loopback(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
-    try:
-        return address.startswith("unix:") or host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def examine(facts: Facts) -> tuple[Finding, ...]:
+def examine(seen: Inspection) -> tuple[Finding, ...]:
     """Return what all checks find, the worst first."""
     order = list(Severity)
-    return tuple(sorted((one for check in CHECKS for one in check(facts)), key=lambda one: order.index(one.severity)))
+    return tuple(sorted((one for check in CHECKS for one in check(seen)), key=lambda one: order.index(one.severity)))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ts_plugin.leases.ledger import Lease, State
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology
-from ts_plugin.operate.view import count
+from ts_plugin.machine.words import count
 from ts_plugin.planning.policy import Pin
 
 __all__ = ["explain", "find"]
@@ -24,14 +24,13 @@ def find(state: State, who: str) -> tuple[Lease, ...]:
 
 
 def explain(lease: Lease, state: State, topology: Topology) -> list[tuple[str, str]]:
-    """Return (heading, sentence) pairs in the order of the reasons; a repeated heading is left empty."""
+    """Return (heading, sentence) pairs in the order of the reasons."""
     rows = [("owns", _owns(lease, topology)), ("threads", _threads(lease, topology))]
     rows += [("may use", text) for text in _allowed(lease, topology)]
     rows += [("size", text) for text in _size(lease, state, topology)]
     rows += [("place", text) for text in _place(lease, topology)]
     rows += [("note", text) for text in (*lease.notes, *lease.demand.policy.notes, *state.notes)]
-    before = ("", *(head for head, _ in rows))
-    return [("" if head == previous else head, text) for previous, (head, text) in zip(before, rows, strict=False)]
+    return rows
 
 
 def _owns(lease: Lease, topology: Topology) -> str:
@@ -78,7 +77,9 @@ def _allowed(lease: Lease, topology: Topology) -> Iterator[str]:
         yield f"all but {count(policy.reserve_cores, 'core')} that no worker gets (--reserve-cores)"
     kinds = {core.kind for core in cores}
     if len(kinds) > 1 and not policy.use_e_cores:
-        yield "only the fastest core type: a slow core would hold up every fast one (--use-e-cores changes that)"
+        fastest = all(core.kind == min(kinds) for core in topology.cores_of(lease.slice.cpus))
+        which = "the fastest core type" if fastest else "one core type, not the fastest"
+        yield f"only {which}: a slow core would hold up every fast one (--use-e-cores changes that)"
     if demand.quota is not None:
         yield f"{demand.quota:g} CPUs' worth of time: the CFS quota of its cgroup"
 

@@ -6,19 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 
 from rich.box import ROUNDED, SIMPLE
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Group as Stack
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Core
-from ts_plugin.operate import view as core_map
-from ts_plugin.operate.doctor import Finding, Severity
-from ts_plugin.operate.picture import colour
-from ts_plugin.operate.view import WORDS, Use, View, count, tag
+from ts_plugin.machine.words import count
+from ts_plugin.operate.finding import Finding, Severity
+from ts_plugin.operate.svg import colour
+from ts_plugin.operate.view import WORDS, Group, Use, View, tag
 
-__all__ = ["Map", "report", "utilisation"]
+__all__ = ["Map", "reasons_table", "report", "utilisation"]
 
 BARS = " ▁▂▃▄▅▆▇█"
 STYLES = {
@@ -28,6 +29,7 @@ STYLES = {
     Use.RESERVED: ("R", "white on #5a6675"),
     Use.BARRED: ("x", "dim strike"),
 }
+WIDEST = 160  # columns that the map takes at most, where nobody says how wide a line may be
 DETAILED = 64  # cores up to which every tile carries its CPU numbers
 
 
@@ -60,7 +62,7 @@ class Map:
         yield Text.assemble((self._view.title, "bold"), "  ", (self._view.summary(), "dim"))
         for package in self._view.packages():
             yield Panel(
-                self._group(package, options.max_width - 6),
+                self._group(package, min(options.max_width, WIDEST) - 6),
                 title=package.label,
                 title_align="left",
                 box=ROUNDED,
@@ -73,8 +75,10 @@ class Map:
             yield Text.assemble(("unbound ", "bold red"), f"pid {pid}: {reason}")
         for note in self._view.notes:
             yield Text.assemble(("note ", "bold"), note)
+        if self._view.ledger:
+            yield Text(f"ledger {self._view.ledger}", "dim")
 
-    def _group(self, group: core_map.Group, width: int) -> RenderableType:
+    def _group(self, group: Group, width: int) -> RenderableType:
         if not group.groups:
             return self._tiles(group.cores, width)
         table = Table.grid(padding=(0, 2))
@@ -133,17 +137,18 @@ class Map:
             yield key
 
     def _workers(self) -> Table:
-        planned = all(worker.pid is None for worker in self._view.workers)
+        named = any(worker.model for worker in self._view.workers)
+        running = any(worker.pid is not None for worker in self._view.workers)
         table = Table(box=SIMPLE, pad_edge=False, header_style="dim")
-        heads = ("", "worker") if planned else ("", "model", "worker", "pid")
-        for head in (*heads, "CPUs", "threads", "NUMA", "L3", "" if planned else "moves"):
+        heads = ["", *["model"] * named, "worker", *["pid"] * running, "CPUs", "threads", "NUMA", "L3"]
+        for head in (*heads, *["moves"] * running):
             table.add_column(head, justify="right" if head in ("pid", "threads", "moves") else "left")
         for index, worker in enumerate(self._view.workers):
             piece, (fill, ink) = worker.slice, colour(index)
-            who = (worker.worker_id,) if planned else (worker.name, worker.worker_id, str(worker.pid))
-            cpus = format_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)")
-            rest = (str(piece.threads), format_cpulist(piece.numa_nodes), format_cpulist(piece.l3_domains))
-            table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *who, cpus, *rest, str(worker.moves or ""))
+            cells = [*[worker.name] * named, worker.worker_id, *[str(worker.pid)] * running]
+            cells.append(format_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)"))
+            cells += [str(piece.threads), format_cpulist(piece.numa_nodes), format_cpulist(piece.l3_domains)]
+            table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *cells, *[str(worker.moves or "")] * running)
             for note in worker.notes:
                 table.add_row("", Text(note, "dim"))
         return table
@@ -163,7 +168,17 @@ def report(findings: Sequence[Finding]) -> RenderableType:
         table.add_row(Text(mark, style), Text(one.subject, style), words)
     found = {severity: sum(one.severity is severity for one in findings) for severity in Severity}
     verdict = f"{count(found[Severity.ERROR], 'error')}, {count(found[Severity.WARNING], 'warning')}"
-    return Group(table, Text(f"\n{verdict}", "bold"))
+    return Stack(table, Text(f"\n{verdict}", "bold"))
+
+
+def reasons_table(who: str, reasons: Sequence[tuple[str, str]]) -> RenderableType:
+    """Draw what `explain` found: a heading stands once, before the first of its sentences."""
+    table = Table.grid(padding=(0, 2))
+    before = ""
+    for about, text in reasons:
+        table.add_row(Text(f"  {'' if about == before else about}", "dim"), text)
+        before = about
+    return Stack(Text(who, "bold"), table)
 
 
 def _bar(share: float) -> str:

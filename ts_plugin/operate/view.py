@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import groupby
 
-from ts_plugin.leases import coordinator
-from ts_plugin.leases.coordinator import Unbound
 from ts_plugin.leases.ledger import Ledger, State
+from ts_plugin.leases.unbound import Unbound, unbound_workers
 from ts_plugin.machine import discovery
 from ts_plugin.machine.topology import Core, Topology
+from ts_plugin.machine.words import count
 from ts_plugin.planning.planner import Plan, Slice
 
-__all__ = ["WORDS", "Group", "Use", "View", "Worker", "count", "look", "of_plan", "of_state", "tag"]
+__all__ = [
+    "WORDS",
+    "Group",
+    "Use",
+    "View",
+    "Worker",
+    "current_view",
+    "not_judged",
+    "of_plan",
+    "of_state",
+    "tag",
+]
 
 
 class Use(StrEnum):
@@ -60,7 +72,7 @@ class View:
     """All that a picture shows.
 
     ``elsewhere`` are the CPUs in slices of workers that the picture leaves out, ``unbound`` the PIDs of workers without
-    a slice, each with the reason.
+    a slice, each with the reason. ``ledger`` is the file that was read, ``server_pid`` the one frontend that is shown.
     """
 
     topology: Topology
@@ -71,6 +83,9 @@ class View:
     unbound: tuple[tuple[int, str], ...] = ()
     notes: tuple[str, ...] = ()
     title: str = "ts-cores"
+    ledger: str = ""
+    host: str = ""
+    server_pid: int | None = None
     _owners: dict[int, list[int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -157,15 +172,17 @@ WORDS = {
 }
 
 
-def look(server_pid: int | None = None) -> View:
+def current_view(server_pid: int | None = None) -> View:
     """Return the picture of what is held now on this machine; only one frontend's workers if ``server_pid`` is given.
 
     Raises:
         LedgerError: the ledger is not this user's alone.
     """
-    state = Ledger().read()
-    allowed = discovery.read_allowance().cpus
-    return of_state(state, discovery.read_topology(), allowed, coordinator.unbound_workers(state), server_pid)
+    ledger = Ledger()
+    state = ledger.read()
+    unbound = unbound_workers(state)
+    picture = of_state(state, discovery.read_topology(), discovery.read_allowance().cpus, unbound, server_pid)
+    return replace(picture, ledger=ledger.path, host=os.uname().nodename, server_pid=server_pid)
 
 
 def of_state(
@@ -186,6 +203,7 @@ def of_state(
         for lease in leases
         if wanted(lease.server_pid)
     )
+    without_lease = [item for item in unbound if wanted(item.server_pid)]
     foreign = (
         cpu for lease in leases if not wanted(lease.server_pid) and lease.slice.pinned for cpu in lease.slice.cpus
     )
@@ -195,14 +213,32 @@ def of_state(
         allowed.union(*(item.allowed for item in state.servers), *(lease.demand.allowed for lease in leases)),
         reserved=state.reserved,
         elsewhere=frozenset(foreign),
-        unbound=tuple((item.pid, item.reason) for item in unbound if wanted(item.server_pid)),
-        notes=state.notes,
+        unbound=tuple((item.pid, item.reason) for item in without_lease if not item.elsewhere),
+        notes=(*state.notes, *not_judged(without_lease)),
     )
 
 
-def of_plan(topology: Topology, plan: Plan, allowed: frozenset[int], notes: tuple[str, ...]) -> View:
-    """Return the picture of what would be given."""
-    workers = tuple(Worker(piece, worker_id=str(number)) for number, piece in enumerate(plan.slices))
+def not_judged(workers: Iterable[Unbound]) -> tuple[str, ...]:
+    """Return one sentence for each owner of the workers that the ledger cannot know."""
+    found: dict[str, list[int]] = {}
+    for worker in workers:
+        if worker.elsewhere:
+            found.setdefault(worker.elsewhere, []).append(worker.pid)
+    return tuple(
+        f"not judged here: {count(len(pids), 'worker')} of {whose} (pid {', '.join(map(str, pids))})"
+        for whose, pids in found.items()
+    )
+
+
+def of_plan(
+    topology: Topology, plan: Plan, allowed: frozenset[int], notes: tuple[str, ...], models: Sequence[str] = ()
+) -> View:
+    """Return the picture of what would be given to workers, of these models if they are named."""
+    names = models or [""] * len(plan.slices)
+    workers = tuple(
+        Worker(piece, model=name, worker_id=str(number))
+        for number, (name, piece) in enumerate(zip(names, plan.slices, strict=True))
+    )
     return View(topology, workers, allowed, plan.reserved, notes=notes, title="ts-cores plan")
 
 
@@ -213,10 +249,6 @@ def tag(index: int) -> str:
 
 def _split(cores: Sequence[Core], key: Callable[[Core], int]) -> list[tuple[int, tuple[Core, ...]]]:
     return [(number, tuple(part)) for number, part in groupby(sorted(cores, key=key), key)]
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _gibibytes(kib: int) -> str:

@@ -10,16 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from heapq import heapreplace
 from itertools import chain, combinations, permutations
 
-from ts_plugin.planning.core_groups import (
-    LEVELS,
-    CoreGroup,
-    Costs,
-    Distance,
-    Limits,
-    Part,
-    PlanError,
-    by_level,
-)
+from ts_plugin.planning.core_groups import LEVELS, CoreGroup, Costs, Distance, Limits, Part, PlanError, by_level
 
 __all__ = ["cut", "pack", "repair"]
 
@@ -79,7 +70,8 @@ def cut(
         parts = min(parts, found or parts, key=costs.parts)
         if costs.parts(parts) < costs.weight["package"]:
             break  # Only L3 domains are crossed.
-    return min(parts, repair(groups, parts, [limits.least] * workers, limits.most, distance), key=costs.parts)
+    parts = min(parts, repair(groups, parts, [limits.least] * workers, limits.most, distance), key=costs.parts)
+    return sorted(parts, key=lambda part: (part[0][0], len(part), -part[0][1]))
 
 
 class _Search:
@@ -139,28 +131,39 @@ class _Search:
                 table[0] = self.costs.idle(size), []
             tables.append(self._with_moves(table, child, level))
         result = self._combine(tables, wanted)
+        # Joining k groups costs k - 1 boundaries, so join as few as possible: into as many blocks as possible.
+        for count in range(len(children) - 1, 0, -1):
+            missing = [p for p in wanted if p not in result and p >= count]
+            if missing and not spare:
+                result |= self._join(children, tables, level, count, missing)
+        return dict(sorted(result.items()))  # among equals, the first groups get the fewest parts
+
+    def _join(
+        self,
+        children: Sequence[tuple[int, ...]],
+        tables: Sequence[_Table],
+        level: str,
+        count: int,
+        wanted: Sequence[int],
+    ) -> _Table:
+        """The cheapest divisions into ``wanted`` numbers of parts that join ``children`` to ``count`` blocks."""
         sizes = [self._size(child) for child in children]
         homes = [sum(self.homes[i] for i in child) for child in children]
-        for count in range(len(children) - 1, 0, -1):  # blocks of children: join as few as possible
-            missing = [p for p in wanted if p not in result and p >= count]
-            if not missing or spare:
-                continue
-            found: _Table = {}
-            for blocks in _joins(sizes, homes, count):
-                options = []
-                for block in blocks:
-                    if len(block) == 1:
-                        options.append(tables[block[0]])
-                        continue
-                    spans = tuple(children[child] for child in block)
-                    joined = tuple(chain.from_iterable(spans))
-                    table = self._row(spans) if missing[-1] > count else self._whole(joined)
-                    options.append(self._with_moves(table, joined, level))
-                for p, entry in self._combine(options, range(missing[0], missing[-1] + 1)).items():
-                    if p in missing and (p not in found or entry[0] < found[p][0]):
-                        found[p] = entry
-            result |= found
-        return dict(sorted(result.items()))  # among equals, the first groups get the fewest parts
+        found: _Table = {}
+        for blocks in _joins(sizes, homes, count):
+            options = []
+            for block in blocks:
+                if len(block) == 1:
+                    options.append(tables[block[0]])
+                    continue
+                spans = tuple(children[child] for child in block)
+                joined = tuple(chain(*spans))
+                table = self._row(spans) if wanted[-1] > count else self._whole(joined)  # else every block is one part
+                options.append(self._with_moves(table, joined, level))
+            for p, (cost, parts) in self._combine(options, range(wanted[0], wanted[-1] + 1)).items():
+                if p in wanted:
+                    _improve(found, p, cost, parts)
+        return found
 
     def _with_moves(self, table: _Table, members: Iterable[int], level: str) -> _Table:
         """Add the moves that follow where fewer parts than are at home in a group stay there; far ones count more."""
@@ -191,14 +194,10 @@ class _Search:
     def _row(self, spans: tuple[tuple[int, ...], ...]) -> _Table:
         """Divide joined groups as one row of cores: in their order, or so that small core groups meet."""
         if spans not in self.rows:
-            rising = [sorted(span, key=lambda i: self.groups[i].size) for span in spans]
-            found: _Table = {}
-            for order in (
-                [i for span in spans for i in span],
-                [i for span in (rising[0][::-1], *rising[1:]) for i in span],
-            ):
-                for number, (cost, parts) in self._cut_row(order).items():
-                    _improve(found, number, cost, parts)
+            first, *others = (sorted(span, key=lambda i: self.groups[i].size) for span in spans)
+            found = self._cut_row(list(chain(*spans)))
+            for number, (cost, parts) in self._cut_row([*reversed(first), *chain(*others)]).items():
+                _improve(found, number, cost, parts)
             self.rows[spans] = found
         return self.rows[spans]
 
@@ -261,23 +260,22 @@ def _cut_evenly(groups: Sequence[CoreGroup], row: Sequence[int], parts: int) -> 
 
 
 def _joins(sizes: Sequence[int], homes: Sequence[int], count: int) -> Iterator[list[list[int]]]:
-    """Ways to join groups into ``count`` blocks: all of them for few groups, else one with blocks of about one size.
-
-    Groups where workers are at home are kept apart if it can be helped; neighbours stay together.
-    """
-    looks = list(zip(sizes, homes, strict=True))
+    """Ways to join groups into ``count`` blocks: all of them for few groups, else those that promise most."""
     if len(sizes) <= _FEW:
         yield from _set_partitions(len(sizes), count)
         return
-    if len(sizes) - count == 1:
+    looks = list(zip(sizes, homes, strict=True))
+    if len(sizes) - count == 1:  # two groups are joined: the first pair of every two sizes
         for a, b in {(looks[a], looks[b]): (a, b) for a, b in combinations(reversed(range(len(sizes))), 2)}.values():
             yield [[a, b], *([i] for i in range(len(sizes)) if i not in (a, b))]
+    # Blocks of about one size: the largest group first into the lightest block, which keeps groups with workers apart.
     blocks: list[list[tuple[int, int]]] = [[] for _ in range(count)]
     lightest = [(0, block) for block in range(count)]
     for look in sorted(looks, reverse=True):
         size, block = lightest[0]
         blocks[block].append(look)
         heapreplace(lightest, (size + look[0], block))
+    # Of groups that look alike, neighbours stay together.
     alike = {look: [i for i, other in enumerate(looks) if other == look] for look in looks}
     yield sorted(sorted(alike[look].pop(0) for look in block) for block in blocks)
 

@@ -206,12 +206,12 @@ def _members(topology: Topology, demands: Sequence[Demand], notes: list[str]) ->
     members: list[_Member] = []
     for mine, demand in zip(cpus, demands, strict=True):
         policy = demand.policy
-        key = mine, policy.core_list is None, policy.use_e_cores, policy.equal, policy.reserve_cores
-        if key not in known:
+        rules = mine, policy.core_list is None, policy.use_e_cores, policy.equal, policy.reserve_cores
+        if rules not in known:
             rivals = sum(count for others, count in workers.items() if not mine.isdisjoint(others))
-            known[key], more = fastest_cores(topology, mine, policy, rivals)
+            known[rules], more = fastest_cores(topology, mine, policy, rivals)
             notes += more
-        members.append(_Member(len(members), demand, mine, known[key]))
+        members.append(_Member(len(members), demand, mine, known[rules]))
     return members
 
 

@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 
+MOST = 65535  # of anything that is counted: no machine has more CPUs
+
+
 class LauncherArgsError(ValueError):
     """``cpu_launcher_args`` cannot be understood; the message names the word and its nearest match."""
 
@@ -163,9 +166,13 @@ def _words(text: str) -> list[str]:
     import shlex
 
     try:
-        return shlex.split(text)
+        words = shlex.split(text)
     except ValueError as error:
         raise LauncherArgsError(f"{text!r}: {error}; close the quotation or leave the quotes out") from None
+    joined = [word for word in words if word.startswith("-") and len(word.split()) > 1]
+    if joined:
+        raise LauncherArgsError(f"{joined[0]!r} is one word because of the quotes around it; leave these quotes out")
+    return words
 
 
 def _arguments(words: list[str]) -> Iterator[tuple[Option, str, str]]:
@@ -238,7 +245,7 @@ def _sizes(text: str) -> tuple[int, ...]:
     if sizes == ["-1"]:
         return ()
     if not sizes or not all(_is_number(size) and int(size) > 0 for size in sizes):
-        raise ValueError("a number of cores from 1, or one number per worker such as 4,2")
+        raise ValueError(f"a number of cores from 1 to {MOST}, or one number per worker such as 4,2")
     return tuple(int(size) for size in sizes)
 
 
@@ -256,7 +263,7 @@ def _numbers(text: str) -> frozenset[int] | None:
 
 def _count(text: str) -> int:
     if not _is_number(text):
-        raise ValueError("a whole number from 0")
+        raise ValueError(f"a whole number from 0 to {MOST}")
     return int(text)
 
 
@@ -267,7 +274,7 @@ def _integer(text: str) -> int:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(MOST)) and int(text) <= MOST
 
 
 _EVERY_WORKER = "every live worker gets a slice, in order of arrival"
@@ -306,7 +313,14 @@ OPTIONS: tuple[Option, ...] = (
     Option(("--throughput-mode",), "", "mode", _flag("--throughput-mode"), "a NUMA node at most per worker", "off"),
     Option(("--equal",), "", "equal", _flag(True), "equal sizes, even if a slice crosses a NUMA node for it", "off"),
     Option(("--reserve-cores",), "N", "reserve_cores", _count, "keep N cores free of workers", "0"),
-    Option(("--use-e-cores",), "", "use_e_cores", _flag(True), "use a hybrid processor's slower cores too", "off"),
+    Option(
+        ("--use-e-cores",),
+        "",
+        "use_e_cores",
+        _flag(True),
+        "divide all cores of a hybrid processor as if they were equal",
+        "off",
+    ),
     Option(
         ("--pin",),
         "auto|always|never",

@@ -31,7 +31,7 @@ class Worker:
     held: frozenset[int] = frozenset()
 
 
-class _Ground:
+class _GroupedCores:
     """The pool's cores in groups."""
 
     def __init__(self, topology: Topology, cores: Iterable[int]) -> None:
@@ -41,7 +41,7 @@ class _Ground:
         contents: dict[tuple[int, int, int, int], list[int]] = {}
         for i in cores:
             core = topology.cores[i]
-            l3 = core.l3 if core.kind in shared else -1  # a domain per core tells nothing
+            l3 = core.l3 if core.kind in shared else -1  # A domain per core tells nothing.
             contents.setdefault((core.kind, core.node, core.package, l3), []).append(i)
         order = sorted(contents)
         self.contents = [contents[key] for key in order]
@@ -58,7 +58,7 @@ class _Ground:
         """How many of ``cores`` lie in which group."""
         return Counter(self.home[core] for core in cores if core in self.home)
 
-    def lots(self, room: Sequence[int], weights: Sequence[float]) -> list[tuple[list[int], list[int]]]:
+    def by_type(self, room: Sequence[int], weights: Sequence[float]) -> list[tuple[list[int], list[int]]]:
         """Return groups with cores of one type, by their place, and positions of the workers that divide them.
 
         ``room`` are the cores of every group that are still free.
@@ -79,8 +79,8 @@ class _Ground:
 
 def pack(topology: Topology, cores: Iterable[int], sizes: Sequence[int]) -> list[frozenset[int]]:
     """Take disjoint sets of ``sizes`` cores, each as close together as possible, the lowest of equal ones."""
-    ground = _Ground(topology, cores)
-    return _choose_cores(ground, partition.pack(ground.groups, sizes), [frozenset()] * len(sizes))
+    grouped = _GroupedCores(topology, cores)
+    return _choose_cores(grouped, partition.pack(grouped.groups, sizes), [frozenset()] * len(sizes))
 
 
 def share_cores(cores: Iterable[int], workers: Sequence[Worker], loads: Counter[int]) -> list[frozenset[int]]:
@@ -123,34 +123,34 @@ def divide(
     Raises:
         PlanError: ``within_nodes``, and the fixed sizes fit into no node.
     """
-    ground = _Ground(topology, cores)
-    sizes = _possible_sizes(workers, len(ground.home))
-    held = [worker.held & ground.home.keys() for worker in workers]
-    homes = [ground.counts(mine) for mine in held]
+    grouped = _GroupedCores(topology, cores)
+    sizes = _possible_sizes(workers, len(grouped.home))
+    held = [worker.held & grouped.home.keys() for worker in workers]
+    homes = [grouped.counts(mine) for mine in held]
     fixed = [w for w, size in enumerate(sizes) if size]
-    packed = partition.pack(ground.groups, [sizes[w] for w in fixed], within_nodes=within_nodes)
+    packed = partition.pack(grouped.groups, [sizes[w] for w in fixed], within_nodes=within_nodes)
     parts = dict(zip(fixed, packed, strict=True))
-    room = [group.size for group in ground.groups]
+    room = [group.size for group in grouped.groups]
     for i, count in (piece for part in packed for piece in part):
         room[i] -= count
     fair = sorted((w for w, size in enumerate(sizes) if not size), key=lambda w: -workers[w].weight)
     weights = [workers[w].weight for w in fair]
     free = [i for i, count in enumerate(room) if count]
-    for members, positions in [(free, list(range(len(fair))))] if mixes_types else ground.lots(room, weights):
-        rest = [replace(ground.groups[i], size=room[i]) for i in members]
+    for members, positions in [(free, list(range(len(fair))))] if mixes_types else grouped.by_type(room, weights):
+        rest = [replace(grouped.groups[i], size=room[i]) for i in members]
         mine = [fair[position] for position in positions]
         at_home = Counter(homes[w].most_common(1)[0][0] for w in mine if homes[w])
         made = _cut_by_weight(
             rest,
             [workers[w].weight for w in mine],
-            ground,
+            grouped,
             equal=equal,
             within_nodes=within_nodes,
             homes=[at_home[i] for i in members],
         )
         for w, part in zip(mine, made, strict=True):
             parts[w] = tuple((members[i], count) for i, count in part)
-    return _hand_out(ground, workers, sizes, [parts[w] for w in range(len(workers))], held, equal=equal)
+    return _hand_out(grouped, workers, sizes, [parts[w] for w in range(len(workers))], held, equal=equal)
 
 
 def _possible_sizes(workers: Sequence[Worker], total: int) -> list[int]:
@@ -166,7 +166,7 @@ def _possible_sizes(workers: Sequence[Worker], total: int) -> list[int]:
 def _cut_by_weight(
     groups: Sequence[CoreGroup],
     weights: Sequence[float],
-    ground: _Ground,
+    grouped: _GroupedCores,
     *,
     equal: bool,
     within_nodes: bool,
@@ -177,17 +177,17 @@ def _cut_by_weight(
         return []
     if len(set(weights)) == 1 or within_nodes:
         parts = partition.cut(
-            groups, len(weights), equal=equal, within_nodes=within_nodes, distance=ground.distance, homes=homes
+            groups, len(weights), equal=equal, within_nodes=within_nodes, distance=grouped.distance, homes=homes
         )
         return parts if len(set(weights)) == 1 else sorted(parts, key=size_of, reverse=True)
     total = sum(group.size for group in groups)
     due = apportion(total, weights)
     lows = [-(-size // 2) for size in due]
-    return partition.repair(groups, partition.pack(groups, due), lows, total, ground.distance)
+    return partition.repair(groups, partition.pack(groups, due), lows, total, grouped.distance)
 
 
 def _hand_out(
-    ground: _Ground,
+    grouped: _GroupedCores,
     workers: Sequence[Worker],
     sizes: Sequence[int],
     parts: list[Part],
@@ -200,19 +200,19 @@ def _hand_out(
     classes: dict[tuple[int, float], list[int]] = {}
     for w, worker in enumerate(workers):
         classes.setdefault((sizes[w], worker.weight), []).append(w)
-    if _may_stay(ground, parts, held, classes.values(), equal=equal):
+    if _may_stay(grouped, parts, held, classes.values(), equal=equal):
         return list(held)
     if any(held):
-        homes = [ground.counts(mine) for mine in held]
+        homes = [grouped.counts(mine) for mine in held]
         for swappable in classes.values():
-            matched = _match(ground, [parts[w] for w in swappable], [homes[w] for w in swappable])
+            matched = _match(grouped, [parts[w] for w in swappable], [homes[w] for w in swappable])
             for w, part in zip(swappable, matched, strict=True):
                 parts[w] = part
-    return _choose_cores(ground, parts, held)
+    return _choose_cores(grouped, parts, held)
 
 
 def _may_stay(
-    ground: _Ground,
+    grouped: _GroupedCores,
     parts: Sequence[Part],
     held: Sequence[frozenset[int]],
     classes: Iterable[Sequence[int]],
@@ -231,14 +231,14 @@ def _may_stay(
         free = not equal and len(workers) == len(held) and limits.least <= has[0] and has[-1] <= limits.most
         if has != gets and not free:
             return False
-    stays = [tuple(sorted(ground.counts(mine).items())) for mine in held]
-    return ground.costs.parts(stays) <= ground.costs.parts(parts)
+    stays = [tuple(sorted(grouped.counts(mine).items())) for mine in held]
+    return grouped.costs.parts(stays) <= grouped.costs.parts(parts)
 
 
-def _match(ground: _Ground, parts: Sequence[Part], homes: Sequence[Counter[int]]) -> list[Part]:
+def _match(grouped: _GroupedCores, parts: Sequence[Part], homes: Sequence[Counter[int]]) -> list[Part]:
     """Hand out the parts so that few workers come to a new NUMA node and, after that, to few new cores."""
-    nodes = [frozenset(ground.groups[i].node for i, _ in part) for part in parts]
-    old_nodes = [frozenset(ground.groups[i].node for i in home) for home in homes]
+    nodes = [frozenset(grouped.groups[i].node for i, _ in part) for part in parts]
+    old_nodes = [frozenset(grouped.groups[i].node for i in home) for home in homes]
 
     def moves(w: int, p: int) -> tuple[int, int]:
         if not homes[w]:
@@ -272,20 +272,22 @@ def _match(ground: _Ground, parts: Sequence[Part], homes: Sequence[Counter[int]]
     return [parts[chosen[w]] for w in range(len(parts))]
 
 
-def _choose_cores(ground: _Ground, parts: Sequence[Part], held: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+def _choose_cores(
+    grouped: _GroupedCores, parts: Sequence[Part], held: Sequence[frozenset[int]]
+) -> list[frozenset[int]]:
     """Choose the cores of the parts: those that a worker has already, then the lowest."""
     taken: set[int] = set()
     chosen: list[set[int]] = []
     for part, mine in zip(parts, held, strict=True):
         keeps: set[int] = set()
         for i, count in part:
-            keeps.update([core for core in ground.contents[i] if core in mine and core not in taken][:count])
+            keeps.update([core for core in grouped.contents[i] if core in mine and core not in taken][:count])
         taken |= keeps
         chosen.append(keeps)
     for part, mine_now in zip(parts, chosen, strict=True):
         for i, count in part:
-            missing = count - sum(core in mine_now for core in ground.contents[i])
-            more = [core for core in ground.contents[i] if core not in taken][:missing]
+            missing = count - sum(core in mine_now for core in grouped.contents[i])
+            more = [core for core in grouped.contents[i] if core not in taken][:missing]
             mine_now.update(more)
             taken.update(more)
     return [frozenset(cores) for cores in chosen]

@@ -52,24 +52,32 @@ __all__ = [
     "ended",
     "fit",
     "new_record",
-    "order",
+    "offers",
     "patience",
     "served",
     "widths",
 ]
 
 SATURATED = 0.97  # utilisation from which a queue counts as endless
-STAY = 0.92  # the present width wins against one that is less than 8 % better
+STAY = 0.08  # the present width wins against one that is less than 8 % better
 MEMORY = 32.0  # requests over which a service time is averaged
-FORGET = 1 / 500  # of the weight of every other width, per request
-GUESS = 1.0  # requests that the guess of a service time counts for
+FORGET = 1 / 1000  # of the weight of every other width, per request
+GUESS = 0.5  # requests that the guess of a service time counts for
 SERIAL = 0.05  # serial part of the work that is guessed for widths beyond the only one known
 HOPE = 0.9  # guessed time, as part of what the two widths below predict
 KNOWN = 2.0  # requests from which a measured time may serve to guess others
 LONGER = 1.5  # a request may borrow from a worker whose own take at least 1 / LONGER as long
+CROWDED = 0.85  # load, as part of what slices alone can serve, from which nobody borrows
+SHARE = 1.7  # times its share of the domain that a request takes while others have requests
 TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers together
 RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
 RATE_SECONDS = 2.0, 60.0  # and its limits
+TAIL = (
+    0.2,
+    0.6,
+)  # seconds of the mean that a second of the 99th percentile of waiting counts for: idle, and more at load
+SEEN_MEMORY = 5.0  # times that long the most requests at once are remembered
+HOLD_SECONDS = 2.0  # that a decision holds at most
 PATIENCE = 4.0  # own service times that an owner waits before it takes its slice back
 PATIENCE_SECONDS = 0.1  # and at least so long
 
@@ -98,6 +106,7 @@ class Record:
     rate: float = 0.0  # requests/s at the time ``at``
     seen: float = 0.0  # most requests of the domain at once, seen at its own arrivals, fading; as of ``at``
     at: float = 0.0  # its latest request arrived
+    born: float = 0.0  # it was made
     idle_since: float | None = 0.0  # its latest request ended; None while it has one, waiting for its slice included
 
 
@@ -109,7 +118,7 @@ class Estimate:
     seconds: float  # service time, guessed where little is known
     weight: float  # requests that it rests on
     response: float  # seconds; inf: saturated
-    cost: float  # what is minimised
+    cost: float  # what is minimised, less the bonus of the present width
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +136,7 @@ class Decision:
     """``width`` cores at most, borrowed from ``lenders`` only. Holds for requests that start before ``until``."""
 
     width: int
+    cores: int  # of the domain
     widths: tuple[int, ...]  # numbers of cores worth computing on, own slice first: few, each is warmed on its own
     lenders: tuple[Lender, ...]
     until: float
@@ -135,14 +145,16 @@ class Decision:
 
 def new_record(model: int, cores: int, now: float) -> Record:
     """Return the record of a worker that has served nothing."""
-    return Record(model, cores, cores, at=now, idle_since=now)
+    return Record(model, cores, cores, at=now, born=now, idle_since=now)
 
 
 def arrived(record: Record, now: float, others: int) -> Record:
     """Return ``record`` after the arrival of a request, while ``others`` neighbours have one (``idle_since`` is None)."""
     memory = _rate_memory(record)
-    rate = record.rate * math.exp((record.at - now) / memory) + 1 / memory
-    return replace(record, rate=rate, seen=max(_seen(record, now), 1.0 + others), at=now, idle_since=None)
+    past = min(0.0, record.at - now) / memory
+    rate = record.rate * math.exp(past) + 1 / memory
+    seen = max(record.seen * math.exp(past / SEEN_MEMORY), 1.0 + others)
+    return replace(record, rate=rate, seen=seen, at=now, idle_since=None)
 
 
 def served(record: Record, cores: int, seconds: float, now: float) -> Record:
@@ -182,39 +194,45 @@ def widths(own: int, domain: int) -> tuple[int, ...]:
     return tuple(result)
 
 
-def fit(slices: Sequence[int], decision: Decision) -> tuple[int, int]:
-    """Return how many of ``slices``, the cores of own and borrowed ones as they were got, to keep, and the width.
+def offers(decision: Decision, idle_since: Mapping[int, float | None]) -> tuple[int, list[Lender]]:
+    """Return the cap of one request, and the idle lenders in the order in which to try them.
 
-    The width is the largest of the few that there are; what it does not need goes back at once.
+    ``idle_since`` is the domain's, slot -> as in ``Record``; the request's own worker counts as having one. When many have
+    a request at once, each takes little more than its share: this tells a burst before any rate does.
+    Lenders whose next request is furthest away come first, equals in the domain's order. TorchServe hands a request to
+    the worker of its model that waits longest, so the k-th in that line waits for k requests.
     """
-    got = sum(slices)
-    width = max((width for width in decision.widths if width <= min(got, decision.width)), default=slices[0])
-    keep = covered = 0
-    while covered < width:
-        covered += slices[keep]
-        keep += 1
-    return max(keep, 1), width
-
-
-def order(lenders: Sequence[Lender], idle_since: Mapping[int, float | None]) -> list[Lender]:
-    """Return the idle ``lenders``, those first whose next request is furthest away; equals stay in the given order.
-
-    TorchServe hands a request to the worker of its model that waits longest, so the k-th in that line waits for k.
-    """
+    requests = max(1, sum(since is None for since in idle_since.values()))
+    share = max(decision.widths[0], SHARE * decision.cores / requests)
+    width = max(width for width in decision.widths if width <= min(share, decision.width))
+    if width == decision.widths[0]:
+        return width, []
     lines: dict[int, list[tuple[float, int, Lender]]] = {}
-    for place, lender in enumerate(lenders):
+    for place, lender in enumerate(decision.lenders):
         since = idle_since.get(lender.slot)
         if since is not None:
             lines.setdefault(lender.model, []).append((since, place, lender))
     ranked = []
     for line in lines.values():
         line.sort()
-        ranked += [
-            (-(position + 1) / lender.rate if lender.rate else -math.inf, place, lender)
-            for position, (_, place, lender) in enumerate(line)
-        ]
+        for position, (_, place, lender) in enumerate(line, start=1):
+            ranked.append((-position / lender.rate if lender.rate else -math.inf, place, lender))
     ranked.sort()
-    return [lender for _, _, lender in ranked]
+    return width, [lender for _, _, lender in ranked]
+
+
+def fit(slices: Sequence[int], width: int, decision: Decision) -> tuple[int, int]:
+    """Return how many of ``slices`` to keep, and on how many cores to compute.
+
+    ``slices`` are the cores of own and borrowed ones in the order in which they were got, ``width`` is what ``offers`` said.
+    A request computes on one of the few widths that there are; what it does not need goes back at once.
+    """
+    cores = max((one for one in decision.widths if one <= min(sum(slices), width)), default=slices[0])
+    keep = covered = 0
+    while covered < cores:
+        covered += slices[keep]
+        keep += 1
+    return keep, cores
 
 
 def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
@@ -225,26 +243,39 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     own = domain[me]
     models = _models(domain, now)
     mine = models[own.model]
-    total = sum(record.cores for record in domain.values())
-    seen = max(_seen(record, now) for record in domain.values())
-    busy = [model for model in models.values() if model.load > TRAFFIC or model is mine]
-    estimates = []
-    lenders: dict[int, tuple[Lender, ...]] = {}
+    total = sum(model.cores for model in models.values())
+    seen = max(model.seen for model in models.values())
+    busy = [model for model in models.values() if model is mine or model.busy]
+    crowded = sum(model.load for model in models.values()) > CROWDED * len(domain)
+    estimates: list[Estimate] = []
+    lenders_at: dict[int, list[_Model]] = {}
     for width in widths(own.cores, total):
         seconds, weight = mine.seconds(width)
-        lenders[width] = tuple(
-            Lender(slot, record.cores, record.model, models[record.model].rate if models[record.model] in busy else 0.0)
-            for slot, record in domain.items()
-            if slot != me and _may_borrow(seconds, mine, models[record.model], busy)
-        )
-        if width > own.cores + sum(lender.cores for lender in lenders[width]):
+        # Whoever runs long does not borrow from whoever runs short.
+        lending = [one for one in models.values() if one is mine or not one.busy or seconds <= LONGER * one.alone]
+        pool = _Pool(lending + [one for one in models.values() if one.wide and one not in lending])
+        if estimates and (crowded or not mine.known or width > sum(one.cores for one in lending)):
             break
-        response, cost = _cost(busy, mine, width, total=total, seen=seen)
+        scale = width / own.cores * mine.cores / mine.workers  # others of the model widen likewise
+        response, cost, part = _cost(busy, mine, scale, pool=pool, lending=lending, seen=seen)
+        if width == own.width:
+            cost -= STAY * part
         estimates.append(Estimate(width, seconds, weight, response, cost))
-    best = min(estimates, key=lambda one: one.cost * (STAY if one.cores == own.width else 1.0))
+        lenders_at[width] = lending
+    best = min(estimates, key=lambda one: one.cost)
+    lenders = tuple(
+        Lender(slot, record.cores, record.model, models[record.model].rate if models[record.model].busy else 0.0)
+        for slot, record in domain.items()
+        if slot != me and models[record.model] in lenders_at[best.cores] and best.cores > own.cores
+    )
     hold = (20 if best.weight > 2 * KNOWN else 4) * best.seconds
     return Decision(
-        best.cores, tuple(one.cores for one in estimates), lenders[best.cores], now + min(hold, 2.0), tuple(estimates)
+        best.cores,
+        total,
+        tuple(one.cores for one in estimates),
+        lenders,
+        now + min(hold, HOLD_SECONDS),
+        tuple(estimates),
     )
 
 
@@ -256,6 +287,7 @@ class _Model:
         self.cores = 0
         self.width = 0.0
         self.rate = 0.0
+        self.seen = 0.0
         self.sums: dict[int, tuple[float, float]] = {}  # cores -> (seconds x weight, weight)
         self.known: dict[int, float] = {}
 
@@ -263,21 +295,26 @@ class _Model:
         self.workers += 1
         self.cores += record.cores
         self.width += record.width
-        self.rate += _rate(record, now)
+        memory = _rate_memory(record)
+        past = min(0.0, record.at - now) / memory
+        full = 1 - math.exp(min(-0.1, (record.born - now) / memory))  # what a young record has not seen yet
+        self.rate += record.rate * math.exp(past) / full
+        self.seen = max(self.seen, record.seen * math.exp(past / SEEN_MEMORY))
         for one in record.measured:
             seconds, weight = self.sums.get(one.cores, (0.0, 0.0))
             self.sums[one.cores] = seconds + one.seconds * one.weight, weight + one.weight
 
     def close(self) -> None:
-        self.own = round(self.cores / self.workers)
         self.width /= self.workers
+        self.wide = self.width > self.cores / self.workers
         self.known = {cores: total / weight for cores, (total, weight) in sorted(self.sums.items()) if weight >= KNOWN}
-        self.alone = self.seconds(self.own)[0]
+        self.alone = self.seconds(self.cores / self.workers)[0]
         self.load = self.rate * self.alone
+        self.busy = self.load > TRAFFIC or (self.rate > 0 and not self.known)
 
     def seconds(self, cores: float) -> tuple[float, float]:
         """Return the service time on ``cores`` cores, half guessed where little is known, and its weight."""
-        total, weight = self.sums.get(int(cores), (0.0, 0.0))
+        total, weight = self.sums.get(cores, (0.0, 0.0))  # type: ignore[call-overload]
         if not self.known:
             return (total / weight, weight) if weight else (0.0, 0.0)
         guess = self._guess(cores)
@@ -289,12 +326,24 @@ class _Model:
         if not below:
             return next(seconds for one, seconds in self.known.items() if one >= cores)
         near = below[-1]
+        above = next((one for one in self.known if one > cores), None)
+        if above is not None and cores not in self.sums:
+            part = (1 / cores - 1 / above) / (1 / near - 1 / above)  # a + b / cores
+            return part * self.known[near] + (1 - part) * self.known[above]
         if len(below) == 1:
             return self.known[near] * (SERIAL + (1 - SERIAL) * near / cores)
         far = below[-2]
         serial = (self.known[near] * near - self.known[far] * far) / (near - far)  # Amdahl: a + b / cores
         serial = min(max(serial, 0.0), self.known[near])
         return HOPE * (serial + (self.known[near] - serial) * near / cores)
+
+
+class _Pool:
+    """The models whose requests wait for each other's slices."""
+
+    def __init__(self, models: list[_Model]) -> None:
+        self.models = models
+        self.cores = sum(model.cores for model in models)
 
 
 def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
@@ -306,65 +355,68 @@ def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
     return models
 
 
-def _may_borrow(seconds: float, mine: _Model, theirs: _Model, busy: Sequence[_Model]) -> bool:
-    """Whoever runs long does not borrow from whoever runs short."""
-    return theirs is mine or theirs not in busy or seconds <= LONGER * theirs.alone
-
-
-def _cost(busy: Sequence[_Model], mine: _Model, width: int, *, total: int, seen: float) -> tuple[float, float]:
-    """Return the response time of ``mine`` on ``width`` cores and the cost to all, or its utilisation times 1e9."""
+def _cost(
+    busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, lending: list[_Model], seen: float
+) -> tuple[float, float, float]:
+    """Return the response time of ``mine`` on ``width`` cores, the cost to all (utilisation times 1e9 if endless), its own."""
     times = [mine.seconds(width)[0] if model is mine else model.seconds(model.width)[0] for model in busy]
-    rate = sum(model.rate for model in busy)
-    workers = sum(model.workers for model in busy)
-    flow = sum(model.rate * seconds for model, seconds in zip(busy, times, strict=True))
-    if not flow:
-        return times[0], times[0]
-    squares = sum(model.rate * seconds**2 for model, seconds in zip(busy, times, strict=True))
-    wide = sum(
-        model.rate * seconds * (width if model is mine else model.width)
-        for model, seconds in zip(busy, times, strict=True)
-    )
-    mean = flow / rate
-    variation = max(0.0, squares / rate / mean**2 - 1)
-    slices = max(1.0, total * flow / wide)
-    wait = min(_wait(rate, mean, variation, slices), _ahead(min(seen, workers), slices, mean))
-    cost = response = worst = 0.0
+    flow = squares = wide = rate = 0.0
+    workers = 0
     for model, seconds in zip(busy, times, strict=True):
-        held = wait + seconds
-        bound = math.inf if seen >= model.workers - 0.5 else _ahead(seen, model.workers, held)
-        queue = min(_wait(model.rate, held, variation, model.workers), bound)
-        if queue == math.inf:
-            worst = max(worst, model.rate * held / model.workers)
-        cost += model.rate / rate * (held + queue) / (model.alone or 1.0)
+        if model in pool.models:
+            rate += model.rate
+            flow += model.rate * seconds
+            squares += model.rate * seconds**2
+            wide += model.rate * seconds * (width if model is mine else model.width)
+            workers += model.workers
+    if not flow:
+        return times[busy.index(mine)], 1.0, 1.0
+    variation = max(0.0, squares * rate / flow**2 - 1)
+    slices = max(1.0, pool.cores * flow / wide)
+    late, wait, tail = _wait(rate, flow / rate, variation, slices, _ahead(seen, workers))
+    narrow = late * max(0.0, 1 - 2 / workers) / 2
+    heed = TAIL[0] + TAIL[1] * min(1.0, sum(model.load for model in pool.models) / workers)
+    arrivals = sum(model.rate for model in busy)
+    cost = own = response = worst = 0.0
+    for model, seconds in zip(busy, times, strict=True):
+        _, queue, longest = _wait(model.rate, seconds, 0.0, model.workers, _ahead(seen, model.workers))
+        inside = model in pool.models
+        wait_here = max(wait, queue) if inside else queue
+        if wait_here == math.inf:
+            worst = max(worst, flow / slices if inside else 0.0, model.rate * seconds / model.workers)
+        held = seconds + (narrow * max(0.0, model.alone - seconds) if inside else 0.0)
+        rare = max(tail, longest) if inside else longest
+        part = model.rate / arrivals * (held + wait_here + heed * rare) / (model.alone or 1.0)
+        cost += part
         if model is mine:
-            response = held + queue
-    return response, 1e9 * worst if worst else cost
+            response, own = held + wait_here, part
+    return (response, 1e9 * worst, 1e9 * worst) if worst else (response, cost, own)
 
 
-def _wait(rate: float, seconds: float, variation: float, servers: float) -> float:
-    """Mean wait in M/G/n by Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)"."""
+def _ahead(seen: float, workers: int) -> float:
+    """Return how many requests there may be at once: with all workers busy, any number may wait in TorchServe's queue."""
+    return math.inf if seen >= workers - 0.5 else seen
+
+
+def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: float) -> tuple[float, float, float]:
+    """Return the part of the customers that wait in M/G/n, the mean wait of all, and the wait of one in a hundred.
+
+    Never longer than ``ahead`` customers at once can make each other wait.
+    Source: Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)"; waits are taken as exponential.
+    """
+    bound = max(0.0, ahead - servers) * seconds / servers
     used = rate * seconds / servers
-    if used >= SATURATED:
-        return math.inf
-    return (1 + variation) / 2 * seconds * used ** (math.sqrt(2 * (servers + 1)) - 1) / (servers * (1 - used))
-
-
-def _ahead(requests: float, servers: float, seconds: float) -> float:
-    """The longest wait that so many requests at once can cause each other."""
-    return max(0.0, requests - servers) * seconds / servers
+    if used >= SATURATED and bound == math.inf:
+        return 1.0, bound, bound
+    late = 1.0 if used >= SATURATED else used ** (math.sqrt(2 * (servers + 1)) - 1)
+    each = (1 + variation) / 2 * seconds / (servers * (1 - min(used, SATURATED)))  # of those that wait
+    mean = bound if used >= SATURATED else min(bound, late * each)
+    return late, mean, each * math.log(max(1.0, 100 * late)) if bound else 0.0
 
 
 def _rate_memory(record: Record) -> float:
     least, most = RATE_SECONDS
     return min(most, max(least, RATE_MEMORY * _own_seconds(record)))
-
-
-def _rate(record: Record, now: float) -> float:
-    return record.rate * math.exp(min(0.0, record.at - now) / _rate_memory(record))
-
-
-def _seen(record: Record, now: float) -> float:
-    return record.seen * math.exp(min(0.0, record.at - now) / _rate_memory(record))
 
 
 def _own_seconds(record: Record) -> float:

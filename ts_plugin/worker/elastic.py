@@ -1,8 +1,8 @@
 """Inside a worker, at the boundaries of its requests: which cores and how many threads each one computes with.
 
-Between requests a worker computes on nothing, and its slice may be borrowed. A request waits for the worker's own slice,
-takes idle neighbours' slices up to the width that pays (``planning.width``), computes, and gives all of it back. Nobody
-computes on a core that somebody else computes on: the locks of the board say who does, and end with their process.
+Between requests a worker computes on nothing, and its slice may be borrowed. A request waits for the worker's own
+slice, takes idle neighbours' slices up to the width that pays (``planning.width``), computes, and gives all of it back.
+Nobody computes on a core that somebody else computes on: the board's locks say who does, and end with their process.
 
 A worker whose requests have no clear boundaries (asynchronous handlers, torchrun, threads of its own) keeps its slice.
 """
@@ -162,7 +162,8 @@ class Elastic(hooks.Hook):
     def on_request_end(self) -> None:
         self._requests -= 1
         if self._exchange is not None and self._keeps is None:
-            self._exchange.end(self._threads)
+            evicted = self._ground.own.pinned and os.sched_getaffinity(0) != self._cpus
+            self._exchange.end(self._threads, undisturbed=not evicted)
         if not self._requests:
             self._finish()
 
@@ -290,8 +291,16 @@ class _Exchange:
         decision = self._decision
         if decision is None or now >= decision.until:
             decision = self._decision = self._decide(ground, now)
-        slices, borrowed = self._borrow(own, decision, idle_since)
-        kept, threads = width.fit(slices, decision)
+        slices, borrowed = [own.threads], list[Sequence[int]]()
+        cap, lenders = width.offers(decision, {self._slot: None, **idle_since})
+        for lender in lenders:
+            if sum(slices) >= cap:
+                break
+            places = _places(lender.slot, self._lenders[lender.slot].slice)
+            if self._board.borrow(places):
+                slices.append(lender.cores)
+                borrowed.append(places)
+        kept, threads = width.fit(slices, cap, decision)
         for places in borrowed[kept - 1 :]:
             self._board.give_back(places)
         cpus = own.cpus
@@ -299,29 +308,17 @@ class _Exchange:
             cpus += tuple(cpu for places in borrowed[: kept - 1] for cpu in places)
         return cpus, threads
 
-    def _borrow(
-        self, own: Slice, decision: width.Decision, idle_since: dict[int, float | None]
-    ) -> tuple[list[int], list[Sequence[int]]]:
-        """Return the cores of the own slice and of every slice that was borrowed, and the places of the latter."""
-        slices, borrowed = [own.threads], list[Sequence[int]]()
-        if decision.width > own.threads:
-            for lender in width.order(decision.lenders, idle_since):
-                places = _places(lender.slot, self._lenders[lender.slot].slice)
-                if self._board.borrow(places):
-                    slices.append(lender.cores)
-                    borrowed.append(places)
-                    if sum(slices) >= decision.width:
-                        break
-        return slices, borrowed
-
     def begin(self) -> None:
         self._began = time.monotonic()
 
-    def end(self, threads: int) -> None:
-        """Learn from the request that ends now, and say that this worker is idle."""
+    def end(self, threads: int, *, undisturbed: bool) -> None:
+        """Learn from the request that ends now, unless it lost cores half-way, and say that this worker is idle."""
         now = time.monotonic()
         seconds = now - self._began
-        self._record = width.served(self._record, threads, seconds, now)
+        if undisturbed:
+            self._record = width.served(self._record, threads, seconds, now)
+        else:
+            self._record = width.ended(self._record, now)
         borrowed = max(0, threads - self._record.cores)
         self.totals = Totals(
             requests=self.totals.requests + 1,

@@ -18,7 +18,10 @@ __all__ = ["Hook", "install"]
 
 
 class Hook:
-    """What wants to know; every method does nothing unless overridden. An exception is logged once and never reaches TorchServe."""
+    """What wants to know; a method that is not overridden does nothing.
+
+    An exception is logged once and never reaches TorchServe.
+    """
 
     def on_load(self, context: Any) -> None:
         """Called before a model is loaded, in the thread that loads it; ``context`` is ts.context.Context."""

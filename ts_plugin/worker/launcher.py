@@ -10,9 +10,10 @@ import os
 import sys
 from typing import NoReturn
 
-from ts_plugin.leases import claim, coordinator
+from ts_plugin.leases import claim
 from ts_plugin.leases.environment import prepare_environment
 from ts_plugin.leases.ledger import LEASE_VARIABLE, Lease, pack_lease
+from ts_plugin.leases.unbound import UNBOUND_VARIABLE, WORKER_SCRIPT
 from ts_plugin.worker.start import start
 
 __all__ = ["main"]
@@ -23,7 +24,7 @@ INSIDE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")  # 
 def main(arguments: list[str]) -> NoReturn:
     """Replace this process by the interpreter that runs ``arguments``, as a bound worker if that is what they start."""
     python = sys.executable
-    if not (arguments and arguments[0].endswith(coordinator.WORKER_SCRIPT)):
+    if not (arguments and arguments[0].endswith(WORKER_SCRIPT)):
         os.execv(python, [python, *arguments])  # metric collector, pip, venv
 
     environment = dict(os.environ)
@@ -32,9 +33,9 @@ def main(arguments: list[str]) -> NoReturn:
         policy = lease.demand.policy
         return prepare_environment(environment, lease.slice, policy, library_roots=(sys.prefix,))
 
-    lease, reason = start(worker=claim.worker_id(arguments), archive=os.getcwd(), prepare=prepare)
+    lease, reason = start(worker=claim.worker_id(arguments), archive=os.getcwd(), prepare=prepare, hooked=True)
     if lease is None:
-        unbound = {**os.environ, coordinator.UNBOUND_VARIABLE: reason}
+        unbound = {**os.environ, UNBOUND_VARIABLE: reason}
         unbound.pop(LEASE_VARIABLE, None)
         os.execve(python, [python, *arguments], unbound)
     environment[LEASE_VARIABLE] = pack_lease(lease)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ts_plugin.leases import binding, claim, coordinator, masks
+from ts_plugin.leases import binding, claim, coordinator, masks, registration
 from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.worker.log import say
 
@@ -21,16 +21,20 @@ class Start(NamedTuple):
     reason: str = ""
 
 
-def start(*, worker: str, archive: str, prepare: Callable[[Lease], list[str]], how: str = "") -> Start:
+def start(*, worker: str, archive: str, prepare: Callable[[Lease], list[str]], hooked: bool = False) -> Start:
     """Claim a slice for this process, which binds it, and set the memory policy of the calling thread.
 
-    ``worker`` is TorchServe's number for it, ``archive`` the directory of its model, ``how`` follows the line in the
-    log. ``prepare`` does what else the slice needs and returns notes for the log. Whatever goes wrong, the worker
-    serves: unbound, on the CPUs that it had, with its lease given back.
+    ``worker`` is TorchServe's number for it, ``archive`` the directory of its model. ``prepare`` does what else the
+    slice needs and returns notes for the log. ``hooked``: the frontend has our hook, so its entry in the ledger,
+    which says what this worker may use, is worth a wait. Whatever goes wrong, the worker serves: unbound, on
+    the CPUs that it had, with its lease given back.
     """
     had = os.sched_getaffinity(0)
     try:
-        lease = claim.claim(Ledger(), archive=claim.read_archive(archive), worker=worker)
+        ledger = Ledger()
+        if hooked:
+            registration.ensure_registered(ledger)
+        lease = claim.claim(ledger, archive=claim.read_archive(archive), worker=worker)
         policy = lease.demand.policy
         notes = [*lease.notes, *policy.notes]
         if lease.slice.pinned and (note := binding.bind_memory(policy.memory, lease.slice.numa_nodes)):
@@ -41,7 +45,7 @@ def start(*, worker: str, archive: str, prepare: Callable[[Lease], list[str]], h
         say(f"worker {worker} serves UNBOUND: {reason}", problem=True)
         _give_back(reason, frozenset(had))
         return Start(None, reason)
-    say(f"{claim.describe(lease)}{how}")
+    say(claim.describe(lease) if hooked else f"{claim.describe(lease)} (claimed by the handler)")
     for note in notes:
         say(f"worker {worker}: {note}", problem=True)
     return Start(lease)

@@ -31,17 +31,17 @@ class FactsHandler(Base):  # type: ignore[misc]
 
     def facts(self, row: dict[str, Any], context: Any) -> dict[str, Any]:
         body = row.get("body") or row.get("data") or b"{}"
-        wish = body if isinstance(body, dict) else json.loads(bytes(body) or b"{}")
-        order = int(wish.get("work", 256))
+        asked = body if isinstance(body, dict) else json.loads(bytes(body) or b"{}")
+        order = int(asked.get("work", 256))
         torch.mm(torch.ones(order, order), torch.ones(order, order)).relu_()
-        time.sleep(float(wish.get("sleep", 0)))
-        end = time.monotonic() + float(wish.get("spin", 0))
+        time.sleep(float(asked.get("sleep", 0)))
+        end = time.monotonic() + float(asked.get("spin", 0))
         while time.monotonic() < end:
             torch.mm(torch.ones(order, order), torch.ones(order, order))
-        child = subprocess.Popen(["sleep", str(wish["child"])]).pid if wish.get("child") else None
+        child = subprocess.Popen(["sleep", str(asked["child"])]).pid if asked.get("child") else None
         return {
             "pid": os.getpid(),
-            "asked_by": wish.get("pid"),  # the step before in a workflow, whose answer is our request
+            "asked_by": asked.get("pid"),  # the step before in a workflow, whose answer is our request
             "child": child,
             "ppid": os.getppid(),
             "threads": torch.get_num_threads(),

@@ -46,6 +46,8 @@ public final class CoresEndpoint extends ModelServerEndpoint {
 
     private static final String NOTHING = "{\"enabled\": false, \"slices\": [], \"unbound\": []}";
     private static final int TAKE_OVER_SECONDS = 30;
+    private static final int LOOK_MILLISECONDS = 500;
+    private static final int LONGEST_PAUSE_SECONDS = 600;
     private static final int ANSWER_SECONDS = 10;
 
     /** The interpreter that the server was configured with; null until the first instance has looked. */
@@ -79,6 +81,12 @@ public final class CoresEndpoint extends ModelServerEndpoint {
             }
             config.setProperty("python", launcher);
             enabled = true;
+            if (verdict.has("mark")) {
+                File mark = new File(verdict.get("mark").getAsString());
+                List<String> question = new ArrayList<>();
+                verdict.getAsJsonArray("register").forEach(word -> question.add(word.getAsString()));
+                start(() -> stayRegistered(mark, question.toArray(new String[0])));
+            }
             start(() -> DrainingWorkLoadManager.install()); // a lambda: a class that does not link fails there, not here
             logger.info("ts-cores: every worker gets its own cores; see GET /cores on the management API");
         } catch (Exception e) {
@@ -86,6 +94,33 @@ public final class CoresEndpoint extends ModelServerEndpoint {
                 Thread.currentThread().interrupt();
             }
             logger.error("ts-cores: workers are served unbound: {}", reason(e));
+        }
+    }
+
+    /**
+     * Enters this server into the ledger again whenever its mark is gone: the state directory was deleted, or a worker did
+     * not find its server there. The question to ask then is the one that the take-over answered.
+     */
+    private static void stayRegistered(File mark, String[] question) {
+        int pause = 1;
+        try {
+            while (true) {
+                TimeUnit.MILLISECONDS.sleep(LOOK_MILLISECONDS);
+                if (mark.exists()) {
+                    pause = 1;
+                    continue;
+                }
+                try {
+                    ask(TAKE_OVER_SECONDS, question);
+                    logger.warn("ts-cores: {} was gone; registered this server there again", mark);
+                } catch (IOException | RuntimeException e) {
+                    logger.error("ts-cores: cannot register this server, again in {} s: {}", pause, reason(e));
+                    TimeUnit.SECONDS.sleep(pause);
+                    pause = Math.min(2 * pause, LONGEST_PAUSE_SECONDS);
+                }
+            }
+        } catch (InterruptedException e) {
+            Thread.currentThread().interrupt();
         }
     }
 

@@ -1,19 +1,18 @@
-"""The core map drawn as SVG for documents and as a live HTML page for browsers."""
+"""The core map drawn as SVG, for documents and for the page."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from math import ceil, isqrt, sqrt
 
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Core
-from ts_plugin.operate.view import WORDS, Group, Use, View, Worker, count, tag
+from ts_plugin.machine.words import count
+from ts_plugin.operate.view import WORDS, Group, Use, View, Worker, tag
 
-__all__ = ["colour", "describe", "html", "svg"]
+__all__ = ["PALETTE", "colour", "fill_of", "svg", "text_at"]
 
 # Okabe and Ito's palette, told apart with every kind of colour vision, in an order that keeps neighbours unlike;
 # each with the colour of the text on it. Source: https://jfly.uni-koeln.de/color/
@@ -32,8 +31,6 @@ def colour(index: int) -> tuple[str, str]:
     """Return fill and text colour of a worker; they come round again after the palette's end, tags never do."""
     return PALETTE[index % len(PALETTE)]
 
-
-# ---- SVG ----------------------------------------------------------------------------------------
 
 PAD, GAP, WIDTH = 10, 8, 1120
 
@@ -64,7 +61,7 @@ class _Scale:
 
     @classmethod
     def of(cls, cores: Sequence[Core]) -> _Scale:
-        steps = ((4, 88), (16, 64), (64, 46), (144, 34), (400, 24), (len(cores), 17))
+        steps = ((4, 88), (16, 64), (64, 46), (256, 36), (400, 24), (len(cores), 17))
         size = next(size for most, size in steps if len(cores) <= most)
         widest = max(len(core.cpus) * len(str(core.cpus[-1])) for core in cores)
         digits = min(size * 0.24, 1.4 * size / widest)
@@ -127,7 +124,7 @@ def _patterns(view: View) -> str:
     return f"<defs>{''.join(fills)}</defs>"
 
 
-def _fill(index: int) -> str:
+def fill_of(index: int) -> str:
     return colour(index)[0] if index < len(PALETTE) else f"url(#ts-{index})"
 
 
@@ -144,7 +141,7 @@ def _group_box(view: View, group: Group, scale: _Scale, kind: str) -> _Box:
     label = group.label if len(group.label) * text * 0.56 < content.width else group.label.split(" · ")[0]
 
     def draw(x: float, y: float) -> str:
-        words = _text(label, x + pad, y + pad + text - 3, text, 'class="label"')
+        words = text_at(label, x + pad, y + pad + text - 3, text, 'class="label"')
         return (
             f'<rect class="{kind}" {_at(x, y, content.width + 2 * pad, content.height + 2 * pad + head)} rx="6"/>'
             + (words if head else "")
@@ -202,7 +199,8 @@ def _tile(view: View, core: Core, x: float, y: float, scale: _Scale) -> str:
     column, strip, band = size / len(core.cpus), size * 0.36, scale.room(core) / max(1, len(owners))
     text = _tile_text(view, core, x, y, scale)
     shapes = [
-        f'<rect {_at(x, y + n * band, size, size - n * band)} fill="{_fill(index)}"/>' for n, index in enumerate(owners)
+        f'<rect {_at(x, y + n * band, size, size - n * band)} fill="{fill_of(index)}"/>'
+        for n, index in enumerate(owners)
     ]
     if not owners:
         shapes.append(f'<rect class="{use}" {_at(x + 0.5, y + 0.5, size - 1, size - 1)} rx="{radius:.1f}"/>')
@@ -224,7 +222,7 @@ def _at(x: float, y: float, width: float, height: float) -> str:
     return f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
 
 
-def _text(words: str, x: float, y: float, size: float, style: str = "") -> str:
+def text_at(words: str, x: float, y: float, size: float, style: str = "") -> str:
     return f'<text {style} x="{x:.1f}" y="{y:.1f}" font-size="{size:.1f}">{escape(words)}</text>'
 
 
@@ -243,19 +241,19 @@ def _tile_text(view: View, core: Core, x: float, y: float, scale: _Scale) -> str
     words = []
     for n, (mark, ink) in enumerate(marks):
         middle = y + (n + 0.5) * room / len(marks) + large * 0.36
-        words.append(_text(mark, x + size / 2, middle, large, f'{ink} font-weight="650"'))
+        words.append(text_at(mark, x + size / 2, middle, large, f'{ink} font-weight="650"'))
     column = size / len(core.cpus)
     for n, cpu in enumerate(core.cpus if scale.digits else ()):
         ink = 'class="label"' if owners and not view.in_slice(cpu) else marks[-1][1]
         middle = y + size * 0.81 + scale.digits * 0.36
-        words.append(_text(str(cpu), x + (n + 0.5) * column - 0.5, middle, scale.digits, ink))
+        words.append(text_at(str(cpu), x + (n + 0.5) * column - 0.5, middle, scale.digits, ink))
     return "".join(words)
 
 
 def _head(view: View) -> _Box:
     def draw(x: float, y: float) -> str:
-        title = _text(view.title, x, y + 16, 17, 'font-weight="650"')
-        return title + _text(view.summary(), x, y + 36, 13, 'class="label"')
+        title = text_at(view.title, x, y + 16, 17, 'font-weight="650"')
+        return title + text_at(view.summary(), x, y + 36, 13, 'class="label"')
 
     return _Box(len(view.summary()) * 7, 40, draw)
 
@@ -276,7 +274,7 @@ def _key(view: View) -> _Box:
                 drawn.append(f'<rect {_at(x, y, 16, 16)} rx="2" fill="{PALETTE[0][0]}"/>')
             shape, radius = ("idle", 7) if name == "round" else (name, 2)
             drawn.append(f'<rect class="{shape}" {_at(x + 0.5, y + 0.5, 15, 15)} rx="{radius}"/>')
-            drawn.append(_text(word, x + 22, y + 12.5, 12, 'class="label"'))
+            drawn.append(text_at(word, x + 22, y + 12.5, 12, 'class="label"'))
             x += 42 + len(word) * 6.4
         return "".join(drawn)
 
@@ -285,7 +283,7 @@ def _key(view: View) -> _Box:
 
 def _legend(view: View) -> _Box:
     """List the workers with their tags, in as many columns as fit."""
-    lines = [describe(worker) for worker in view.workers] + [f"pid {pid} unbound: {why}" for pid, why in view.unbound]
+    lines = [_describe(worker) for worker in view.workers] + [f"pid {pid} unbound: {why}" for pid, why in view.unbound]
     width = max((len(line) for line in lines), default=0) * 6.7 + 44
     columns = max(1, min(ceil(len(lines) / 8), int(WIDTH // width)))
     rows = ceil(len(lines) / columns)
@@ -295,67 +293,18 @@ def _legend(view: View) -> _Box:
         for n, line in enumerate(lines):
             left, top = x + n // rows * width, y + n % rows * 24
             if n < len(view.workers):
-                label = _text(tag(n), left + 14, top + 14, 12, f'font-weight="650" style="fill:{colour(n)[1]}"')
-                drawn.append(f'<g class="cell"><rect {_at(left, top, 28, 19)} rx="4" fill="{_fill(n)}"/>{label}</g>')
-            drawn.append(_text(line, left + 36, top + 14, 12.5))
+                label = text_at(tag(n), left + 14, top + 14, 12, f'font-weight="650" style="fill:{colour(n)[1]}"')
+                drawn.append(f'<g class="cell"><rect {_at(left, top, 28, 19)} rx="4" fill="{fill_of(n)}"/>{label}</g>')
+            drawn.append(text_at(line, left + 36, top + 14, 12.5))
         return "".join(drawn)
 
     return _Box(width * columns, rows * 24, draw)
 
 
-def describe(worker: Worker) -> str:
+def _describe(worker: Worker) -> str:
     piece = worker.slice
     who = [worker.name] + ([f"worker {worker.worker_id} · pid {worker.pid}"] if worker.pid is not None else [])
     cpus = f"{'CPU' if len(piece.cpus) == 1 else 'CPUs'} {format_cpulist(piece.cpus)}"
     where = cpus if piece.pinned else f"anywhere in {cpus}"
     nodes = f"NUMA {format_cpulist(piece.numa_nodes)}" if piece.numa_nodes else ""
     return " · ".join(word for word in (*who, count(piece.threads, "thread"), where, nodes) if word)
-
-
-# ---- HTML ---------------------------------------------------------------------------------------
-
-
-def html(view: View, *, ticks: dict[int, tuple[int, int]] | None = None, reload: float | None = None) -> str:
-    """Return the picture as one page without external assets.
-
-    Served by a TorchServe server it keeps itself up to date and asks for the token when the server wants one.
-    ``ticks`` are each CPU's (busy, total) clock ticks since boot: from two of them the page draws utilisation.
-    ``reload`` makes a page read from a file load itself again every so many seconds.
-    """
-    template = resources.files("ts_plugin.operate").joinpath("page.html").read_text(encoding="utf-8")
-    fields = {
-        "title": escape(view.title),
-        "summary": escape(view.summary()),
-        "map": svg(view, legend=False),
-        "rows": "".join(_row(index, worker) for index, worker in enumerate(view.workers)),
-        "unbound": "".join(f"<li><b>pid {pid}</b> {escape(why)}</li>" for pid, why in view.unbound),
-        "notes": "".join(f"<li>{escape(note)}</li>" for note in view.notes),
-        "ticks": json.dumps(ticks or {}),
-        "reload": json.dumps(reload),
-    }
-    for name, value in fields.items():
-        template = template.replace(f"{{{{{name}}}}}", value)
-    return template
-
-
-def _row(index: int, worker: Worker) -> str:
-    piece, (_, ink) = worker.slice, colour(index)
-    label = _text(tag(index), 16, 15.5, 13, f'text-anchor="middle" font-weight="650" style="fill:{ink}"')
-    swatch = (
-        '<svg class="swatch ts-cores" viewBox="0 0 32 22" aria-hidden="true">'
-        f'<rect width="32" height="22" rx="5" fill="{_fill(index)}"/>{label}</svg>'
-    )
-    pinned = "" if piece.pinned else " <small>not pinned</small>"
-    cells = (
-        swatch,
-        f"<b>{escape(worker.model or worker.name)}</b> <small>{escape(worker.version)}</small>",
-        escape(worker.worker_id),
-        "" if worker.pid is None else str(worker.pid),
-        f"{format_cpulist(piece.cpus).replace(',', ',<wbr>')}{pinned}",
-        str(piece.threads),
-        format_cpulist(piece.numa_nodes),
-        format_cpulist(piece.l3_domains),
-        str(worker.moves or ""),
-        "<br>".join(escape(note) for note in worker.notes),
-    )
-    return f'<tr tabindex="0" data-tag="{tag(index)}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

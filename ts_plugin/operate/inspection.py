@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -19,21 +19,20 @@ from pathlib import Path
 
 import psutil
 
-from ts_plugin.leases import coordinator
-from ts_plugin.leases.coordinator import Unbound
 from ts_plugin.leases.environment import COLLAPSING, prepare_environment
 from ts_plugin.leases.ledger import Ledger, LedgerError, State
+from ts_plugin.leases.unbound import JAR, Unbound, unbound_workers
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.machine.topology import Allowance, Topology
+from ts_plugin.operate.config import Config, read_config
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 
-__all__ = ["JAR", "Config", "Facts", "Interpreter", "default_config", "gather", "read_config"]
+__all__ = ["Inspection", "Interpreter", "inspect"]
 
 BUSY = 0.2  # of one CPU: below it another process is no trouble
 SAMPLE = 0.5  # seconds over which the CPU time of other processes is measured
-JAR = "ts-cores.jar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +44,14 @@ class Interpreter:
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
-    """A config.properties as TorchServe sees it: ``properties`` with the TS_* variables that win over the file."""
-
-    path: Path
-    properties: Mapping[str, str]
-
-    def get(self, name: str, default: str = "") -> str:
-        return self.properties.get(name, default)
-
-    def on(self, name: str) -> bool:
-        return self.get(name).strip().lower() == "true"
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Inspection:
     """All that the checks look at; None where there is nothing, or where it cannot be read.
 
-    ``plugins`` are the jars in plugins_path, ``archives`` the number of models loaded at start, ``preload_notes`` what
-    the launcher would say of libraries, ``astray`` the workers (PID, number of threads) with threads whose mask reaches
-    outside their slice, ``busy`` other processes (PID, name, mask, used share of one CPU).
+    ``plugins`` are the jars in plugins_path, ``models`` the number of models loaded at start, ``absent`` the properties
+    that name files which are not there, with these files, ``preload_notes`` what the launcher would say of libraries,
+    ``ledger`` the file of ``state``, ``unbound`` the workers without a lease in it, ``astray`` the workers (PID, number
+    of threads) with threads whose mask reaches outside their slice, ``busy`` other processes (PID, name, mask, used
+    share of one CPU).
     """
 
     system: str = "Linux"
@@ -74,12 +61,14 @@ class Facts:
     config: Config | None = None
     jar: bool = True
     plugins: frozenset[str] | None = None
-    archives: int | None = None
+    models: int | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
     topology: Topology | None = None
     allowance: Allowance | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     preload_notes: tuple[str, ...] = ()
     state: State = field(default_factory=State)
+    ledger: str = ""
     ledger_error: str | None = None
     unbound: tuple[Unbound, ...] = ()
     astray: tuple[tuple[int, int], ...] = ()
@@ -91,36 +80,7 @@ class Facts:
         return len(self.topology.cores_of(self.allowance.cpus)) if self.topology and self.allowance else 0
 
 
-def default_config() -> Path | None:
-    """Return the config.properties that a torchserve started here would read, if there is one.
-
-    Source: org.pytorch.serve.util.ConfigManager; TS_CONFIG_FILE wins over --ts-config, that over the working directory.
-    """
-    named = os.environ.get("TS_CONFIG_FILE")
-    path = Path(named) if named else Path("config.properties")
-    return path if path.is_file() else None
-
-
-def read_config(path: Path, environment: Mapping[str, str]) -> Config:
-    """Return what TorchServe makes of the file at ``path``: the TS_* variables win if enable_envvars_config says so.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    properties = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        name, equals, value = line.strip().partition("=")
-        if equals and name and name[0] not in "#!":
-            properties[name.strip()] = re.sub(
-                r"\$\$(\w+)\$\$", lambda match: environment.get(match[1], match[0]), value.strip()
-            )
-    if properties.get("enable_envvars_config", "").lower() == "true":
-        names = {name[3:].lower(): name for name in environment if name.startswith("TS_")}
-        properties |= {key: environment[name] for key, name in names.items()}
-    return Config(path, properties)
-
-
-def gather(path: Path | None) -> Facts:
+def inspect(path: Path | None) -> Inspection:
     """Look at this machine and at the config.properties at ``path``; takes about a second.
 
     Raises:
@@ -131,17 +91,19 @@ def gather(path: Path | None) -> Facts:
     topology = allowance = None
     with suppress(DiscoveryError):
         topology, allowance = discovery.read_topology(), discovery.read_allowance()
-    state, ledger_error = State(), None
+    state, ledger_path, ledger_error = State(), "", None
     try:
         ledger = Ledger()
+        ledger_path = ledger.path
         with ledger.locked():  # a directory that can be read only is of no use to workers
             pass
         state = ledger.read()
     except LedgerError as error:
         ledger_error = str(error)
-    unbound = tuple(coordinator.unbound_workers(state))
+    unbound = tuple(unbound_workers(state)) if ledger_path else ()
+    models = _models(config) if config else None
     package = Path(__file__).resolve().parents[1]
-    return Facts(
+    return Inspection(
         system=platform.system(),
         java=_java_version(environment),
         torchserve=_version("torchserve"),
@@ -149,12 +111,14 @@ def gather(path: Path | None) -> Facts:
         config=config,
         jar=zipfile.is_zipfile(package / "frontend" / JAR),
         plugins=_jars(config.get("plugins_path")) if config else None,
-        archives=_archives(config) if config else None,
+        models=len(models) if models is not None else None,
+        absent=_absent(config, models or ()) if config else {},
         topology=topology,
         allowance=allowance,
         environment=environment,
         preload_notes=tuple(_preload_notes(environment, config)),
         state=state,
+        ledger=ledger_path,
         ledger_error=ledger_error,
         unbound=unbound,
         astray=tuple(_astray(state)),
@@ -202,16 +166,44 @@ def _find_interpreter() -> Interpreter | None:
 
 def _jars(path: str) -> frozenset[str] | None:
     directory = Path(path.removesuffix("*"))
-    return frozenset(file.name for file in directory.glob("*.jar")) if path and directory.is_dir() else None
+    try:
+        return frozenset(file.name for file in directory.iterdir() if file.suffix == ".jar") if path else None
+    except OSError:
+        return None
 
 
-def _archives(config: Config) -> int | None:
-    """Return how many models the server loads at start."""
-    wanted = config.get("load_models", "none")
-    if wanted.lower() == "all":
-        store = Path(config.get("model_store", "."))
-        return sum(1 for _ in store.glob("*.mar")) if store.is_dir() else None
-    return 0 if wanted.lower() in ("", "none") else len(wanted.split(","))
+def _models(config: Config) -> tuple[str, ...] | None:
+    """Return the models that the server loads at start, as load_models names them; None where that cannot be said.
+
+    Source: org.pytorch.serve.ModelServer (initModelStore).
+    """
+    wanted = config.get("load_models")
+    if wanted.lower() != "all":
+        names = (entry.rpartition("=")[2] if "://" not in entry else entry for entry in wanted.split(","))
+        return tuple(name for name in names if name and name.lower() != "none")
+    store = config.get("model_store")
+    try:
+        files = [file for file in Path(store).iterdir() if not file.name.startswith(".")] if store else None
+    except OSError:
+        return None
+    if files is None:
+        return None
+    return tuple(file.name for file in files if file.is_dir() or file.name.endswith((".mar", ".model", ".tar.gz")))
+
+
+def _absent(config: Config, models: Sequence[str]) -> dict[str, str]:
+    """Return what the file names and is not there; an address to fetch a model from is not tried."""
+    store, metrics = config.get("model_store"), config.get("metrics_config")
+    absent = {}
+    if store and not os.path.isdir(store):
+        absent["model_store"] = store
+    elif store:
+        missing = [name for name in models if "://" not in name and not os.path.exists(os.path.join(store, name))]
+        if missing:
+            absent["load_models"] = ", ".join(missing)
+    if metrics and not os.path.isfile(metrics):
+        absent["metrics_config"] = metrics
+    return absent
 
 
 def _preload_notes(environment: Mapping[str, str], config: Config | None) -> list[str]:
@@ -241,8 +233,11 @@ def _mask(tid: int) -> frozenset[int]:
 
 
 def _busy(state: State, unbound: tuple[Unbound, ...]) -> Iterator[tuple[int, str, frozenset[int], float]]:
-    """Yield processes that belong to no server, to no worker and not to this one, with the CPU time that they take."""
-    ours = {os.getpid(), os.getppid(), *(worker.pid for worker in unbound)}
+    """Yield processes that belong to no server, to no worker and not to this one, with the CPU time that they take.
+
+    A worker of another ledger is one of them: nothing keeps its slice off ours.
+    """
+    ours = {os.getpid(), os.getppid(), *(worker.pid for worker in unbound if not worker.elsewhere)}
     for root in (*(server.pid for server in state.servers), *(lease.pid for lease in state.leases)):
         ours.update(process.tree(root))
     others = [other for other in psutil.process_iter() if other.pid not in ours]

@@ -1,0 +1,177 @@
+"""What may be written behind `ts-cores`: words in, checked options out."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ts_plugin import __version__
+
+__all__ = ["MOST_WORKERS", "PlannedModel", "parse_arguments"]
+
+MOST_WORKERS = 4096  # in a plan; no server starts as many, and a plan for more only takes time
+MOST_DIGITS = 18  # of a number: what is longer is a slip of the finger
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """One ``--model``: its name, its number of workers, and the wishes of its archive's ``cpu:`` section."""
+
+    name: str
+    workers: int
+    cores: int | None = None
+    share: float = 1.0
+
+
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Return the options, with the name of the command as ``command``; exits with status 2 if they make no sense."""
+    parser = _parser()
+    options = parser.parse_args(_join_values(words))
+    if options.command == "plan":
+        models = [PlannedModel("", options.workers)] * (options.workers is not None) + (options.model or [])
+        if not models:
+            parser.error("plan needs --workers N or --model NAME=N")
+        if (total := sum(model.workers for model in models)) > MOST_WORKERS:
+            parser.error(f"plan takes at most {MOST_WORKERS} workers, not {total}")
+        options.models = models
+    elif options.command == "show" and options.watch and options.json:
+        parser.error("--watch draws and --json prints one document; leave one of them out")
+    elif options.command == "show" and options.watch and not (options.svg or options.html or sys.stdout.isatty()):
+        parser.error("--watch draws on a terminal; add --html FILE for a page that follows, or take --json alone")
+    return options
+
+
+def _join_values(words: Sequence[str]) -> list[str]:
+    """Write ``--launcher-args VALUE`` as one word: argparse takes a value that starts with dashes for an option."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--launcher-args":
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ts-cores", description="One slice of physical cores for every TorchServe worker."
+    )
+    parser.add_argument("--version", action="version", version=f"ts-cores {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    def command(name: str, purpose: str, *examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
+            epilog="\n  ".join(("examples:", *examples)),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    plan = command(
+        "plan",
+        "who would get what: on this machine or on a captured one",
+        "ts-cores plan --workers 4",
+        'ts-cores plan --workers 4 --launcher-args "--reserve-cores 1" --svg plan.svg',
+        "ts-cores plan --model bert=2:share=3 --model resnet18=4:cores=1 --quota 6",
+    )
+    plan.add_argument("--workers", type=_number(MOST_WORKERS), metavar="N", help="so many workers, all alike")
+    plan.add_argument(
+        "--model",
+        type=_model,
+        action="append",
+        metavar="NAME=N[:cores=C|:share=S]",
+        help="N workers of a model, with the wishes of its cpu: section; may be repeated",
+    )
+    plan.add_argument("--launcher-args", default="", metavar='"..."', help="as in cpu_launcher_args")
+    plan.add_argument("--quota", type=_above_nought, metavar="CPUS", help="as under a CFS quota of so many CPUs")
+    plan.add_argument("--sys-root", type=_file, metavar="DIR", help="read DIR/sys and DIR/proc, not this machine's")
+    plan.add_argument("--svg", type=_file, metavar="FILE", help="write the picture for a document")
+    plan.add_argument("--json", action="store_true", help="print a document for programs")
+
+    show = command(
+        "show",
+        "who holds what now",
+        "ts-cores show",
+        "ts-cores show --json",
+        "ts-cores show --html cores.html --watch",
+    )
+    show.add_argument("--server", type=_number(sys.maxsize), metavar="PID", help="only this frontend's workers")
+    show.add_argument("--watch", action="store_true", help="live, with the utilisation of every CPU; Ctrl-C ends it")
+    show.add_argument("--svg", type=_file, metavar="FILE", help="write the picture for a document")
+    show.add_argument("--html", type=_file, metavar="FILE", help="write a page; --watch keeps it up to date")
+    show.add_argument("--json", action="store_true", help="print a document for programs")
+
+    explain = command(
+        "explain",
+        "why a worker has the cores that it has",
+        "ts-cores explain resnet18",
+        "ts-cores explain resnet18:1.0",
+        "ts-cores explain 4711 --json",
+    )
+    explain.add_argument("who", metavar="PID|MODEL[:VERSION]")
+    explain.add_argument("--json", action="store_true", help="print a document for programs")
+
+    doctor = command(
+        "doctor",
+        "what is wrong here, why it matters, and the line to change",
+        "ts-cores doctor",
+        "ts-cores doctor --config config.properties && torchserve --ts-config config.properties",
+    )
+    doctor.add_argument("--config", type=_file, metavar="FILE", help="default: what torchserve started here would read")
+    doctor.add_argument("--json", action="store_true", help="print a document for programs")
+
+    init = command(
+        "init", "write a config.properties for a server of your own", "ts-cores init", "ts-cores init /etc/torchserve"
+    )
+    init.add_argument("path", nargs="?", type=_file, default=Path("config.properties"), metavar="FILE|DIR")
+
+    command(
+        "plugin-path",
+        "print the directory for plugins_path",
+        'torchserve --plugins-path "$(ts-cores plugin-path)" --ts-config config.properties',
+    )
+    return parser
+
+
+def _number(highest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS and 0 < int(text) <= highest:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {highest}, not {text[:40]!r}")
+
+    return parse
+
+
+def _above_nought(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text[:40]!r}")
+    return number
+
+
+def _file(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or directory, not ''")
+    return Path(text)
+
+
+def _model(text: str) -> PlannedModel:
+    name, _, rest = text.partition("=")
+    workers, _, wish = rest.partition(":")
+    kind, _, value = wish.partition("=")
+    if not name or not workers or (wish and kind not in ("cores", "share")):
+        raise argparse.ArgumentTypeError(f"must be NAME=N, NAME=N:cores=C or NAME=N:share=S, not {text[:40]!r}")
+    return PlannedModel(
+        name,
+        _number(MOST_WORKERS)(workers),
+        cores=_number(MOST_WORKERS)(value) if kind == "cores" else None,
+        share=_above_nought(value) if kind == "share" else 1.0,
+    )
