@@ -13,7 +13,7 @@ CODE = """
 import json, os
 from dataclasses import replace
 import torch
-from ts_plugin.leases.ledger import Lease, Ledger
+from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Memory, Policy
@@ -28,12 +28,13 @@ cpus = frozenset(os.sched_getaffinity(0))
 before = set(process.threads(os.getpid()))
 there = Slice(tuple(cpus), 2, (1,), (0,), (0,))
 demand = Demand(cpus, Policy(memory=Memory.PREFERRED))
-own = Follower(Ledger(), Lease(os.getpid(), 0, "m", "1.0", "9000", None, demand, there))
+lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, demand, there)
+own = Follower(Ledger(), lease)
 own.elastic.hold()
 ones = torch.ones(512, 512)
 torch.mm(ones, ones).relu_()
 team = set(process.threads(os.getpid())) - before
-own._wanted = replace(there, numa_nodes=(0,))  # as after a move to node 0
+own.elastic.adopt(replace(lease, slice=replace(there, numa_nodes=(0,))), State())  # moved to node 0
 own.elastic.hold()
 torch.mm(ones, ones).relu_()
 after = policies()

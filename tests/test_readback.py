@@ -68,12 +68,13 @@ def test_moves_between_cpus_are_counted_since_the_last_look() -> None:
     found = run("""
 wide = lease.__class__(*[getattr(lease, n) for n in ("pid", "start_time", "model", "version", "worker_id", "server_pid",
     "demand")], Slice(cpus, len(cpus), (0,), (0,), (0,)))
-first = look.read(*look_at(wide), thorough=False).migrations
+elastic = Elastic(Ledger(), wide, print)
+first = look.read(wide, elastic, thorough=False).migrations
 for _ in range(10):
     for cpu in cpus[:2]:
         os.sched_setaffinity(0, {cpu})
 os.sched_setaffinity(0, cpus)
-print(json.dumps([first, look.read(*look_at(wide), thorough=False).migrations]))
+print(json.dumps([first, look.read(wide, elastic, thorough=False).migrations]))
 """)
     first, moved = found
     if first is None:
