@@ -124,17 +124,8 @@ def test_plan_reports_idle_cpus_and_why(tree: Path) -> None:
 
 
 def test_plan_for_several_models(tree: Path) -> None:
-    words: list[str | Path] = [
-        "plan",
-        "--model",
-        "bert=1:share=3",
-        "--model",
-        "tiny=2:cores=1",
-        "--model",
-        "rest=1",
-        "--sys-root",
-        tree,
-    ]
+    models = ("bert=1:share=3", "tiny=2:cores=1", "rest=1")
+    words = ["plan", "--sys-root", str(tree), *(word for model in models for word in ("--model", model))]
     workers = answer(*words)["workers"]
     assert [(worker["model"], worker["threads"]) for worker in workers[1:3]] == [("tiny", 1), ("tiny", 1)]
     assert workers[0]["threads"] > workers[3]["threads"]
