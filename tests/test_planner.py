@@ -99,7 +99,7 @@ TABLE = [
     # Core types
     pytest.param(HYBRID, wants(HYBRID, 1), "0-3", id="hybrid: fast cores only"),
     pytest.param(HYBRID, wants(HYBRID, 2), "0-3 4-11", id="... until whole slices of slow ones have more capacity"),
-    pytest.param(HYBRID, wants(HYBRID, 3), "0-1 2-3 4-11", id="... than a further part of the fast ones"),
+    pytest.param(HYBRID, wants(HYBRID, 3), "0-3 4-7 8-11", id="... than a further part of the fast ones"),
     pytest.param(HYBRID, wants(HYBRID, 6), "0-1 2 3 4-6 7-9 10-11", id="... or fast cores would have to be shared"),
     pytest.param(HYBRID, wants(HYBRID, 2, equal=True), "0-1 2-3", id="hybrid: equal sizes on equal cores"),
     pytest.param(HYBRID, wants(HYBRID, 5, equal=True), "0-1 2-3 4-6 7-9 10-11", id="... as long as there are enough"),
