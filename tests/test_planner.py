@@ -296,7 +296,7 @@ NOTES = [
         HYBRID, wants(HYBRID, 2),
         "2 workers use the slowest cores too (CPUs 4-11), in slices of their own: a further part of the faster ones "
         "(CPUs 0-3) would have less capacity; cores count 1, 0.5 by type, assumed, the kernel does not say; "
-        "--core-list 0-3 keeps to the faster ones, --use-e-cores divides all types as if they were equal",
+        "--core-list 0-3 keeps to the faster ones, --use-e-cores treats all cores as equal",
         id="slow cores in use",
     ),
     pytest.param(PHONE, wants(PHONE), "5 of 8 cores are left out because they are of another type", id="three types"),

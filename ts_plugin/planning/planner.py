@@ -1,8 +1,9 @@
 """Who gets which cores: topology and demands in, one disjoint slice per worker out. Pure: no I/O, no clock, no chance.
 
 Demands that may use the same cores under the same rules form a pool. Overlapping pools divide the cores first
-(``allotment``), then every pool is divided among its workers (``pool``) by cutting it into local parts
-(``partition``). Where a CFS quota says that others use the same CPUs, threads are only counted.
+(``allotment``), then every pool is divided among its workers (``pool``): it is cut into local parts (``partition``), or
+parts of given sizes are packed into it (``packing``). Where a CFS quota says that others use the same CPUs, threads are
+only counted.
 """
 
 from __future__ import annotations
