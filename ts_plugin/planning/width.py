@@ -4,35 +4,34 @@ Slices that lend to each other (those of one NUMA node) are a domain. For the le
 on its own slice, for which it waits, and on idle neighbours' slices, for which it does not. ``decide`` chooses the
 cap: the cores that a request may take.
 
-The estimate. Requests of model m arrive at rate l and take S(g) seconds on g cores. If all its workers used g:
+The estimate. Requests of a model arrive at rate l and take S(g) seconds on g cores. Two things can be short:
 
-- Slices: requests that are g cores wide on average leave room for n = cores of the domain / g at once, so a worker waits
-  for its own slice like a customer of M/G/n, at most for as many requests as there are workers that could be ahead of it.
-- Workers: a request waits in TorchServe's queue for one of the model's k workers, each held for H = slice wait + S(g): M/G/k.
-- R(g) = H + queue wait. The cap is the g for which the mean of R(g) / S(own slice) over all requests of the domain is
-  least. It counts what a wide request costs the neighbours, and a short request's time as much as a long one's.
+- Slices. Requests that are g cores wide leave room for n = cores of the domain / g at once: M/G/n. A request that finds
+  no room waits for its own slice and then gets few neighbours, so it takes about half-way between S(g) and S(own slice).
+- Workers. The model's k workers take requests from one queue: M/G/k.
 
-Both waits are Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation
-u = l S / n and v the squared coefficient of variation of the service times: exact for one server. If every width
-saturates (u >= 0.97 with requests that may queue), the cap is the width with the least utilisation.
+The longer of the two waits counts. R(g) = service + wait; W99(g) is the wait of one request in a hundred. The cap is the
+g for which R(g) + heed W99(g) is least, as part of S(own slice) and averaged over all requests of the domain: it counts
+what a wide request costs the neighbours, and a short request's time as much as a long one's. ``heed`` is 0.2 when idle and
+0.8 at full load; with it 0.5 the 99th percentile may grow by twice what the mean falls, by this estimate, which is high.
+
+A wait is Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation u = l S / n
+and v the squared coefficient of variation of the service times: exact for one server. If every width saturates
+(u >= 0.97, and so many requests at once that some may queue), the cap is the width with the least utilisation.
 
 Example. 8 slices of 4 cores, S(g) = 0.4 s (0.03 + 0.97 / g), 22 requests/s (0.3 of what slices alone can serve):
 
-    g                      4      8      16     32
-    S(g), ms             109     60      36     24
-    n                      8      4       2      1
-    u                   0.30   0.33    0.40   0.53
-    slice wait, ms         0      1       5     14
-    R(g), ms             109     61      41     38   <- the whole domain
+@EXAMPLE@
 
-At twice the rate u is 1.06 with 32 cores, and the least R(g) is 62 ms with 8 cores.
-
-Assumptions: Poisson arrivals; service times that depend on the width only; idle workers of a model get requests in the order in
-which they became idle (so ``order`` borrows from those that are last in that line); workers of a model decide alike.
-Closed loops (clients that wait for their answer) are not Poisson: the wait is bounded by the requests ever seen at once.
+Assumptions: Poisson arrivals; service times that depend on the width only; idle workers of a model get requests in the
+order in which they became idle (so ``offers`` borrows from those that are last in that line); workers of a model decide
+alike. Clients that wait for their answer are not Poisson: if fewer requests were ever seen at once than there are
+workers, nothing queues, and the wait is bounded by what those requests can cause. A burst is over before a rate shows
+it: so no request takes much more than its share while others have requests too (``offers``).
 
 Service times are learned by each worker on its own requests and pooled by model. What is known little counts as
-optimistically guessed, and so gets tried; what is not tried is forgotten slowly, and so gets tried again.
+optimistically guessed, and so gets tried; what is not tried is forgotten slowly, and so gets tried again. A model that
+gains nothing by the second width is guessed to gain nothing by the third, and never tries it.
 """
 
 from __future__ import annotations
@@ -72,7 +71,10 @@ SHARE = 1.7  # times its share of the domain that a request takes while others h
 TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers together
 RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
 RATE_SECONDS = 2.0, 60.0  # and its limits
-TAIL = 0.2, 0.6  # seconds of the mean that a second of the 99th percentile of waiting counts for: idle, and more at load
+TAIL = (
+    0.2,
+    0.6,
+)  # seconds of the mean that a second of the 99th percentile of waiting counts for: idle, and more at load
 SEEN_MEMORY = 5.0  # times that long the most requests at once are remembered
 HOLD_SECONDS = 2.0  # that a decision holds at most
 PATIENCE = 4.0  # own service times that an owner waits before it takes its slice back
@@ -146,7 +148,7 @@ def new_record(model: int, cores: int, now: float) -> Record:
 
 
 def arrived(record: Record, now: float, others: int) -> Record:
-    """Return ``record`` after the arrival of a request, while ``others`` neighbours have one (``idle_since`` is None)."""
+    """Return ``record`` after a request arrived, while ``others`` neighbours have one (``idle_since`` is None)."""
     memory = _rate_memory(record)
     past = min(0.0, record.at - now) / memory
     rate = record.rate * math.exp(past) + 1 / memory
@@ -194,8 +196,8 @@ def widths(own: int, domain: int) -> tuple[int, ...]:
 def offers(decision: Decision, idle_since: Mapping[int, float | None]) -> tuple[int, list[Lender]]:
     """Return the cap of one request, and the idle lenders in the order in which to try them.
 
-    ``idle_since`` is the domain's, slot -> as in ``Record``; the request's own worker counts as having one. When many have
-    a request at once, each takes little more than its share: this tells a burst before any rate does.
+    ``idle_since`` is the domain's, slot -> as in ``Record``; the request's own worker counts as having one. When many
+    have a request at once, each takes little more than its share: this tells a burst before any rate does.
     Lenders whose next request is furthest away come first, equals in the domain's order. TorchServe hands a request to
     the worker of its model that waits longest, so the k-th in that line waits for k requests.
     """
@@ -221,8 +223,8 @@ def offers(decision: Decision, idle_since: Mapping[int, float | None]) -> tuple[
 def fit(slices: Sequence[int], width: int, decision: Decision) -> tuple[int, int]:
     """Return how many of ``slices`` to keep, and on how many cores to compute.
 
-    ``slices`` are the cores of own and borrowed ones in the order in which they were got, ``width`` is what ``offers`` said.
-    A request computes on one of the few widths that there are; what it does not need goes back at once.
+    ``slices`` are the cores of own and borrowed ones in the order in which they were got, ``width`` is what ``offers``
+    said. A request computes on one of the few widths that there are; what it does not need goes back at once.
     """
     cores = max((one for one in decision.widths if one <= min(sum(slices), width)), default=slices[0])
     keep = covered = 0
@@ -243,7 +245,10 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     total = sum(model.cores for model in models.values())
     seen = max(model.seen for model in models.values())
     busy = [model for model in models.values() if model is mine or model.busy]
-    crowded = sum(model.load for model in models.values()) > CROWDED * len(domain)
+    crowded = (
+        seen >= sum(model.workers for model in busy) - 0.5  # else a client that asks one by one looks like full load
+        and sum(model.load for model in models.values()) > CROWDED * len(domain)
+    )
     estimates: list[Estimate] = []
     lenders_at: dict[int, list[_Model]] = {}
     for width in widths(own.cores, total):
@@ -267,7 +272,12 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     )
     hold = (20 if best.weight > 2 * KNOWN else 4) * best.seconds
     return Decision(
-        best.cores, total, tuple(one.cores for one in estimates), lenders, now + min(hold, HOLD_SECONDS), tuple(estimates)
+        best.cores,
+        total,
+        tuple(one.cores for one in estimates),
+        lenders,
+        now + min(hold, HOLD_SECONDS),
+        tuple(estimates),
     )
 
 
@@ -347,8 +357,13 @@ def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
     return models
 
 
-def _cost(busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, lending: list[_Model], seen: float) -> tuple[float, float, float]:
-    """Return the response time of ``mine`` on ``width`` cores, the cost to all (utilisation times 1e9 if endless), its own."""
+def _cost(
+    busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, lending: list[_Model], seen: float
+) -> tuple[float, float, float]:
+    """Return the response time of ``mine`` on ``width`` cores, the cost to all and its part.
+
+    Where a queue is endless the cost is the utilisation times 1e9.
+    """
     times = [mine.seconds(width)[0] if model is mine else model.seconds(model.width)[0] for model in busy]
     flow = squares = wide = rate = 0.0
     workers = 0
