@@ -415,7 +415,7 @@ def broken(alone: Result, elastic: Result, load: float) -> list[str]:
 def table(outcomes: Sequence[tuple[str, str, Result, Result]]) -> str:
     """Return Markdown: one line per scenario, and per model where there are several. Times in milliseconds."""
     lines = [
-        "| scenario | load | slices alone: mean / p99 ms | elastic: mean / p99 ms | mean | p99 | requests/s | cores | promises |",
+        "| scenario | load | alone: mean / p99 ms | elastic: mean / p99 | mean | p99 | requests/s | cores | promises |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for group, load, alone, elastic in outcomes:

@@ -6,14 +6,14 @@ cap: the cores that a request may take.
 
 The estimate. Requests of a model arrive at rate l and take S(g) seconds on g cores. Two things can be short:
 
-- Slices. Requests that are g cores wide leave room for n = cores of the domain / g at once: M/G/n. A request that finds
-  no room waits for its own slice and then gets few neighbours, so it takes about half-way between S(g) and S(own slice).
+- Slices. Requests that are g cores wide leave room for n = cores of the domain / g at once: M/G/n. A request that
+  finds no room waits for its own slice and gets few others: it takes up to half-way from S(g) to S(own slice).
 - Workers. The model's k workers take requests from one queue: M/G/k.
 
-The longer of the two waits counts. R(g) = service + wait; W99(g) is the wait of one request in a hundred. The cap is the
-g for which R(g) + heed W99(g) is least, as part of S(own slice) and averaged over all requests of the domain: it counts
-what a wide request costs the neighbours, and a short request's time as much as a long one's. ``heed`` is 0.2 when idle and
-0.8 at full load; with it 0.5 the 99th percentile may grow by twice what the mean falls, by this estimate, which is high.
+The longer of the two waits counts. R(g) = service + wait; W99(g) is the wait of one request in a hundred. The cap is
+the g for which R(g) + heed W99(g) is least, as part of S(own slice) and averaged over all requests of the domain: it
+counts what a wide request costs the neighbours, and a short request's time as much as a long one's. ``heed`` grows by
+load from 0.2 to 0.8. The estimate of W99 is high: so the 99th percentile grows by no more than the mean falls.
 
 A wait is Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation u = l S / n
 and v the squared coefficient of variation of the service times: exact for one server. If every width saturates
@@ -21,7 +21,14 @@ and v the squared coefficient of variation of the service times: exact for one s
 
 Example. 8 slices of 4 cores, S(g) = 0.4 s (0.03 + 0.97 / g), 22 requests/s (0.3 of what slices alone can serve):
 
-@EXAMPLE@
+    g                    4      8     16     32
+    S(g), ms           109     60     36     24
+    n                    8      4      2      1
+    u                 0.30   0.33   0.40   0.53
+    R(g), ms           109     63     47     55
+    cost              1.03   0.67   0.61   0.86   <- with 16 cores, 4 slices, it is least
+
+At twice the rate u is 1.06 with 32 cores, more than there is, and 8 cores cost least.
 
 Assumptions: Poisson arrivals; service times that depend on the width only; idle workers of a model get requests in the
 order in which they became idle (so ``offers`` borrows from those that are last in that line); workers of a model decide
@@ -58,7 +65,8 @@ __all__ = [
 ]
 
 SATURATED = 0.97  # utilisation from which a queue counts as endless
-STAY = 0.08  # the present width wins against one that is less than 8 % better
+WORTH = 0.08  # what borrowing must gain at least, as part of the cost
+STAY = 0.04  # what a change from one borrowing width to another must gain
 MEMORY = 32.0  # requests over which a service time is averaged
 FORGET = 1 / 1000  # of the weight of every other width, per request
 GUESS = 0.5  # requests that the guess of a service time counts for
@@ -117,7 +125,7 @@ class Estimate:
     seconds: float  # service time, guessed where little is known
     weight: float  # requests that it rests on
     response: float  # seconds; inf: saturated
-    cost: float  # what is minimised, less the bonus of the present width
+    cost: float  # what is minimised, less the bonus of the own slice or of the present width
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,11 +264,17 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
         # Whoever runs long does not borrow from whoever runs short.
         lending = [one for one in models.values() if one is mine or not one.busy or seconds <= LONGER * one.alone]
         pool = _Pool(lending + [one for one in models.values() if one.wide and one not in lending])
-        if estimates and (crowded or not mine.known or width > sum(one.cores for one in lending)):
+        if estimates and (
+            crowded
+            or width > sum(one.cores for one in lending)
+            or max(mine.known, default=0) < estimates[-1].cores  # one step beyond what is known
+        ):
             break
         scale = width / own.cores * mine.cores / mine.workers  # others of the model widen likewise
-        response, cost, part = _cost(busy, mine, scale, pool=pool, lending=lending, seen=seen)
-        if width == own.width:
+        response, cost, part = _cost(busy, mine, scale, pool=pool, seen=seen)
+        if width == own.cores:
+            cost -= WORTH * part
+        elif width == own.width:
             cost -= STAY * part
         estimates.append(Estimate(width, seconds, weight, response, cost))
         lenders_at[width] = lending
@@ -358,9 +372,9 @@ def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
 
 
 def _cost(
-    busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, lending: list[_Model], seen: float
+    busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, seen: float
 ) -> tuple[float, float, float]:
-    """Return the response time of ``mine`` on ``width`` cores, the cost to all and its part.
+    """Return the response time of ``mine`` on ``width`` cores, the cost to all, and its own part of that.
 
     Where a queue is endless the cost is the utilisation times 1e9.
     """
@@ -375,8 +389,9 @@ def _cost(
             wide += model.rate * seconds * (width if model is mine else model.width)
             workers += model.workers
     if not flow:
-        return times[busy.index(mine)], 1.0, 1.0
-    variation = max(0.0, squares * rate / flow**2 - 1)
+        alone = times[busy.index(mine)]
+        return alone, alone / (mine.alone or 1.0), 0.0
+    variation = max(0.0, squares / flow * (rate / flow) - 1)
     slices = max(1.0, pool.cores * flow / wide)
     late, wait, tail = _wait(rate, flow / rate, variation, slices, _ahead(seen, workers))
     narrow = late * max(0.0, 1 - 2 / workers) / 2
@@ -399,7 +414,7 @@ def _cost(
 
 
 def _ahead(seen: float, workers: int) -> float:
-    """Return how many requests there may be at once: with all workers busy, any number may wait in TorchServe's queue."""
+    """Return how many requests there may be at once: any number if all workers are busy, for some may queue."""
     return math.inf if seen >= workers - 0.5 else seen
 
 
