@@ -12,7 +12,7 @@ The estimate. Requests of a model arrive at rate l and take S(g) seconds on g co
 
 The longer of the two waits counts. R(g) = service + wait; W99(g) is the wait of one request in a hundred. The cap is
 the g for which R(g) + heed W99(g) is least, as part of S(own slice) and averaged over all requests of the domain: it
-counts what a wide request costs the neighbours, and a short request's time as much as a long one's. ``heed`` grows by
+counts what a wide request costs the neighbours, and a short request's time as much as a long one's. ``heed`` grows with
 load from 0.2 to 0.8. The estimate of W99 is high: so the 99th percentile grows by no more than the mean falls.
 
 A wait is Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation u = l S / n
@@ -39,6 +39,10 @@ it: so no request takes much more than its share while others have requests too 
 Service times are learned by each worker on its own requests and pooled by model. What is known little counts as
 optimistically guessed, and so gets tried; what is not tried is forgotten slowly, and so gets tried again. A model that
 gains nothing by the second width is guessed to gain nothing by the third, and never tries it.
+
+One request of a worker: ``arrived``; wait for the own slice, for ``patience`` at most; ``decide`` if the last decision
+is past ``until``, and publish its width; ``offers``, take what is idle, ``fit``, give the rest back; compute;
+``served``, or ``ended`` if the time says nothing. ``new_record`` starts it all.
 """
 
 from __future__ import annotations
