@@ -58,6 +58,12 @@ def test_clients_that_wait_for_their_answers(clients: int, throughput: float) ->
     assert elastic.all.throughput >= throughput * alone.all.throughput
 
 
+def test_a_saturated_model_beside_an_idle_one_gets_nearly_the_whole_domain() -> None:
+    hot, idle = Model(0.11, 0.0, (1,), clients=2), Model(0.11, 0.0, (1,))
+    alone, elastic = simulate(Scenario("", (hot, idle), requests=REQUESTS))
+    assert elastic.models[0].throughput >= 1.9 * alone.models[0].throughput
+
+
 def test_slices_alone_is_what_queueing_theory_says() -> None:
     """M/D/1 at load 0.5: the mean wait is half a service time."""
     model = Model(0.1, 0.0, (1,), rate=5.0, noise=1e-6)

@@ -259,7 +259,7 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     busy = [model for model in models.values() if model is mine or model.busy]
     crowded = (
         seen >= sum(model.workers for model in busy) - 0.5  # else a client that asks one by one looks like full load
-        and sum(model.load for model in models.values()) > CROWDED * len(domain)
+        and sum(min(model.load, model.workers) for model in models.values()) > CROWDED * len(domain)
     )
     estimates: list[Estimate] = []
     lenders_at: dict[int, list[_Model]] = {}
