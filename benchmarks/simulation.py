@@ -11,13 +11,16 @@ owners that lose patience and take their slice back.
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import itertools
 import math
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ts_plugin.planning.width import (
     Decision,
