@@ -1,8 +1,9 @@
 """Who gets which cores: topology and demands in, one disjoint slice per worker out. Pure: no I/O, no clock, no chance.
 
 Demands that may use the same cores under the same rules form a pool. Overlapping pools divide the cores first
-(``allotment``), then every pool is divided among its workers (``pool``) by cutting it into local parts
-(``partition``). Where a CFS quota says that others use the same CPUs, threads are only counted.
+(``allotment``), then every pool is divided among its workers (``pool``): it is cut into local parts (``partition``), or
+parts of given sizes are packed into it (``packing``). Where a CFS quota says that others use the same CPUs, threads are
+only counted.
 """
 
 from __future__ import annotations
@@ -258,7 +259,7 @@ def _pools(topology: Topology, members: Sequence[_Member], reserved: frozenset[i
     """Sort members into pools whose threads are only bounded, and pools that own cores.
 
     A CFS quota belongs to all the members that have the same allowed CPUs and quota. Below the number of cores it means
-    that strangers use these CPUs too.
+    that others use these CPUs too.
     """
     bounded: dict[object, _Pool] = {}
     owning: dict[object, _Pool] = {}
@@ -390,8 +391,8 @@ def _assign(
         Worker(size, member.demand.share, frozenset(core_of[cpu] for cpu in member.demand.held & core_of.keys()))
         for member, size in zip(members, sizes, strict=True)
     ]
-    crowded = len(members) > len(cores)
-    if crowded:
+    shared = len(members) > len(cores)
+    if shared:
         parts = share_cores(cores or pool.cores, workers, loads.cores)
         notes.append(
             f"more workers than cores: {len(members)} on {len(cores or pool.cores)} "
@@ -408,13 +409,13 @@ def _assign(
         )
         loads.cores.update(core for part in parts for core in part)
     for member, size, part in zip(members, sizes, parts, strict=True):
-        if size > len(part) and not crowded:
+        if size > len(part) and not shared:
             notes.append(
                 f"worker {member.place} asks for {_count(size, 'core')} and gets {len(part)}: "
                 f"there are {len(cores)} for {_count(len(members), 'worker')}, and each needs one"
             )
     slices = {}
     for member, part in zip(members, parts, strict=True):
-        slices[member.place] = member.slice(topology, part, loads.cpus if crowded else None)
+        slices[member.place] = member.slice(topology, part, loads.cpus if shared else None)
         loads.cpus.update(slices[member.place].cpus)
     return slices
