@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.claimants import ALLOWED, CORES, TOPOLOGY, Claimant
 from tests.eventually import eventually
-from tests.test_coordinator import ALLOWED, CORES, TOPOLOGY, Claimant, start, state  # noqa: F401 - fixtures
 from ts_plugin.leases import coordinator
 from ts_plugin.leases.ledger import Ledger, Server
 from ts_plugin.machine import process
 from ts_plugin.planning.policy import Lend, Policy
 
+NODES = len({core.node for core in TOPOLOGY.cores_of(ALLOWED)})
 pytestmark = [
     pytest.mark.skipif(CORES < 2, reason="needs two cores to lend one"),
     pytest.mark.skipif(
@@ -131,7 +132,7 @@ def test_the_server_says_whether_cores_are_lent(
     start: Start,
     state: Path,
     lend: Lend,
-    widest: list[int] | None,  # noqa: F811
+    widest: list[int] | None,
 ) -> None:
     me = process.identify(os.getpid())
     assert me is not None
@@ -151,7 +152,7 @@ def test_a_child_that_is_forked_meanwhile_stays_on_the_slice(start: Start) -> No
     assert facts["child_mask"] == facts["cpus"]
 
 
-def test_a_deleted_state_directory_ends_no_lending(start: Start, state: Path) -> None:  # noqa: F811
+def test_a_deleted_state_directory_ends_no_lending(start: Start, state: Path) -> None:
     first, second = pair(start)
     begin_wide(first)
     for file in state.iterdir():

@@ -82,6 +82,8 @@ class Elastic(hooks.Hook):
                 self._exchange.forget_decision()
                 if self._keeps is not None and moved:
                     self._exchange.keep(lease)
+                elif not self._computes:
+                    self._exchange.reopen()
 
     def bind(self, *, before: Iterable[int] | None = None) -> binding.Outcome:
         """Keep every thread of this process and of its children on what it computes with now, or else on its slice.
@@ -250,6 +252,12 @@ class _Exchange:
             raise
         self._publish()
 
+    def reopen(self) -> None:
+        """Go where the others go if the state directory was deleted."""
+        if self._board.lost:
+            self._board.close()
+            self._open()
+
     def close(self) -> None:
         self._record = replace(self._record, cores=0)
         self._publish()
@@ -267,9 +275,7 @@ class _Exchange:
 
     def take_own(self, ground: _Ground, patience: float) -> None:
         """Take the worker's own slice, by force where somebody computes there for longer than ``patience`` seconds."""
-        if self._board.lost:  # the state directory was deleted; the others open a new board, too
-            self._board.close()
-            self._open()
+        self.reopen()
         own = ground.own
         places = _places(self._slot, own)
         if not self._board.take(places, patience=patience) and own.pinned:
