@@ -134,9 +134,7 @@ class Elastic(hooks.Hook):
 
     def hold(self) -> None:
         """Compute on the slice alone, outside of any request: the start of a worker."""
-        with self._mutex:
-            self._computes = True
-            ground, exchange = self._ground, self._exchange
+        ground, exchange = self._begin()
         if exchange is not None:
             exchange.take_own(ground, START_PATIENCE)
         self._compute_on(ground.own, ground.own.cpus, ground.own.threads)
@@ -151,15 +149,18 @@ class Elastic(hooks.Hook):
         self._requests += 1
         if self._requests > 1:
             self._keep("its requests overlap")
+        ground, exchange = self._begin()
+        if exchange is None or self._keeps is not None:
+            self._compute_on(ground.own, ground.own.cpus, ground.own.threads)
+        else:
+            self._compute_on(ground.own, *exchange.take(ground))
+            exchange.begin()
+
+    def _begin(self) -> tuple[_Ground, _Exchange | None]:
+        """Return what there is to compute on; it stays as it is until ``_finish``."""
         with self._mutex:
             self._computes = True
-            ground, exchange = self._ground, self._exchange
-        cpus, threads = ground.own.cpus, ground.own.threads
-        if exchange is not None and self._keeps is None:
-            cpus, threads = exchange.take(ground)
-        self._compute_on(ground.own, cpus, threads)
-        if exchange is not None:
-            exchange.begin()
+            return self._ground, self._exchange if self._ground.own.reach else None
 
     def on_request_end(self) -> None:
         self._requests -= 1
@@ -243,20 +244,22 @@ class _Exchange:
         self._open()
 
     def _open(self) -> None:
-        self._board = Board(*self._ledger.beside("board"))
+        board = Board(*self._ledger.beside("board"))
         try:
             self._records = Records(*self._ledger.beside("records"))
-            self._slot = self._board.take_slot()
+            self._slot = board.take_slot()
         except OSError:
-            self._board.close()
+            board.close()
             raise
+        self._board = board
         self._publish()
 
     def reopen(self) -> None:
         """Go where the others go if the state directory was deleted."""
         if self._board.lost:
-            self._board.close()
+            lost = self._board
             self._open()
+            lost.close()
 
     def close(self) -> None:
         self._record = replace(self._record, cores=0)
