@@ -379,17 +379,17 @@ def catalogue(requests: int = 10_000) -> Iterator[tuple[str, str, Scenario]]:
         yield one("ResNet-50 beside ResNet-18, 2 x 1", load, _loaded(resnet50, load), _loaded(resnet18, load))
         mixed = Model(0.11, 0.03, (1,) * 8), Model(0.005, 0.9, (1,) * 4)
         yield one(
-            "ResNet-50 beside a flat one, 8 x 1 + 4 x 1",
+            "ResNet-50 beside a flat one, 8 + 4 x 1",
             load,
             *(_loaded(model, load) for model in mixed),
             requests=more,
         )
         mixed = Model(0.05, 0.03, (1,) * 4), Model(2.0, 0.03, (1,) * 4)
-        yield one("50 ms beside 2 s, 4 x 1 + 4 x 1", load, *(_loaded(model, load) for model in mixed), requests=more)
+        yield one("50 ms beside 2 s, 4 + 4 x 1", load, *(_loaded(model, load) for model in mixed), requests=more)
         mixed = Model(0.05, 0.03, (1,) * 1), Model(2.0, 0.03, (1,) * 1)
-        yield one("50 ms beside 2 s, 1 x 1 + 1 x 1", load, *(_loaded(model, load) for model in mixed), requests=more)
+        yield one("50 ms beside 2 s, 1 + 1 x 1", load, *(_loaded(model, load) for model in mixed), requests=more)
     for name, slices, cores, serial in (("2 x 1", 2, 1, 0.02), ("8 x 4", 8, 4, 0.03), ("28 x 1", 28, 1, 0.0)):
-        for clients in (1, 2, slices, 4 * slices):
+        for clients in sorted({1, 2, slices, 4 * slices}):
             model = Model(0.11, serial, (cores,) * slices, clients=clients)
             yield f"closed loop, {name}, f = {serial}", f"{clients} clients", Scenario("", (model,), requests=requests)
 

@@ -429,13 +429,15 @@ def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: 
     Source: Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)"; waits are taken as exponential.
     """
     bound = max(0.0, ahead - servers) * seconds / servers
+    if not bound:
+        return 0.0, 0.0, 0.0
     used = rate * seconds / servers
     if used >= SATURATED and bound == math.inf:
         return 1.0, bound, bound
     late = 1.0 if used >= SATURATED else used ** (math.sqrt(2 * (servers + 1)) - 1)
     each = (1 + variation) / 2 * seconds / (servers * (1 - min(used, SATURATED)))  # of those that wait
     mean = bound if used >= SATURATED else min(bound, late * each)
-    return late, mean, each * math.log(max(1.0, 100 * late)) if bound else 0.0
+    return late, mean, each * math.log(max(1.0, 100 * late))
 
 
 def _rate_memory(record: Record) -> float:
