@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from tests.eventually import eventually
 from ts_plugin.leases import directory
 from ts_plugin.leases.ledger import LEASE_VARIABLE, Lease, Ledger, LedgerError, Server, State, pack_lease, unpack_lease
 from ts_plugin.machine import process
@@ -210,29 +213,134 @@ def test_a_lock_that_is_never_released_ends_in_an_error(ledger: Ledger, monkeypa
         pass
 
 
-def test_a_child_forked_under_the_lock_does_not_keep_it(ledger: Ledger) -> None:
-    code = """
-import os, sys, time
+FORKING = """
+import ctypes, os, signal, sys, threading, time
 from ts_plugin.leases.ledger import Ledger
-with Ledger(sys.argv[1]).locked():
-    if not os.fork():
-        print("forked", flush=True)
-        time.sleep(600)
-        os._exit(0)
-    time.sleep(0.5)
-with Ledger(sys.argv[1]).locked():
-    print("locked again", flush=True)
+ledger = Ledger(sys.argv[1])
+def fork():  # as os.fork() does it, or as a library in C does it, of which Python knows nothing
+    return os.fork() if sys.argv[2] == "Python" else ctypes.PyDLL(None).fork()
+def tell(word):
+    os.write(1, word.encode() + b"\\n")
 """
-    forking = subprocess.Popen(
-        [sys.executable, "-c", code, ledger.directory], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+
+
+@contextmanager
+def forking(ledger: Ledger, code: str, kind: str = "Python") -> Iterator[subprocess.Popen[str]]:
+    """Run ``code`` after FORKING in a process of its own; end it afterwards, and what it forked."""
+    arguments = [sys.executable, "-c", FORKING + code, ledger.directory, kind]
+    started = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        assert forking.stdout is not None
-        assert forking.stdout.readline() == "forked\n"
-        assert forking.stdout.readline() == "locked again\n"
+        yield started
     finally:
-        os.killpg(forking.pid, signal.SIGKILL)
-        forking.communicate()
+        os.killpg(started.pid, signal.SIGKILL)
+        started.communicate()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("kind", ["Python", "C"])
+def test_a_child_forked_under_the_lock_does_not_keep_it(ledger: Ledger, kind: str) -> None:
+    code = """
+with ledger.locked():
+    if not fork():
+        signal.pause()
+with ledger.locked():
+    tell("locked again")
+signal.pause()
+"""
+    with forking(ledger, code, kind) as parent:
+        assert line_of(parent) == "locked again"
+        with ledger.locked():
+            pass
+
+
+@pytest.mark.parametrize("kind", ["Python", "C"])
+def test_a_child_does_not_keep_the_lock_of_a_parent_that_was_killed(ledger: Ledger, kind: str) -> None:
+    code = """
+with ledger.locked():
+    if fork():
+        tell("forked")
+    signal.pause()
+"""
+    with forking(ledger, code, kind) as parent:
+        assert line_of(parent) == "forked"
+        parent.kill()
+        parent.wait()
+        with ledger.locked():
+            pass
+
+
+def test_a_child_that_leaves_the_block_takes_no_lock_from_its_parent(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+with ledger.locked():
+    child = fork()
+    if child:
+        tell(f"the child ended with {os.waitpid(child, 0)[1]}")
+        signal.pause()
+os._exit(0)
+"""
+    monkeypatch.setattr(directory, "LOCK_TIMEOUT", 0.1)
+    with forking(ledger, code) as parent:
+        assert line_of(parent) == "the child ended with 0"
+        with pytest.raises(LedgerError, match=f"held by process {parent.pid} for"), ledger.locked():
+            pass
+
+
+def test_children_forked_at_any_moment_neither_keep_the_lock_nor_lose_the_way_to_it(ledger: Ledger) -> None:
+    """A thread locks all the time, as the follower's may, while the main one forks, as a DataLoader does."""
+    code = """
+def lock():
+    while True:
+        with Ledger(sys.argv[1]).locked():
+            pass
+threading.Thread(target=lock, daemon=True).start()
+children = []
+for _ in range(200):
+    child = os.fork()
+    if not child:
+        with ledger.locked():
+            tell("child")
+        signal.pause()
+    children.append(child)
+signal.pause()
+"""
+    with forking(ledger, code) as parent:
+        assert [line_of(parent) for _ in range(200)] == ["child"] * 200
+        parent.kill()
+        parent.wait()
+        with ledger.locked():
+            pass
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+with ledger.locked():
+    tell("locked")
+    signal.pause()
+"""
+    with ExitStack() as held:
+        held.enter_context(ledger.locked())
+        with forking(ledger, code) as waiting:
+            assert eventually(lambda: any(file.endswith(".lock") for file in open_files(waiting.pid)))
+            shutil.rmtree(ledger.directory)
+            held.close()
+            assert line_of(waiting) == "locked"
+            monkeypatch.setattr(directory, "LOCK_TIMEOUT", 0.1)
+            with pytest.raises(LedgerError, match=f"held by process {waiting.pid} for"), ledger.locked():
+                pass
+
+
+def open_files(pid: int) -> list[str]:
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
 
 
 def test_the_place_follows_from_the_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,31 +352,22 @@ def test_the_place_follows_from_the_user_alone(monkeypatch: pytest.MonkeyPatch) 
     assert str(os.getuid()) in place
 
 
-ONE_LOOK = """
-import os, sys
-from ts_plugin.leases.ledger import Ledger, LedgerError
-from ts_plugin.leases import coordinator
-os.chdir(sys.argv[1])
-try:
-    print(os.path.realpath(Ledger().directory))
-except LedgerError as error:
-    print(error)
-"""
+CLAIMANT = Path(__file__).with_name("claimant.py")
 
 
 def test_a_relative_place_is_refused_in_every_working_directory(tmp_path: Path) -> None:
     """A worker runs in the directory of its model, so each model would have a ledger, and slices would overlap."""
-    answers = set()
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         answer = subprocess.run(
-            [sys.executable, "-c", ONE_LOOK, str(tmp_path / name)],
+            [sys.executable, str(CLAIMANT)],
+            cwd=tmp_path / name,
             env={**os.environ, "TS_CORES_STATE_DIR": "state"},
+            stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
             check=True,
         )
-        answers.add(answer.stdout)
-    (answer_of_both,) = answers
-    assert answer_of_both.startswith("state: TS_CORES_STATE_DIR is relative")
-    assert "set it to an absolute path" in answer_of_both
+        reason = json.loads(answer.stdout)["error"]
+        assert reason.startswith("state: TS_CORES_STATE_DIR is relative")
+        assert reason.endswith("set it to an absolute path")
+        assert list((tmp_path / name).iterdir()) == []
