@@ -10,8 +10,9 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,7 +179,7 @@ def test_a_planted_ledger_link_is_not_followed(ledger: Ledger, tmp_path: Path) -
 def test_another_users_directory_is_refused(ledger: Ledger) -> None:
     os.mkdir(ledger.directory)
     os.chown(ledger.directory, 4242, 4242)
-    with pytest.raises(LedgerError, match="belongs to user 4242"), ledger.locked():
+    with pytest.raises(LedgerError, match="belongs to user 4242, not 0; set TS_CORES_STATE_DIR"), ledger.locked():
         pass
 
 
@@ -221,6 +222,9 @@ def fork():  # as os.fork() does it, or as a library in C does it, of which Pyth
     return os.fork() if sys.argv[2] == "Python" else ctypes.PyDLL(None).fork()
 def tell(word):
     os.write(1, word.encode() + b"\\n")
+def stay():  # whoever reads what the others tell sees the end of it when they end
+    os.close(1)
+    signal.pause()
 """
 
 
@@ -246,10 +250,10 @@ def test_a_child_forked_under_the_lock_does_not_keep_it(ledger: Ledger, kind: st
     code = """
 with ledger.locked():
     if not fork():
-        signal.pause()
+        stay()
 with ledger.locked():
     tell("locked again")
-signal.pause()
+stay()
 """
     with forking(ledger, code, kind) as parent:
         assert line_of(parent) == "locked again"
@@ -263,7 +267,7 @@ def test_a_child_does_not_keep_the_lock_of_a_parent_that_was_killed(ledger: Ledg
 with ledger.locked():
     if fork():
         tell("forked")
-    signal.pause()
+    stay()
 """
     with forking(ledger, code, kind) as parent:
         assert line_of(parent) == "forked"
@@ -281,7 +285,7 @@ with ledger.locked():
     child = fork()
     if child:
         tell(f"the child ended with {os.waitpid(child, 0)[1]}")
-        signal.pause()
+        stay()
 os._exit(0)
 """
     monkeypatch.setattr(directory, "LOCK_TIMEOUT", 0.1)
@@ -291,37 +295,39 @@ os._exit(0)
             pass
 
 
-def test_children_forked_at_any_moment_neither_keep_the_lock_nor_lose_the_way_to_it(ledger: Ledger) -> None:
+def test_children_forked_at_any_moment_do_not_keep_the_lock(ledger: Ledger) -> None:
     """A thread locks all the time, as the follower's may, while the main one forks, as a DataLoader does."""
     code = """
+sys.setswitchinterval(1e-5)
+forking = True
 def lock():
-    while True:
+    while forking:
         with Ledger(sys.argv[1]).locked():
             pass
-threading.Thread(target=lock, daemon=True).start()
-children = []
-for _ in range(200):
-    child = os.fork()
-    if not child:
-        with ledger.locked():
-            tell("child")
-        signal.pause()
-    children.append(child)
-signal.pause()
+thread = threading.Thread(target=lock)
+thread.start()
+for number in range(400):
+    if not fork():
+        if number % 40 == 0:
+            with ledger.locked():
+                tell("child")
+        stay()
+    time.sleep(0.001)
+forking = False
+thread.join()
+with ledger.locked():
+    tell("parent")
+stay()
 """
     with forking(ledger, code) as parent:
-        assert [line_of(parent) for _ in range(200)] == ["child"] * 200
-        parent.kill()
-        parent.wait()
-        with ledger.locked():
-            pass
+        assert sorted(line_of(parent) for _ in range(11)) == ["child"] * 10 + ["parent"]
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 with ledger.locked():
     tell("locked")
-    signal.pause()
+    stay()
 """
     with ExitStack() as held:
         held.enter_context(ledger.locked())
@@ -350,6 +356,96 @@ def test_the_place_follows_from_the_user_alone(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/12345")
     assert Ledger().directory == place
     assert str(os.getuid()) in place
+
+
+VICTIM, OTHER = 60_000 + os.getpid() % 5_000, 65_000  # user ids that nobody has
+
+
+def as_user(uid: int, act: Callable[[], str]) -> str:
+    """Return what ``act`` returns, or the error that it raises, in a process of another user."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            answer = act()
+        except OSError as error:
+            answer = f"{type(error).__name__}: {error}"
+        os.write(sender, answer.encode())
+        os._exit(0)
+    os.close(sender)
+    with open(receiver, encoding="utf-8") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return answer
+
+
+def write_one_note() -> str:
+    ledger = Ledger()
+    with ledger.locked() as state:
+        ledger.write(replace(state, generation=state.generation + 1))
+    return ledger.directory
+
+
+def read_generation() -> str:
+    return str(Ledger().read().generation)
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The place where the ledger of VICTIM lies if nobody minds."""
+    monkeypatch.delenv("TS_CORES_STATE_DIR")
+    path = as_user(VICTIM, lambda: Ledger().directory)
+    yield path
+    for taken in Path(path).parent.glob(f"{Path(path).name}*"):
+        if taken.is_dir() and not taken.is_symlink():
+            shutil.rmtree(taken)
+        else:
+            taken.unlink()
+
+
+def plant(kind: str, path: str) -> str:
+    if kind == "directory":
+        os.mkdir(path)
+    elif kind == "file":
+        Path(path).touch()
+    else:
+        os.symlink("/etc", path)
+    return "planted"
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run processes of other users")
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["directory", "file", "link"])
+def test_another_user_cannot_take_the_place_away(place: str, kind: str) -> None:
+    assert as_user(OTHER, lambda: plant(kind, place)) == "planted"
+    assert as_user(VICTIM, write_one_note) == f"{place}-1"
+    assert as_user(VICTIM, write_one_note) == f"{place}-1", "all processes of the user meet there"
+    assert as_user(VICTIM, read_generation) == "2"
+    os.rmdir(place) if kind == "directory" else os.unlink(place)
+    assert as_user(VICTIM, write_one_note) == f"{place}-1", "they stay when the first name is free again"
+    assert as_user(VICTIM, read_generation) == "3"
+
+
+@needs_root
+def test_another_user_cannot_take_the_place_away_once_it_is_used(place: str) -> None:
+    assert as_user(VICTIM, write_one_note) == place
+    assert "File exists" in as_user(OTHER, lambda: plant("directory", place))
+    assert as_user(OTHER, lambda: plant("directory", f"{place}-1")) == "planted"
+    assert as_user(VICTIM, write_one_note) == place
+
+
+@needs_root
+def test_all_names_taken_is_an_error_with_a_remedy_that_works(place: str) -> None:
+    for path in (place, *(f"{place}-{number}" for number in range(1, directory.NAMES))):
+        as_user(OTHER, lambda path=path: plant("directory", path))  # type: ignore[misc]
+    reason = as_user(VICTIM, write_one_note)
+    assert reason.startswith(f"StateError: {place}: belongs to user {OTHER}, not {VICTIM}; ")
+    assert reason.endswith("set TS_CORES_STATE_DIR to a directory that is yours alone, the same for all your servers")
 
 
 CLAIMANT = Path(__file__).with_name("claimant.py")
