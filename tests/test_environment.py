@@ -70,6 +70,33 @@ def test_without_a_wish_tcmalloc_is_taken_and_jemalloc_is_not(prefix: Path, monk
     assert environment["LD_PRELOAD"].endswith("/lib/libtcmalloc.so.4")
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        "/opt/lib/libjemalloc.so.2",
+        "libmimalloc.so",
+        "/usr/lib/libtcmalloc_minimal.so.4",
+        "/usr/lib/libtbbmalloc_proxy.so.2",
+        "/usr/local/lib/libsnmallocshim.so",
+    ],
+)
+@pytest.mark.parametrize("separator", [":", " "])
+def test_an_allocator_of_the_users_own_stays_alone(prefix: Path, own: str, separator: str) -> None:
+    (prefix / "lib" / "libtcmalloc.so.4").touch()
+    environment = {"LD_PRELOAD": f"/other.so{separator}{own}"}
+    assert prepare_environment(environment, THREE, Policy(), library_roots=[str(prefix)]) == []
+    assert environment["LD_PRELOAD"] == f"/other.so{separator}{own}"
+
+
+def test_an_allocator_that_was_asked_for_and_is_not_the_users_own_is_a_note(prefix: Path) -> None:
+    (prefix / "lib" / "libtcmalloc.so.4").touch()
+    environment = {"LD_PRELOAD": "/opt/lib/libjemalloc.so.2"}
+    policy = Policy(allocator=Allocator.TCMALLOC)
+    (note,) = prepare_environment(environment, THREE, policy, library_roots=[str(prefix)])
+    assert note.startswith("libtcmalloc.so not preloaded: /opt/lib/libjemalloc.so.2 in LD_PRELOAD stays; remove it")
+    assert environment["LD_PRELOAD"] == "/opt/lib/libjemalloc.so.2"
+
+
 def test_a_missing_allocator_is_a_note(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "listdir", lambda path: [])
     environment: dict[str, str] = {}

@@ -651,3 +651,39 @@ def fits(groups: Counter[int], workers: int) -> bool:
     least, most = -(-cores // (2 * workers)), 2 * cores // workers
     few, many = sum(-(-size // most) for size in groups.values()), sum(size // least for size in groups.values())
     return all(size // least >= -(-size // most) >= 1 for size in groups.values()) and few <= workers <= many
+
+
+GUEST = Demand(SMALL.online, cores=0)
+
+
+@pytest.mark.parametrize("guests", [1, 9], ids=["one", "more than cores"])
+@pytest.mark.parametrize(
+    "owners",
+    [
+        pytest.param(wants(SMALL, 2), id="equal shares"),
+        pytest.param(wants(SMALL, 2, cores_per_worker=(1,)), id="a size for all"),
+        pytest.param([Demand(SMALL.online, cores=3), Demand(SMALL.online)], id="a fixed size"),
+        pytest.param([Demand(SMALL.online, quota=2.0)] * 2, id="a quota"),
+        pytest.param(wants(SMALL, 4), id="as many as cores"),
+    ],
+)
+def test_a_worker_that_wants_no_core_takes_none(owners: list[Demand], guests: int) -> None:
+    alone = plan(SMALL, owners)
+    together = plan(SMALL, [*[GUEST] * guests, *owners])
+    assert together.slices[guests:] == alone.slices
+    assert (together.idle, together.notes) == (alone.idle, alone.notes)
+    for guest in together.slices[:guests]:
+        assert (frozenset(guest.cpus), guest.threads, guest.pinned) == (SMALL.online, 1, False)
+
+
+def test_a_worker_that_wants_no_core_leaves_reserved_ones_free() -> None:
+    policy = Policy(reserve_cores=1)
+    result = plan(SMALL, [Demand(SMALL.online, policy, cores=0), Demand(SMALL.online, policy)])
+    assert len(result.reserved) == 1
+    assert frozenset(result.slices[0].cpus) == SMALL.online - result.reserved
+
+
+def test_workers_that_want_no_core_need_nobody_else() -> None:
+    result = plan(SMALL, [GUEST, GUEST])
+    assert [piece.threads for piece in result.slices] == [1, 1]
+    assert result.idle == SMALL.online

@@ -31,6 +31,8 @@ class Demand:
 
     ``allowed`` are the CPUs of its cpuset and mask, ``quota`` the CFS limit in CPUs; ``cores`` is a fixed number of
     cores, ``share`` its weight when the rest is divided, ``held`` the CPUs of the slice it has now (few moves).
+    A worker with ``cores=0`` owns none: it runs with one thread wherever it may, and does not count when cores are
+    divided.
     """
 
     allowed: frozenset[int]
@@ -90,8 +92,9 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
     notes: list[str] = []
     members = _members(topology, demands, notes)
     reserved = _reserve(topology, members)
-    bounded, pools = _pools(topology, members, reserved)
-    slices: dict[int, Slice] = {}
+    owners = [member for member in members if member.demand.cores != 0]
+    bounded, pools = _pools(topology, owners, reserved)
+    slices = {member.place: member.guest(topology, reserved) for member in members if member.demand.cores == 0}
     for pool in bounded:
         slices.update(_bound(topology, pool, notes))
     loads = _Loads()
@@ -99,7 +102,7 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
         slices.update(_assign(topology, pool, cores, loads, notes))
     chosen = _lending(topology, [slices[place] for place in range(len(demands))], members)
     allowed = topology.online.intersection(frozenset().union(*(demand.allowed for demand in demands)))
-    busy = frozenset(cpu for piece in chosen for cpu in piece.cpus)
+    busy = frozenset(cpu for owner in owners for cpu in chosen[owner.place].cpus)
     free = {i for i, core in enumerate(topology.cores) if i in reserved or busy.isdisjoint(core.cpus)}
     return Plan(
         chosen,
@@ -173,6 +176,11 @@ class _Member:
             return self.unpinned(topology, threads)
         return _slice((topology.cores[i] for i in cores), mask, threads, pinned=True)
 
+    def guest(self, topology: Topology, reserved: frozenset[int]) -> Slice:
+        """One thread on any core that is not kept free of workers."""
+        cpus = self.cpus - _cpus(topology, reserved)
+        return replace(self, cpus=cpus or self.cpus).unpinned(topology, 1)
+
     def unpinned(self, topology: Topology, threads: int) -> Slice:
         return _slice(topology.cores_of(self.cpus), self.cpus, threads, pinned=False)
 
@@ -202,7 +210,7 @@ def _members(topology: Topology, demands: Sequence[Demand], notes: list[str]) ->
             if isolated := (demand.allowed & topology.isolated) - eligible[key]:
                 notes.append(f"CPUs {_list(isolated)} are isolated (isolcpus=) and left out; --core-list can name them")
         cpus.append(eligible[key])
-    workers = Counter(cpus)
+    workers = Counter(mine for mine, demand in zip(cpus, demands, strict=True) if demand.cores != 0)
     known: dict[object, frozenset[int]] = {}
     members: list[_Member] = []
     for mine, demand in zip(cpus, demands, strict=True):
