@@ -6,11 +6,7 @@ import os
 import sys
 from typing import Any
 
-from ts_plugin.worker import openmp
-
-openmp.load()  # before torch, which comes with the next line
-
-from ts.torch_handler.base_handler import BaseHandler  # noqa: E402
+from ts.torch_handler.base_handler import BaseHandler
 
 from ts_plugin.leases import claim
 from ts_plugin.leases.environment import collapsing
