@@ -9,13 +9,10 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Allocator, OmpRuntime, Policy
 
-__all__ = ["COLLAPSING", "SPIN_COUNT", "THREAD_COUNTS", "collapsing", "prepare_environment", "set_thread_count"]
+__all__ = ["COLLAPSING", "THREAD_COUNTS", "collapsing", "prepare_environment", "set_thread_count"]
 
 # These make the OpenMP runtime shrink the main thread's mask to one CPU at `import torch`, and children inherit that.
 COLLAPSING = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
-# How often libgomp's threads look before they sleep. By default 300,000 times, 20 ms if a pause takes long: a forward
-# pass that loses a CPU half-way, to a newcomer or a busy neighbour, takes 30 times as long then, rather than 4 times.
-SPIN_COUNT = "20000"
 # How libraries that replace malloc are named. Of two in LD_PRELOAD the first serves, so ours would turn off the user's.
 ALLOCATORS = ("libtcmalloc", "libjemalloc", "libmimalloc", "libsnmalloc", "libtbbmalloc", "libhoard", "librpmalloc")
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -42,8 +39,6 @@ def prepare_environment(
     ``library_roots`` are directories such as the interpreter's prefix, below which allocator libraries are looked for.
     """
     set_thread_count(environment, cores.threads)
-    if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     removed = collapsing(environment)
     for name in removed:
         del environment[name]

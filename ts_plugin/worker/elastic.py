@@ -162,6 +162,16 @@ class Elastic(hooks.Hook):
             self._computes = True
             return self._ground, self._exchange if self._ground.own.reach else None
 
+    def on_compute(self) -> None:
+        """Let the calling thread, which is not the one of the request, compute with the slice's threads.
+
+        torch.set_num_threads acts on the calling thread, and on those that compute for the first time after it.
+        """
+        threads = self._ground.own.threads
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
     def on_request_end(self) -> None:
         self._requests -= 1
         if self._exchange is not None and self._keeps is None:
