@@ -213,6 +213,7 @@ def attach(lease: Lease) -> Follower:
     """Follow ``lease`` in this process from now on, at the request boundaries of whatever handler it runs."""
     global _current
     own = _current = Follower(Ledger(), lease)
+    own.elastic.hold()
     own.start()  # before TorchServe is imported, which takes seconds
     try:
         hooks.install([own, own.elastic])
