@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import CHECKOUT
-from tests.cpuset import Cpuset
+from benchmarks.harness.cpuset import Cpuset
 from tests.eventually import eventually
 from ts_plugin.leases import coordinator, directory
 from ts_plugin.leases.ledger import Lease, Ledger, Server
