@@ -107,8 +107,8 @@ class Report:
             [
                 f"{self.seconds:.0f} s, {sum(self.actions.values())} actions ({done})",
                 *(f"left out: {what}" for what in self.left_out),
-                f"{self.observations} looks, {self.lending} with CPUs locked for a request, {self.wide_looks} with borrowed "
-                f"ones: {self.wide} wide requests seen; longest unsettled time {self.longest_unsettled:.2f} s",
+                f"{self.observations} looks, {self.lending} with CPUs locked for a request, {self.wide_looks} with "
+                f"borrowed ones: {self.wide} wide requests seen; longest unsettled time {self.longest_unsettled:.2f} s",
                 f"{self.answered} requests answered, {self.excused} lost to a SIGKILL of their worker or frontend, "
                 f"{len(self.failed_requests)} failed",
                 f"{len(self.violations)} violations",
