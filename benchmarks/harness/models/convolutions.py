@@ -1,7 +1,8 @@
-"""Handler of a model that computes for long enough that more cores pay, and forks while it does, as some handlers do.
+"""Handler of a model that computes, for half the time on twice the cores, however busy the machine is.
 
-The body of a request is JSON, all of it optional: ``{"rounds": 3, "fork": 10}`` computes three times, some 50 ms each
-on one core, and in between forks a child that lives for 10 seconds. The answer is the PID of the worker.
+So a worker learns soon that more cores pay. The body of a request is JSON, all of it optional: ``{"rounds": 3, "fork":
+10}`` computes for 3 x 50 ms divided by the number of threads, and half-way forks a child that lives for 10 seconds, as
+some handlers do. The answer is the PID of the worker.
 """
 
 import json
@@ -20,13 +21,19 @@ class ConvolutionsHandler(Base):  # type: ignore[misc]
     def compute(self, row: dict[str, Any]) -> int:
         body = row.get("body") or row.get("data") or b"{}"
         asked = body if isinstance(body, dict) else json.loads(bytes(body) or b"{}")
-        rounds = int(asked.get("rounds", 1))
-        with torch.inference_mode():
-            for done in range(rounds):
-                self.model(torch.ones(8, 32, 64, 64))
-                if asked.get("fork") and done == rounds // 2:
-                    fork(float(asked["fork"]))
+        half = 0.025 * int(asked.get("rounds", 1)) / torch.get_num_threads()
+        self.compute_for(half)
+        if asked.get("fork"):
+            fork(float(asked["fork"]))
+        self.compute_for(half)
         return os.getpid()
+
+    def compute_for(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        image = torch.ones(1, 32, 64, 64)
+        with torch.inference_mode():
+            while time.monotonic() < end:
+                self.model(image)
 
 
 def fork(seconds: float) -> None:
