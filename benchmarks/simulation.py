@@ -1,7 +1,7 @@
 """Elastic width on domains that nobody has: discrete events, the product's own decisions, TorchServe's queues.
 
-``python -m benchmarks.simulation --out DIR`` writes simulation.md and simulation.png. Every scenario runs twice with the
-same arrivals and the same luck: slices alone, and elastic.
+``python -m benchmarks.simulation --out DIR`` writes simulation.md and simulation.png. Every scenario runs twice, with
+the same arrivals and the same luck: slices alone, and elastic.
 
 What is simulated: one queue per model, from which the idle worker that waits longest takes; a worker that waits for its
 own slice, then takes idle neighbours' slices up to its cap; the frontend's round trip between two requests of a worker;
@@ -11,13 +11,16 @@ owners that lose patience and take their slice back.
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import itertools
 import math
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ts_plugin.planning.width import (
     Decision,
@@ -338,8 +341,10 @@ def catalogue(requests: int = 10_000) -> Iterator[tuple[str, str, Scenario]]:
     loads = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
     fewer = (0.1, 0.3, 0.5, 0.7, 0.9)
 
-    def one(group: str, load: float, *models: Model, **more: float) -> tuple[str, str, Scenario]:
-        return group, f"{load:g}", Scenario(group, models, requests=requests, **more)  # type: ignore[arg-type]
+    def one(
+        group: str, load: float, *models: Model, requests: int = requests, error: float = 0.02
+    ) -> tuple[str, str, Scenario]:
+        return group, f"{load:g}", Scenario(group, models, requests=requests, error=error)
 
     for slices, cores, serial in (
         (2, 1, 0.05),
@@ -359,6 +364,7 @@ def catalogue(requests: int = 10_000) -> Iterator[tuple[str, str, Scenario]]:
             half = Model(0.4, serial, (cores,) * (slices // 2))
             yield one(f"uneven 9 to 1, {slices} x {cores}", load, _loaded(half, load), _loaded(half, load / 9))
     for load in fewer:
+        more = 3 * requests  # two models of different rates
         yield one("unequal slices 7 5 4 4 2 2", load, _loaded(Model(0.4, 0.03, (7, 5, 4, 4, 2, 2)), load))
         yield one("bursts, 8 x 4", load, _loaded(Model(0.4, 0.03, (4,) * 8, bursts=(0.5, 5.0)), load))
         yield one("noise 0.5, 8 x 4", load, _loaded(Model(0.4, 0.03, (4,) * 8, noise=0.5), load))
@@ -372,13 +378,18 @@ def catalogue(requests: int = 10_000) -> Iterator[tuple[str, str, Scenario]]:
         resnet50, resnet18 = Model(0.11, 0.0, (1,)), Model(0.044, 0.05, (1,))
         yield one("ResNet-50 beside ResNet-18, 2 x 1", load, _loaded(resnet50, load), _loaded(resnet18, load))
         mixed = Model(0.11, 0.03, (1,) * 8), Model(0.005, 0.9, (1,) * 4)
-        yield one("ResNet-50 beside a flat one, 8 x 1 + 4 x 1", load, *(_loaded(model, load) for model in mixed))
+        yield one(
+            "ResNet-50 beside a flat one, 8 + 4 x 1",
+            load,
+            *(_loaded(model, load) for model in mixed),
+            requests=more,
+        )
         mixed = Model(0.05, 0.03, (1,) * 4), Model(2.0, 0.03, (1,) * 4)
-        yield one("50 ms beside 2 s, 4 x 1 + 4 x 1", load, *(_loaded(model, load) for model in mixed))
+        yield one("50 ms beside 2 s, 4 + 4 x 1", load, *(_loaded(model, load) for model in mixed), requests=more)
         mixed = Model(0.05, 0.03, (1,) * 1), Model(2.0, 0.03, (1,) * 1)
-        yield one("50 ms beside 2 s, 1 x 1 + 1 x 1", load, *(_loaded(model, load) for model in mixed))
+        yield one("50 ms beside 2 s, 1 + 1 x 1", load, *(_loaded(model, load) for model in mixed), requests=more)
     for name, slices, cores, serial in (("2 x 1", 2, 1, 0.02), ("8 x 4", 8, 4, 0.03), ("28 x 1", 28, 1, 0.0)):
-        for clients in (1, 2, slices, 4 * slices):
+        for clients in sorted({1, 2, slices, 4 * slices}):
             model = Model(0.11, serial, (cores,) * slices, clients=clients)
             yield f"closed loop, {name}, f = {serial}", f"{clients} clients", Scenario("", (model,), requests=requests)
 
@@ -399,3 +410,86 @@ def broken(alone: Result, elastic: Result, load: float) -> list[str]:
     if elastic.all.throughput < 0.98 * alone.all.throughput:
         result.append(f"throughput x {elastic.all.throughput / alone.all.throughput:.3f}")
     return result
+
+
+def table(outcomes: Sequence[tuple[str, str, Result, Result]]) -> str:
+    """Return Markdown: one line per scenario, and per model where there are several. Times in milliseconds."""
+    lines = [
+        "| scenario | load | alone: mean / p99 ms | elastic: mean / p99 | mean | p99 | requests/s | cores | promises |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group, load, alone, elastic in outcomes:
+        verdict = ", ".join(broken(alone, elastic, _number(load))) or "kept"
+        width = "" if len(elastic.widths) > 1 else elastic.widths[0]
+        lines.append(_line(group, load, alone.all, elastic.all, width, verdict))
+        if len(elastic.models) > 1:
+            for m, (a, e) in enumerate(zip(alone.models, elastic.models, strict=True)):
+                lines.append(_line(f"- model {m}", "", a, e, elastic.widths[m], ""))
+    return "\n".join(lines) + "\n"
+
+
+def _number(load: str) -> float:
+    return 1.0 if "clients" in load else float(load)
+
+
+def _line(name: str, load: str, alone: Outcome, elastic: Outcome, width: float | str, verdict: str) -> str:
+    times = " | ".join(f"{one.mean * 1e3:.0f} / {one.p99 * 1e3:.0f}" for one in (alone, elastic))
+    ratios = (elastic.mean / alone.mean, elastic.p99 / alone.p99, elastic.throughput / alone.throughput)
+    cores = width if isinstance(width, str) else f"{width:.1f}"
+    return f"| {name} | {load} | {times} | {' | '.join(f'x {ratio:.2f}' for ratio in ratios)} | {cores} | {verdict} |"
+
+
+def draw(outcomes: Sequence[tuple[str, str, Result, Result]], out: Path) -> None:
+    """Write a picture: mean and p99 against load, one panel for each group with several loads."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only, whatever display there is
+    from matplotlib import pyplot
+
+    groups: dict[str, list[tuple[float, Result, Result]]] = {}
+    for group, load, alone, elastic in outcomes:
+        if "clients" not in load:
+            groups.setdefault(group, []).append((float(load), alone, elastic))
+    columns = 4
+    rows = -(-len(groups) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(3.2 * columns, 2.6 * rows), layout="constrained", squeeze=False, sharex=True
+    )
+    for ax in axes.flat[len(groups) :]:
+        ax.set_axis_off()
+    for ax, (group, points) in zip(axes.flat, groups.items(), strict=False):
+        points.sort(key=lambda point: point[0])
+        loads = [point[0] for point in points]
+        for results, colour, label in (
+            ([alone for _, alone, _ in points], "#999999", "slices alone"),
+            ([elastic for _, _, elastic in points], "#009E73", "elastic"),
+        ):
+            ax.plot(loads, [one.all.mean * 1e3 for one in results], color=colour, marker="o", ms=3, label=label)
+            ax.plot(loads, [one.all.p99 * 1e3 for one in results], color=colour, ls=":", marker=".", ms=3)
+        ax.set_yscale("log")
+        ax.set_title(group, fontsize=9)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    figure.suptitle("Response time in ms against load: mean solid, p99 dotted")
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulation", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for simulation.md and simulation.png")
+    parser.add_argument("--requests", type=int, default=10_000, help="per scenario (default 10000)")
+    parser.add_argument("--only", default="", help="groups whose name contains this")
+    options = parser.parse_args(arguments)
+    outcomes = []
+    for group, load, scenario in catalogue(options.requests):
+        if options.only in group:
+            outcomes.append((group, load, *simulate(scenario)))
+            print(_line(group, load, outcomes[-1][2].all, outcomes[-1][3].all, "", ""), file=sys.stderr, flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "simulation.md").write_text(table(outcomes))
+    draw(outcomes, options.out / "simulation.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.harness import CHECKOUT
+from tests.claimants import Claimant
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +35,28 @@ def _same_cpus_afterwards() -> Iterator[None]:
 def checkout() -> Path:
     """The root of this checkout."""
     return CHECKOUT
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """The claimants' state directory; whoever is a frontend in it may be moved until the last claimant has ended."""
+    mask = os.sched_getaffinity(0)
+    yield tmp_path / "state"
+    os.sched_setaffinity(0, mask)
+
+
+@pytest.fixture
+def start(state: Path) -> Iterator[Callable[..., Claimant]]:
+    claimants: list[Claimant] = []
+
+    def begin(**options: Any) -> Claimant:
+        claimants.append(Claimant(state, **options))
+        return claimants[-1]
+
+    yield begin
+    for claimant in claimants:
+        if claimant.process.poll() is None:
+            claimant.kill()
+        for stream in (claimant.process.stdin, claimant.process.stdout):
+            assert stream is not None
+            stream.close()

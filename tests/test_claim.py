@@ -76,6 +76,41 @@ def test_an_unreadable_manifest_is_a_guess_and_a_note(tmp_path: Path, manifest: 
     assert "the model's name is a guess" in found.notes[0]
 
 
+@pytest.fixture
+def workflow(tmp_path: Path) -> Path:
+    """An extracted workflow archive, as a worker of its functions finds it."""
+    (tmp_path / "WAR-INF").mkdir()
+    manifest = {"workflow": {"workflowName": "pair", "specFile": "spec.yaml", "handler": "functions.py"}}
+    (tmp_path / "WAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("section", "cores", "share"),
+    [
+        pytest.param("", 0, 1.0, id="nothing"),
+        pytest.param("cpu:\n", 0, 1.0, id="an empty section"),
+        pytest.param("cpu: {}\n", 0, 1.0, id="an empty mapping"),
+        pytest.param("cpu: {cores: 2}\n", 2, 1.0, id="a number of cores"),
+        pytest.param("cpu: {share: 0.5}\n", None, 0.5, id="a share"),
+    ],
+)
+def test_functions_of_a_workflow_own_no_core_unless_they_ask(
+    workflow: Path, section: str, cores: int | None, share: float
+) -> None:
+    (workflow / "spec.yaml").write_text(f"models:\n  only: {{url: a.mar}}\ndag:\n  before: [only]\n{section}")
+    assert claim.read_archive(str(workflow)) == Archive("pair", "1.0", cores, share)
+
+
+def test_a_wrong_wish_of_a_workflow_is_a_note(workflow: Path) -> None:
+    (workflow / "spec.yaml").write_text("cpu: {cores: many}\n")
+    found = claim.read_archive(str(workflow))
+    assert found.cores == 0
+    (note,) = found.notes
+    assert "cpu.cores must be a whole number of at least 1, not 'many'" in note
+    assert note.endswith("; the function owns no core")
+
+
 @pytest.mark.parametrize(
     ("arguments", "rank", "expected"),
     [

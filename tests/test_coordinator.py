@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.harness import CHECKOUT
 from benchmarks.harness.cpuset import Cpuset
+from tests.claimants import ALLOWED, CORES, TOPOLOGY, Claimant
 from tests.eventually import eventually
 from ts_plugin.leases import coordinator, directory
 from ts_plugin.leases.ledger import Lease, Ledger, Server
@@ -26,82 +23,8 @@ from ts_plugin.machine.topology import Topology
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Pin, Policy
 
-TOPOLOGY = discovery.read_topology()
-ALLOWED = frozenset(os.sched_getaffinity(0))
-CORES = len(TOPOLOGY.cores_of(ALLOWED))
 FIRST, LAST = (TOPOLOGY.cores_of(ALLOWED)[place].number for place in (0, -1))
 pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
-
-
-class Claimant:
-    """A process that claimed a slice like a worker; see claimant.py."""
-
-    def __init__(self, state: Path, cpuset: Cpuset | None = None, **options: Any) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("claimant.py")), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "TS_CORES_STATE_DIR": str(state), "PYTHONPATH": str(CHECKOUT)},
-            preexec_fn=None if cpuset is None else cpuset.enter,
-        )
-        self.pid = self.process.pid
-        self.log: list[str] = []
-
-    def facts(self) -> dict[str, Any]:
-        """Return the next line of facts; lines of the log in between are passed over."""
-        assert self.process.stdout is not None
-        while not (line := self.process.stdout.readline()).startswith("{"):
-            assert line, "the claimant ended"
-            self.log.append(line)
-        facts: dict[str, Any] = json.loads(line)
-        return facts
-
-    def follow(self, order: str = "") -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{order}\n")
-        self.process.stdin.flush()
-        return self.facts()
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def masks(self) -> set[frozenset[int]]:
-        """Return the distinct masks of all threads, as the kernel has them."""
-        found = set()
-        for tid in process.threads(self.pid):
-            try:
-                found.add(frozenset(os.sched_getaffinity(tid)))
-            except ProcessLookupError:
-                continue
-        return found
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    """The claimants' state directory; whoever is a frontend in it may be moved until the last claimant has ended."""
-    mask = os.sched_getaffinity(0)
-    yield tmp_path / "state"
-    os.sched_setaffinity(0, mask)
-
-
-@pytest.fixture
-def start(state: Path) -> Iterator[Callable[..., Claimant]]:
-    claimants: list[Claimant] = []
-
-    def begin(**options: Any) -> Claimant:
-        claimants.append(Claimant(state, **options))
-        return claimants[-1]
-
-    yield begin
-    for claimant in claimants:
-        if claimant.process.poll() is None:
-            claimant.kill()
-        for stream in (claimant.process.stdin, claimant.process.stdout):
-            assert stream is not None
-            stream.close()
 
 
 def divided(*claimants: Claimant) -> bool:

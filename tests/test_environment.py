@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ts_plugin.leases.environment import SPIN_COUNT, prepare_environment
+from ts_plugin.leases.environment import prepare_environment
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Allocator, OmpRuntime, Policy
 
@@ -24,13 +24,11 @@ def test_the_environment_has_the_slices_threads() -> None:
 
 
 @pytest.mark.parametrize("own", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}, {}])
-def test_threads_spin_for_a_bounded_time_unless_the_user_says_how_long(own: dict[str, str]) -> None:
+def test_how_long_threads_spin_is_left_to_the_user_and_the_runtime(own: dict[str, str]) -> None:
     environment = dict(own)
     prepare_environment(environment, THREE, Policy(allocator=Allocator.DEFAULT), library_roots=())
-    expected = own or {"GOMP_SPINCOUNT": SPIN_COUNT}
-    assert {
-        name: value for name, value in environment.items() if name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    } == expected
+    spinning = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    assert {name: environment[name] for name in spinning if name in environment} == own
 
 
 @pytest.mark.parametrize("name", ["OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY"])
@@ -68,6 +66,33 @@ def test_without_a_wish_tcmalloc_is_taken_and_jemalloc_is_not(prefix: Path, monk
     there.append("libtcmalloc.so.4")
     assert prepare_environment(environment, THREE, Policy(), library_roots=[str(prefix)]) == []
     assert environment["LD_PRELOAD"].endswith("/lib/libtcmalloc.so.4")
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "/opt/lib/libjemalloc.so.2",
+        "libmimalloc.so",
+        "/usr/lib/libtcmalloc_minimal.so.4",
+        "/usr/lib/libtbbmalloc_proxy.so.2",
+        "/usr/local/lib/libsnmallocshim.so",
+    ],
+)
+@pytest.mark.parametrize("separator", [":", " "])
+def test_an_allocator_of_the_users_own_stays_alone(prefix: Path, own: str, separator: str) -> None:
+    (prefix / "lib" / "libtcmalloc.so.4").touch()
+    environment = {"LD_PRELOAD": f"/other.so{separator}{own}"}
+    assert prepare_environment(environment, THREE, Policy(), library_roots=[str(prefix)]) == []
+    assert environment["LD_PRELOAD"] == f"/other.so{separator}{own}"
+
+
+def test_an_allocator_that_was_asked_for_and_is_not_the_users_own_is_a_note(prefix: Path) -> None:
+    (prefix / "lib" / "libtcmalloc.so.4").touch()
+    environment = {"LD_PRELOAD": "/opt/lib/libjemalloc.so.2"}
+    policy = Policy(allocator=Allocator.TCMALLOC)
+    (note,) = prepare_environment(environment, THREE, policy, library_roots=[str(prefix)])
+    assert note.startswith("libtcmalloc.so not preloaded: /opt/lib/libjemalloc.so.2 in LD_PRELOAD stays; remove it")
+    assert environment["LD_PRELOAD"] == "/opt/lib/libjemalloc.so.2"
 
 
 def test_a_missing_allocator_is_a_note(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ ALL = Demand(EIGHT.online)
         pytest.param([replace(ALL, policy=Policy(core_list=frozenset({1, 2})))], "only CPUs 1-2", id="list"),
         pytest.param([replace(ALL, policy=Policy(logical=True))], "on both SMT siblings", id="logical"),
         pytest.param([replace(ALL, quota=2.0)], "not pinned: a CFS quota", id="quota"),
+        pytest.param([replace(ALL, cores=0), ALL], "a function of a workflow owns no core", id="function"),
+        pytest.param([ALL, replace(ALL, cores=0)], "no other worker is alive", id="beside a function"),
+        pytest.param([ALL, ALL, replace(ALL, cores=0)], "its part of 8 cores is 4; ", id="halves beside a function"),
     ],
 )
 def test_reasons(demands: list[Demand], words: str) -> None:

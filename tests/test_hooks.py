@@ -148,3 +148,37 @@ print(json.dumps(seen))
 """)
     assert seen.count("B start") == seen.count("B end") == 3
     assert log.count("on_request_start: RuntimeError: broken hook") == 1
+
+
+def test_threads_of_micro_batching_follow_the_slice() -> None:
+    """Its inference thread computes on its own: what the thread of the request sets is not set for it."""
+    threads, _ = run("""
+import os, torch
+from dataclasses import replace
+from ts.handler_utils import micro_batching
+from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.worker.elastic import Elastic
+
+cpus = tuple(os.sched_getaffinity(0))
+lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus, 3, (0,), (0,), (0,)))
+elastic = Elastic(Ledger(), lease, print)
+hooks.install([elastic])
+
+class Handler:
+    def preprocess(self, data):
+        return data
+    def inference(self, data):
+        return [torch.get_num_threads() for _ in data]
+    def postprocess(self, data):
+        return data
+
+handler = micro_batching.MicroBatching(Handler(), 1)
+found = []
+for threads in (3, 1, 2):
+    elastic.adopt(replace(lease, slice=replace(lease.slice, threads=threads)), State())
+    found.append(handler.handle([0, 0]))
+handler.shutdown()
+print(json.dumps(found))
+""")
+    assert threads == [[3, 3], [1, 1], [2, 2]]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.eventually import eventually
 from ts_plugin.leases import directory
 from ts_plugin.leases.ledger import LEASE_VARIABLE, Lease, Ledger, LedgerError, Server, State, pack_lease, unpack_lease
 from ts_plugin.machine import process
@@ -175,7 +179,7 @@ def test_a_planted_ledger_link_is_not_followed(ledger: Ledger, tmp_path: Path) -
 def test_another_users_directory_is_refused(ledger: Ledger) -> None:
     os.mkdir(ledger.directory)
     os.chown(ledger.directory, 4242, 4242)
-    with pytest.raises(LedgerError, match="belongs to user 4242"), ledger.locked():
+    with pytest.raises(LedgerError, match="belongs to user 4242, not 0; set TS_CORES_STATE_DIR"), ledger.locked():
         pass
 
 
@@ -210,29 +214,139 @@ def test_a_lock_that_is_never_released_ends_in_an_error(ledger: Ledger, monkeypa
         pass
 
 
-def test_a_child_forked_under_the_lock_does_not_keep_it(ledger: Ledger) -> None:
-    code = """
-import os, sys, time
+FORKING = """
+import ctypes, os, signal, sys, threading, time
 from ts_plugin.leases.ledger import Ledger
-with Ledger(sys.argv[1]).locked():
-    if not os.fork():
-        print("forked", flush=True)
-        time.sleep(600)
-        os._exit(0)
-    time.sleep(0.5)
-with Ledger(sys.argv[1]).locked():
-    print("locked again", flush=True)
+ledger = Ledger(sys.argv[1])
+def fork():  # as os.fork() does it, or as a library in C does it, of which Python knows nothing
+    return os.fork() if sys.argv[2] == "Python" else ctypes.PyDLL(None).fork()
+def tell(word):
+    os.write(1, word.encode() + b"\\n")
+def stay():  # whoever reads what the others tell sees the end of it when they end
+    os.close(1)
+    signal.pause()
 """
-    forking = subprocess.Popen(
-        [sys.executable, "-c", code, ledger.directory], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+
+
+@contextmanager
+def forking(ledger: Ledger, code: str, kind: str = "Python") -> Iterator[subprocess.Popen[str]]:
+    """Run ``code`` after FORKING in a process of its own; end it afterwards, and what it forked."""
+    arguments = [sys.executable, "-c", FORKING + code, ledger.directory, kind]
+    started = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        assert forking.stdout is not None
-        assert forking.stdout.readline() == "forked\n"
-        assert forking.stdout.readline() == "locked again\n"
+        yield started
     finally:
-        os.killpg(forking.pid, signal.SIGKILL)
-        forking.communicate()
+        os.killpg(started.pid, signal.SIGKILL)
+        started.communicate()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("kind", ["Python", "C"])
+def test_a_child_forked_under_the_lock_does_not_keep_it(ledger: Ledger, kind: str) -> None:
+    code = """
+with ledger.locked():
+    if not fork():
+        stay()
+with ledger.locked():
+    tell("locked again")
+stay()
+"""
+    with forking(ledger, code, kind) as parent:
+        assert line_of(parent) == "locked again"
+        with ledger.locked():
+            pass
+
+
+@pytest.mark.parametrize("kind", ["Python", "C"])
+def test_a_child_does_not_keep_the_lock_of_a_parent_that_was_killed(ledger: Ledger, kind: str) -> None:
+    code = """
+with ledger.locked():
+    if fork():
+        tell("forked")
+    stay()
+"""
+    with forking(ledger, code, kind) as parent:
+        assert line_of(parent) == "forked"
+        parent.kill()
+        parent.wait()
+        with ledger.locked():
+            pass
+
+
+def test_a_child_that_leaves_the_block_takes_no_lock_from_its_parent(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+with ledger.locked():
+    child = fork()
+    if child:
+        tell(f"the child ended with {os.waitpid(child, 0)[1]}")
+        stay()
+os._exit(0)
+"""
+    monkeypatch.setattr(directory, "LOCK_TIMEOUT", 0.1)
+    with forking(ledger, code) as parent:
+        assert line_of(parent) == "the child ended with 0"
+        with pytest.raises(LedgerError, match=f"held by process {parent.pid} for"), ledger.locked():
+            pass
+
+
+def test_children_forked_at_any_moment_do_not_keep_the_lock(ledger: Ledger) -> None:
+    """A thread locks all the time, as the follower's may, while the main one forks, as a DataLoader does."""
+    code = """
+sys.setswitchinterval(1e-5)
+forking = True
+def lock():
+    while forking:
+        with Ledger(sys.argv[1]).locked():
+            pass
+thread = threading.Thread(target=lock)
+thread.start()
+for number in range(400):
+    if not fork():
+        if number % 40 == 0:
+            with ledger.locked():
+                tell("child")
+        stay()
+    time.sleep(0.001)
+forking = False
+thread.join()
+with ledger.locked():
+    tell("parent")
+stay()
+"""
+    with forking(ledger, code) as parent:
+        assert sorted(line_of(parent) for _ in range(11)) == ["child"] * 10 + ["parent"]
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+with ledger.locked():
+    tell("locked")
+    stay()
+"""
+    with ExitStack() as held:
+        held.enter_context(ledger.locked())
+        with forking(ledger, code) as waiting:
+            assert eventually(lambda: any(file.endswith(".lock") for file in open_files(waiting.pid)))
+            shutil.rmtree(ledger.directory)
+            held.close()
+            assert line_of(waiting) == "locked"
+            monkeypatch.setattr(directory, "LOCK_TIMEOUT", 0.1)
+            with pytest.raises(LedgerError, match=f"held by process {waiting.pid} for"), ledger.locked():
+                pass
+
+
+def open_files(pid: int) -> list[str]:
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
 
 
 def test_the_place_follows_from_the_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,31 +358,112 @@ def test_the_place_follows_from_the_user_alone(monkeypatch: pytest.MonkeyPatch) 
     assert str(os.getuid()) in place
 
 
-ONE_LOOK = """
-import os, sys
-from ts_plugin.leases.ledger import Ledger, LedgerError
-from ts_plugin.leases import coordinator
-os.chdir(sys.argv[1])
-try:
-    print(os.path.realpath(Ledger().directory))
-except LedgerError as error:
-    print(error)
-"""
+VICTIM, OTHER = 60_000 + os.getpid() % 5_000, 65_000  # user ids that nobody has
+
+
+def as_user(uid: int, act: Callable[[], str]) -> str:
+    """Return what ``act`` returns, or the error that it raises, in a process of another user."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            answer = act()
+        except OSError as error:
+            answer = f"{type(error).__name__}: {error}"
+        os.write(sender, answer.encode())
+        os._exit(0)
+    os.close(sender)
+    with open(receiver, encoding="utf-8") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return answer
+
+
+def write_one_note() -> str:
+    ledger = Ledger()
+    with ledger.locked() as state:
+        ledger.write(replace(state, generation=state.generation + 1))
+    return ledger.directory
+
+
+def read_generation() -> str:
+    return str(Ledger().read().generation)
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The place where the ledger of VICTIM lies if nobody minds."""
+    monkeypatch.delenv("TS_CORES_STATE_DIR")
+    path = as_user(VICTIM, lambda: Ledger().directory)
+    yield path
+    for taken in Path(path).parent.glob(f"{Path(path).name}*"):
+        if taken.is_dir() and not taken.is_symlink():
+            shutil.rmtree(taken)
+        else:
+            taken.unlink()
+
+
+def plant(kind: str, path: str) -> str:
+    if kind == "directory":
+        os.mkdir(path)
+    elif kind == "file":
+        Path(path).touch()
+    else:
+        os.symlink("/etc", path)
+    return "planted"
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run processes of other users")
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["directory", "file", "link"])
+def test_another_user_cannot_take_the_place_away(place: str, kind: str) -> None:
+    assert as_user(OTHER, lambda: plant(kind, place)) == "planted"
+    assert as_user(VICTIM, write_one_note) == f"{place}-1"
+    assert as_user(VICTIM, write_one_note) == f"{place}-1", "all processes of the user meet there"
+    assert as_user(VICTIM, read_generation) == "2"
+    os.rmdir(place) if kind == "directory" else os.unlink(place)
+    assert as_user(VICTIM, write_one_note) == f"{place}-1", "they stay when the first name is free again"
+    assert as_user(VICTIM, read_generation) == "3"
+
+
+@needs_root
+def test_another_user_cannot_take_the_place_away_once_it_is_used(place: str) -> None:
+    assert as_user(VICTIM, write_one_note) == place
+    assert "File exists" in as_user(OTHER, lambda: plant("directory", place))
+    assert as_user(OTHER, lambda: plant("directory", f"{place}-1")) == "planted"
+    assert as_user(VICTIM, write_one_note) == place
+
+
+@needs_root
+def test_all_names_taken_is_an_error_with_a_remedy_that_works(place: str) -> None:
+    for path in (place, *(f"{place}-{number}" for number in range(1, directory.NAMES))):
+        as_user(OTHER, lambda path=path: plant("directory", path))  # type: ignore[misc]
+    reason = as_user(VICTIM, write_one_note)
+    assert reason.startswith(f"StateError: {place}: belongs to user {OTHER}, not {VICTIM}; ")
+    assert reason.endswith("set TS_CORES_STATE_DIR to a directory that is yours alone, the same for all your servers")
+
+
+CLAIMANT = Path(__file__).with_name("claimant.py")
 
 
 def test_a_relative_place_is_refused_in_every_working_directory(tmp_path: Path) -> None:
     """A worker runs in the directory of its model, so each model would have a ledger, and slices would overlap."""
-    answers = set()
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         answer = subprocess.run(
-            [sys.executable, "-c", ONE_LOOK, str(tmp_path / name)],
+            [sys.executable, str(CLAIMANT)],
+            cwd=tmp_path / name,
             env={**os.environ, "TS_CORES_STATE_DIR": "state"},
+            stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
             check=True,
         )
-        answers.add(answer.stdout)
-    (answer_of_both,) = answers
-    assert answer_of_both.startswith("state: TS_CORES_STATE_DIR is relative")
-    assert "set it to an absolute path" in answer_of_both
+        reason = json.loads(answer.stdout)["error"]
+        assert reason.startswith("state: TS_CORES_STATE_DIR is relative")
+        assert reason.endswith("set it to an absolute path")
+        assert list((tmp_path / name).iterdir()) == []

@@ -11,7 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ts_plugin.planning.core_groups import CoreGroup, Part
-from ts_plugin.planning.partition import cut, pack, repair
+from ts_plugin.planning.packing import pack, repair
+from ts_plugin.planning.partition import cut
 
 Key = tuple[int, ...]
 

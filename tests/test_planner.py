@@ -99,7 +99,7 @@ TABLE = [
     # Core types
     pytest.param(HYBRID, wants(HYBRID, 1), "0-3", id="hybrid: fast cores only"),
     pytest.param(HYBRID, wants(HYBRID, 2), "0-3 4-11", id="... until whole slices of slow ones have more capacity"),
-    pytest.param(HYBRID, wants(HYBRID, 3), "0-1 2-3 4-11", id="... than a further part of the fast ones"),
+    pytest.param(HYBRID, wants(HYBRID, 3), "0-3 4-7 8-11", id="... than a further part of the fast ones"),
     pytest.param(HYBRID, wants(HYBRID, 6), "0-1 2 3 4-6 7-9 10-11", id="... or fast cores would have to be shared"),
     pytest.param(HYBRID, wants(HYBRID, 2, equal=True), "0-1 2-3", id="hybrid: equal sizes on equal cores"),
     pytest.param(HYBRID, wants(HYBRID, 5, equal=True), "0-1 2-3 4-6 7-9 10-11", id="... as long as there are enough"),
@@ -296,7 +296,7 @@ NOTES = [
         HYBRID, wants(HYBRID, 2),
         "2 workers use the slowest cores too (CPUs 4-11), in slices of their own: a further part of the faster ones "
         "(CPUs 0-3) would have less capacity; cores count 1, 0.5 by type, assumed, the kernel does not say; "
-        "--core-list 0-3 keeps to the faster ones, --use-e-cores divides all types as if they were equal",
+        "--core-list 0-3 keeps to the faster ones, --use-e-cores treats all cores as equal",
         id="slow cores in use",
     ),
     pytest.param(PHONE, wants(PHONE), "5 of 8 cores are left out because they are of another type", id="three types"),
@@ -651,3 +651,39 @@ def fits(groups: Counter[int], workers: int) -> bool:
     least, most = -(-cores // (2 * workers)), 2 * cores // workers
     few, many = sum(-(-size // most) for size in groups.values()), sum(size // least for size in groups.values())
     return all(size // least >= -(-size // most) >= 1 for size in groups.values()) and few <= workers <= many
+
+
+GUEST = Demand(SMALL.online, cores=0)
+
+
+@pytest.mark.parametrize("guests", [1, 9], ids=["one", "more than cores"])
+@pytest.mark.parametrize(
+    "owners",
+    [
+        pytest.param(wants(SMALL, 2), id="equal shares"),
+        pytest.param(wants(SMALL, 2, cores_per_worker=(1,)), id="a size for all"),
+        pytest.param([Demand(SMALL.online, cores=3), Demand(SMALL.online)], id="a fixed size"),
+        pytest.param([Demand(SMALL.online, quota=2.0)] * 2, id="a quota"),
+        pytest.param(wants(SMALL, 4), id="as many as cores"),
+    ],
+)
+def test_a_worker_that_wants_no_core_takes_none(owners: list[Demand], guests: int) -> None:
+    alone = plan(SMALL, owners)
+    together = plan(SMALL, [*[GUEST] * guests, *owners])
+    assert together.slices[guests:] == alone.slices
+    assert (together.idle, together.notes) == (alone.idle, alone.notes)
+    for guest in together.slices[:guests]:
+        assert (frozenset(guest.cpus), guest.threads, guest.pinned) == (SMALL.online, 1, False)
+
+
+def test_a_worker_that_wants_no_core_leaves_reserved_ones_free() -> None:
+    policy = Policy(reserve_cores=1)
+    result = plan(SMALL, [Demand(SMALL.online, policy, cores=0), Demand(SMALL.online, policy)])
+    assert len(result.reserved) == 1
+    assert frozenset(result.slices[0].cpus) == SMALL.online - result.reserved
+
+
+def test_workers_that_want_no_core_need_nobody_else() -> None:
+    result = plan(SMALL, [GUEST, GUEST])
+    assert [piece.threads for piece in result.slices] == [1, 1]
+    assert result.idle == SMALL.online

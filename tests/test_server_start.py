@@ -252,6 +252,21 @@ def test_a_launcher_that_does_not_run_is_left_alone(tmp_path: Path, first_line: 
         assert reason in line
 
 
+def test_relative_state_directory_serves_unbound_and_says_so() -> None:
+    """Workers start in the directories of their models: each would take the path from there."""
+    with TorchServe(archives.facts(), properties=PINNED, state_directory=Path("state")) as server:
+        (answer,) = facts(server).values()
+        assert masks(answer) == {frozenset(os.sched_getaffinity(0))}
+        reason = "state: TS_CORES_STATE_DIR is relative"
+        assert re.search(f"org.tscores.*{reason}.*; workers serve UNBOUND", server.log())
+        assert re.search(f"worker 9000 serves UNBOUND: {reason}", server.log())
+    environment = {**os.environ, "TS_CORES_STATE_DIR": "state"}
+    command = [str(Path(sys.executable).with_name("ts-cores")), "show"]
+    show = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert show.returncode == 1
+    assert reason in show.stderr
+
+
 def test_environment_without_package_serves_unbound_and_says_so(tmp_path: Path) -> None:
     """An interpreter with TorchServe and torch, but without ts-cores: borrowed packages bring no editable installs."""
     python = tmp_path / "bin" / "python"

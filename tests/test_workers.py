@@ -25,7 +25,7 @@ from benchmarks.harness.archives import Handler
 from benchmarks.harness.torchserve import Property, RequestError, TorchServe
 from tests.eventually import eventually
 from ts_plugin.leases.ledger import Ledger
-from ts_plugin.machine import discovery
+from ts_plugin.machine import discovery, process
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 PINNED: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
@@ -314,17 +314,51 @@ def test_a_workers_children_stay_in_its_slice_and_do_not_keep_its_lease() -> Non
             os.kill(child, 9)
 
 
-def test_the_steps_of_a_workflow_own_their_slices(tmp_path: Path) -> None:
-    store = tmp_path / "store"
+def pack_workflow(directory: Path, specification: str, functions: str = "") -> Path:
+    """Make pair.war in ``directory``; return a model store that has the archives of its models."""
+    store = directory / "store"
     store.mkdir()
     for archive in (archives.facts("plain"), archives.facts("ours", handler=Handler.OURS)):
         (store / archive.name).symlink_to(archive)
-    (tmp_path / "spec.yaml").write_text(WORKFLOW)
+    (directory / "spec.yaml").write_text(specification)
+    (directory / "functions.py").write_text(functions)  # the archiver wants the file even where no step is a function
     archiver = [str(Path(sys.executable).with_name("torch-workflow-archiver")), "--workflow-name", "pair"]
-    archiver += ["--spec-file", str(tmp_path / "spec.yaml"), "--export-path", str(tmp_path)]
-    (tmp_path / "functions.py").touch()  # no step of ours is a function, but the archiver wants the file
-    archiver += ["--handler", str(tmp_path / "functions.py")]
+    archiver += ["--spec-file", str(directory / "spec.yaml"), "--export-path", str(directory)]
+    archiver += ["--handler", str(directory / "functions.py")]
     subprocess.run(archiver, check=True, capture_output=True)
+    return store
+
+
+FUNCTION = """
+import json, os
+def before(data, context):
+    if data is None:  # at load
+        return None
+    return [json.dumps({"pid": os.getpid()}) for _ in data]
+"""
+
+
+def test_a_function_of_a_workflow_owns_no_core_unless_it_asks(tmp_path: Path) -> None:
+    specification = WORKFLOW.replace("  first: [second]", "  before: [first]")
+    for asks, name in ((False, "plain"), (True, "asks")):
+        (tmp_path / name).mkdir()
+        store = pack_workflow(tmp_path / name, specification + asks * "cpu: {cores: 1}\n", FUNCTION)
+        with TorchServe(properties={**PINNED, "workflow_store": tmp_path / name}, model_store=store) as server:
+            server.management("POST", "/workflows", {"url": "pair.war"})
+            model = json.loads(server.predict_workflow("pair", b"{}"))
+            function = model["asked_by"]
+            (entry,) = [entry for entry in server.cores()["slices"] if entry["pid"] == function]
+            assert entry["model"] == "pair__before"
+            assert entry["notes"] == []
+            assert entry["pinned"] is asks
+            assert process.environment(function)["OMP_NUM_THREADS"] == "1"
+            assert model["threads"] == CORES - asks, "the model has what the function does not own"
+            if not asks:
+                assert os.sched_getaffinity(function) == os.sched_getaffinity(0)
+
+
+def test_the_steps_of_a_workflow_own_their_slices(tmp_path: Path) -> None:
+    store = pack_workflow(tmp_path, WORKFLOW)
     with TorchServe(properties={**PINNED, "workflow_store": tmp_path}, model_store=store) as server:
         server.management("POST", "/workflows", {"url": "pair.war"})
         answer = json.loads(server.predict_workflow("pair", b"{}"))

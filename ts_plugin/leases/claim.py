@@ -17,12 +17,17 @@ from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Allowance
 
-__all__ = ["Archive", "claim", "describe", "own_limit", "read_archive", "worker_id"]
+__all__ = ["GUESS", "Archive", "claim", "describe", "own_limit", "read_archive", "worker_id"]
+
+GUESS = "the model's name is a guess"  # the end of a note, until TorchServe loads the model and says its name
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """What an extracted model archive says of itself: ``cores`` and ``share`` are its ``cpu:`` wishes."""
+    """What an extracted archive says of itself: ``cores`` and ``share`` are its ``cpu:`` wishes.
+
+    ``cores`` is 0 for the functions of a workflow, which own none unless they ask.
+    """
 
     model: str
     version: str
@@ -79,29 +84,49 @@ def worker_id(arguments: Sequence[str]) -> str:
 
 def read_archive(directory: str) -> Archive:
     """Return what the archive extracted in ``directory`` says; what cannot be read or granted becomes a note."""
+    if os.path.isdir(f"{directory}/WAR-INF"):
+        return _read_workflow(directory)
     path = f"{directory}/MAR-INF/MANIFEST.json"
     try:
         with open(path, encoding="utf-8") as file:
             model = json.load(file)["model"]
         name, version = str(model["modelName"]), str(model.get("modelVersion", "1.0"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return Archive(os.path.basename(directory), "1.0", notes=(f"{path}: {error}; the model's name is a guess",))
+        return Archive(os.path.basename(directory), "1.0", notes=(f"{path}: {error}; {GUESS}",))
     cores, share, notes = _wishes(f"{directory}/{model['configFile']}") if model.get("configFile") else (None, 1.0, ())
     return Archive(name, version, cores, share, notes)
 
 
-def _wishes(path: str) -> tuple[int | None, float, tuple[str, ...]]:
-    """Return (cores, share, notes) from the ``cpu:`` section of a model-config.yaml."""
+def _read_workflow(directory: str) -> Archive:
+    """Return what a workflow says of its functions; its models have archives of their own.
+
+    A function hardly computes, between the models of one request: it owns no core unless the workflow's specification
+    has a section ``cpu:``, which holds for each worker of each function.
+    Source: org.pytorch.serve.ensemble.WorkFlow reads ``models`` and ``dag`` from the specification, nothing else.
+    """
+    path = f"{directory}/WAR-INF/MANIFEST.json"
+    try:
+        with open(path, encoding="utf-8") as file:
+            workflow = json.load(file)["workflow"]
+        name, specification = str(workflow["workflowName"]), str(workflow["specFile"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Archive(os.path.basename(directory), "1.0", cores=0, notes=(f"{path}: {error}; {GUESS}",))
+    return Archive(name, "1.0", *_wishes(f"{directory}/{specification}", unasked=0))
+
+
+def _wishes(path: str, *, unasked: int | None = None) -> tuple[int | None, float, tuple[str, ...]]:
+    """Return (cores, share, notes) from the ``cpu:`` section of a YAML file; ``unasked`` are the cores without one."""
+    otherwise = "the worker gets an equal share" if unasked is None else "the function owns no core"
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         if "cpu:" not in text:
-            return None, 1.0, ()
+            return unasked, 1.0, ()
         import yaml  # costs 20 ms of worker start, so only for archives that have the section
 
         section = yaml.safe_load(text).get("cpu")
-        if section is None:
-            return None, 1.0, ()
+        if section is None or section == {}:
+            return unasked, 1.0, ()
         unknown = sorted(set(section) - {"cores", "share"})
         if unknown:
             raise ValueError(f"cpu: has no {unknown[0]!r}; it takes 'cores: N' or 'share: X'")
@@ -112,10 +137,10 @@ def _wishes(path: str) -> tuple[int | None, float, tuple[str, ...]]:
             raise ValueError(f"cpu.share must be a number above 0, not {share!r}")
         return cores, float(share), ()
     except (OSError, ImportError, ValueError, TypeError, AttributeError) as error:
-        return None, 1.0, (f"{path}: {error}; the worker gets an equal share",)
+        return unasked, 1.0, (f"{path}: {error}; {otherwise}",)
     except Exception as error:  # yaml's own errors share no base with anything above
         if type(error).__module__.startswith("yaml"):
-            return None, 1.0, (f"{path}: {' '.join(str(error).split())}; the worker gets an equal share",)
+            return unasked, 1.0, (f"{path}: {' '.join(str(error).split())}; {otherwise}",)
         raise
 
 

@@ -32,8 +32,7 @@ def state_directory(environment: Mapping[str, str] = os.environ) -> str:
     """
     chosen = environment.get("TS_CORES_STATE_DIR")
     if not chosen:
-        base = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
-        return f"{base}/ts-cores-{os.getuid()}"
+        return _default("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp")
     if not os.path.isabs(chosen):
         # Every worker starts in the directory of its model, so each model would get a ledger of its own.
         raise StateError(
@@ -41,6 +40,25 @@ def state_directory(environment: Mapping[str, str] = os.environ) -> str:
             "another one; set it to an absolute path"
         )
     return os.path.normpath(chosen)
+
+
+def _default(base: str) -> str:
+    """Return the first of ts-cores-UID, ts-cores-UID-1, ... in ``base`` that is this user's, else the first free one.
+
+    Everybody may make these names, another user too. Free names come last, so that all servers stay where they are when
+    somebody else's directory disappears.
+    """
+    first = f"{base}/ts-cores-{os.getuid()}"
+    free = None
+    for path in (first, *(f"{first}-{number}" for number in range(1, NAMES))):
+        try:
+            owner = os.lstat(path).st_uid
+        except FileNotFoundError:
+            free = free or path
+            continue
+        if owner == os.getuid():
+            return path
+    return free or first
 
 
 # One for each lock file: a record lock keeps processes apart, not the threads of one process.
@@ -67,21 +85,18 @@ class Directory:
         """
         path = self.path
         try:
-            os.makedirs(path, mode=0o700, exist_ok=True)
-            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            directory = _enter(path)
             try:
-                status = os.fstat(directory)
-                mode = stat.S_IMODE(status.st_mode)
-                if status.st_uid != os.getuid():
-                    raise StateError(f"{path}: belongs to user {status.st_uid}, not {os.getuid()}; {YOURS}")
-                if mode & 0o077:
-                    raise StateError(f"{path}: others may enter it (mode {mode:o}); chmod 700 it, or {YOURS}")
                 return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
             finally:
                 os.close(directory)
-        except (FileNotFoundError, StateError):
+        except FileNotFoundError:
             raise
         except OSError as error:
+            if self.path != path:  # somebody else took that name just now
+                return self.open(name, flags)
+            if isinstance(error, StateError):
+                raise
             raise self.error(error) from error
 
     def error(self, error: OSError) -> StateError:
@@ -140,6 +155,27 @@ class Directory:
         return StateError(
             f"{self.path}/{name}: held by {holder} for {LOCK_TIMEOUT:.0f} s; let it go on if it is stopped, or end it"
         )
+
+
+def _enter(path: str) -> int:
+    """Return a descriptor of the directory ``path``, made if need be.
+
+    Raises:
+        StateError: it is not this user's alone. OSError: it cannot be made or opened.
+    """
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(directory)
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid != os.getuid():
+            raise StateError(f"{path}: belongs to user {status.st_uid}, not {os.getuid()}; {YOURS}")
+        if mode & 0o077:
+            raise StateError(f"{path}: others may enter it (mode {mode:o}); chmod 700 it, or {YOURS}")
+    except StateError:
+        os.close(directory)
+        raise
+    return directory
 
 
 def _try(lock: int) -> bool:

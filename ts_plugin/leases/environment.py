@@ -9,13 +9,12 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Allocator, OmpRuntime, Policy
 
-__all__ = ["COLLAPSING", "SPIN_COUNT", "THREAD_COUNTS", "collapsing", "prepare_environment", "set_thread_count"]
+__all__ = ["COLLAPSING", "THREAD_COUNTS", "collapsing", "prepare_environment", "set_thread_count"]
 
 # These make the OpenMP runtime shrink the main thread's mask to one CPU at `import torch`, and children inherit that.
 COLLAPSING = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
-# How often libgomp's threads look before they sleep. By default 300,000 times, 20 ms if a pause takes long: a forward
-# pass that loses a CPU half-way, to a newcomer or a busy neighbour, takes 30 times as long then, rather than 4 times.
-SPIN_COUNT = "20000"
+# How libraries that replace malloc are named. Of two in LD_PRELOAD the first serves, so ours would turn off the user's.
+ALLOCATORS = ("libtcmalloc", "libjemalloc", "libmimalloc", "libsnmalloc", "libtbbmalloc", "libhoard", "librpmalloc")
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -40,8 +39,6 @@ def prepare_environment(
     ``library_roots`` are directories such as the interpreter's prefix, below which allocator libraries are looked for.
     """
     set_thread_count(environment, cores.threads)
-    if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     removed = collapsing(environment)
     for name in removed:
         del environment[name]
@@ -53,32 +50,53 @@ def prepare_environment(
 
 def _preload(environment: MutableMapping[str, str], policy: Policy, roots: tuple[str, ...]) -> list[str]:
     """Put the allocator and OpenMP runtime that the policy wants, and that exist, in front of LD_PRELOAD."""
-    notes = []
-    wanted: list[str] = []
-    # Not jemalloc unless asked for, which run_cpu takes second: ResNet-50 lost a tenth to a fifth with it.
-    allocator = policy.allocator or Allocator.TCMALLOC
-    if allocator is not Allocator.DEFAULT:
-        if found := _library(f"lib{allocator.value}", environment, roots):
-            wanted.append(found)
-            if allocator is Allocator.JEMALLOC:
-                environment.setdefault("MALLOC_CONF", "oversize_threshold:1,background_thread:true,metadata_thp:auto")
-        elif policy.allocator is not None:
-            name = f"lib{allocator.value}.so"
-            notes.append(f"{name} not found: glibc's allocator serves; install it or drop the option")
-    if policy.omp_runtime is OmpRuntime.INTEL:
-        bundled = _bundled_openmp(roots)
-        if bundled:
-            notes.append(f"libiomp5 not preloaded: this torch brings {bundled}, and two runtimes in one process clash")
-        elif found := _library("libiomp5", environment, roots):
-            wanted.append(found)
-        else:
-            notes.append("libiomp5.so not found: torch's own runtime serves; install intel-openmp or drop the option")
     present = environment.get("LD_PRELOAD", "").replace(":", " ").split()
-    names = [os.path.basename(path).partition(".so")[0] for path in present]
-    wanted = [path for path in wanted if os.path.basename(path).partition(".so")[0] not in names]
+    allocator, notes = _allocator(environment, policy, roots, present)
+    runtime, more = _openmp_runtime(environment, policy, roots)
+    names = [_stem(path) for path in present]
+    wanted = [path for path in (allocator, runtime) if path is not None and _stem(path) not in names]
     if wanted:
         environment["LD_PRELOAD"] = ":".join(wanted + present)
-    return notes
+    return notes + more
+
+
+def _stem(path: str) -> str:
+    return os.path.basename(path).partition(".so")[0]
+
+
+def _allocator(
+    environment: MutableMapping[str, str], policy: Policy, roots: tuple[str, ...], present: Iterable[str]
+) -> tuple[str | None, list[str]]:
+    """Return the allocator to preload, and notes; one that the user preloads already stays the only one."""
+    # Not jemalloc unless asked for, which run_cpu takes second: ResNet-50 lost a tenth to a fifth with it.
+    kind = policy.allocator or Allocator.TCMALLOC
+    if kind is Allocator.DEFAULT:
+        return None, []
+    name = f"lib{kind.value}"
+    own = next((path for path in present if _stem(path).startswith(ALLOCATORS)), None)
+    if own is not None and not _stem(own).startswith(name):
+        left_out = f"{name}.so not preloaded: {own} in LD_PRELOAD stays; remove it there or drop the option"
+        return None, [left_out] if policy.allocator is not None else []
+    found = own or _library(name, environment, roots)
+    if found is None:
+        missing = f"{name}.so not found: glibc's allocator serves; install it or drop the option"
+        return None, [missing] if policy.allocator is not None else []
+    if kind is Allocator.JEMALLOC:
+        environment.setdefault("MALLOC_CONF", "oversize_threshold:1,background_thread:true,metadata_thp:auto")
+    return found, []
+
+
+def _openmp_runtime(
+    environment: Mapping[str, str], policy: Policy, roots: tuple[str, ...]
+) -> tuple[str | None, list[str]]:
+    """Return the OpenMP runtime to preload, and notes; torch must not bring another one."""
+    if policy.omp_runtime is not OmpRuntime.INTEL:
+        return None, []
+    if bundled := _bundled_openmp(roots):
+        return None, [f"libiomp5 not preloaded: this torch brings {bundled}, and two runtimes in one process clash"]
+    if found := _library("libiomp5", environment, roots):
+        return found, []
+    return None, ["libiomp5.so not found: torch's own runtime serves; install intel-openmp or drop the option"]
 
 
 def _library(name: str, environment: Mapping[str, str], roots: tuple[str, ...]) -> str | None:

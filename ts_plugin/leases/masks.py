@@ -75,8 +75,10 @@ def enforce_all(before: State, after: State) -> dict[int, OSError]:
     refused = {}
     for _, _, lease, old in sorted(changes, key=lambda change: change[:2]):
         try:
-            target = reach(lease) if old else frozenset(lease.slice.cpus)
-            enforce(lease, target, before=old or os.sched_getaffinity(lease.pid))
+            if old is None:
+                enforce(lease, lease.slice.cpus, before=os.sched_getaffinity(lease.pid))
+            else:  # what lends and borrows is never widened from outside: a request may compute there
+                enforce(lease, reach(lease), before=() if lease.slice.reach else old)
         except ProcessLookupError:  # just ended
             continue
         except OSError as error:

@@ -54,6 +54,8 @@ def _threads(lease: Lease, topology: Topology) -> str:
     piece, cores = lease.slice, topology.cores_of(lease.slice.cpus)
     text = f"{piece.threads} intra-op"
     if not piece.pinned:
+        if lease.demand.cores == 0:
+            return f"{text}: a function hardly computes"
         return f"{text}: bounded, so that all workers together do not exceed what the CPUs can do"
     if piece.threads == len(cores):
         text += ": one per core"
@@ -87,7 +89,10 @@ def _allowed(lease: Lease, topology: Topology) -> Iterator[str]:
 def _size(lease: Lease, state: State, topology: Topology) -> Iterator[str]:
     demand, policy = lease.demand, lease.demand.policy
     rivals = [other for other in state.leases if not other.demand.allowed.isdisjoint(demand.allowed)]
-    others = [other for other in rivals if other.pid != lease.pid]
+    others = [other for other in rivals if other.pid != lease.pid and other.demand.cores != 0]
+    if demand.cores == 0:
+        yield "a function of a workflow owns no core unless the workflow asks for it (cpu: in its specification)"
+        return
     if demand.cores is not None:
         yield f"{count(demand.cores, 'core')} asked for by its archive (cpu: cores) or because a GPU does its work"
     elif policy.cores_per_worker:
@@ -104,7 +109,7 @@ def _size(lease: Lease, state: State, topology: Topology) -> Iterator[str]:
 
 def _share(lease: Lease, rivals: Sequence[Lease], topology: Topology) -> Iterator[str]:
     free = frozenset(lease.demand.allowed)
-    fixed = [other for other in rivals if other.demand.cores is not None]
+    fixed = [other for other in rivals if other.demand.cores]
     weights = sum(other.demand.share for other in rivals if other.demand.cores is None)
     cores = len(topology.cores_of(free)) - sum(len(topology.cores_of(other.slice.cpus)) for other in fixed)
     cores -= lease.demand.policy.reserve_cores
@@ -118,6 +123,8 @@ def _share(lease: Lease, rivals: Sequence[Lease], topology: Topology) -> Iterato
 def _place(lease: Lease, topology: Topology) -> Iterator[str]:
     piece, policy = lease.slice, lease.demand.policy
     if not piece.pinned:
+        if lease.demand.cores == 0:
+            return
         if policy.pin is Pin.NEVER:
             yield "not pinned because --pin never says so"
         elif lease.demand.quota is not None:

@@ -41,9 +41,9 @@ def choose_types(
     """Return the core type of each worker, so that no slice has to mix types.
 
     One worker after the other takes the type in which its slice gets the most capacity: this makes the weakest slice
-    as strong as it can be (D'Hondt's method). The slowest type is used only when every faster one is. For example,
-    with 4 fast cores and 8 of half their capacity, the first worker takes the fast ones, the second the slow ones
-    (8 x 0.5 against 4 / 2), the third shares the fast ones.
+    as strong as it can be (D'Hondt's method). Of equals it takes the slower one, whose slices have more cores. The
+    slowest type is used only when every faster one is. For example, with 4 fast cores and 8 of half their capacity, the
+    first worker takes the fast ones, the second the slow ones (8 x 0.5 against 4 / 2), which the third shares.
 
     ``cores`` and ``capacities`` go from the fastest type to the slowest; types in ``busy`` have workers already. There
     are at least as many cores as workers.
@@ -55,7 +55,7 @@ def choose_types(
         usable = [t for t, count in enumerate(cores) if chosen.count(t) < count]
         if any(t not in busy and t not in chosen for t in range(slowest)):
             usable = [t for t in usable if t != slowest] or usable
-        best = max(usable, key=lambda t: (capacities[t] * cores[t] / (loads[t] + weight), -t))
+        best = max(usable, key=lambda t: (capacities[t] * cores[t] / (loads[t] + weight), t))
         loads[best] += weight
         chosen.append(best)
     return chosen

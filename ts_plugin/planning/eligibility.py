@@ -115,7 +115,7 @@ def fastest_cores(
             f"{workers} workers use the slowest cores too (CPUs {listed([slowest])}), in slices of their own: a "
             f"further part of the faster ones (CPUs {faster}) would have less capacity; cores count {ratio} by type, "
             f"{'as the kernel says' if known else 'assumed, the kernel does not say'}; "
-            f"--core-list {faster} keeps to the faster ones, --use-e-cores divides all types as if they were equal"
+            f"--core-list {faster} keeps to the faster ones, --use-e-cores treats all cores as equal"
         )
     return frozenset(i for t in used for i in by_type[t]), tuple(notes)
 

@@ -1,18 +1,15 @@
-"""Cutting one pool of cores into local parts. Pure arithmetic.
-
-Two named ways: ``cut`` divides everything, about equally, with sizes that cross the fewest boundaries; ``pack`` makes
-parts of given sizes and puts them where they cross the fewest.
-"""
+"""Cutting one pool of cores into parts of about equal size that cross the fewest boundaries. Pure arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heapreplace
-from itertools import chain, combinations, permutations
+from itertools import chain, combinations
 
-from ts_plugin.planning.core_groups import LEVELS, CoreGroup, Costs, Distance, Limits, Part, PlanError, by_level
+from ts_plugin.planning.core_groups import CoreGroup, Costs, Distance, Limits, Part, by_level
+from ts_plugin.planning.packing import pack, repair
 
-__all__ = ["cut", "pack", "repair"]
+__all__ = ["cut"]
 
 # Levels from the outside in: right where packages hold NUMA nodes; where nodes hold packages; where neither holds.
 _ORDERS = (("kind", "package", "node", "l3"), ("kind", "node", "package", "l3"), ("kind", "node", "l3", "package"))
@@ -20,7 +17,6 @@ _NODES_FIRST = ("node", "kind", "package", "l3")
 _MANY = 32  # for more workers a group gets about its proportional number of parts, and one order of levels is tried
 _FEW = 6  # up to so many groups every way of joining them is tried
 _SPAN = 3  # a longer run of core groups is one part
-_EXCHANGES = 1000  # looked at to repair what the search missed
 
 _Parts = list[Part] | tuple["_Parts", "_Parts"]  # a tree, because most of them are thrown away
 _Table = dict[int, tuple[int, _Parts]]  # by their number: the cheapest parts, and their cost
@@ -299,104 +295,3 @@ def _cut_nodes_equally(groups: Sequence[CoreGroup], workers: int) -> list[Part]:
     while sum(cores // size for cores in nodes) < workers:
         size -= 1
     return pack(groups, [size] * workers, within_nodes=True)
-
-
-def repair(
-    groups: Sequence[CoreGroup], parts: Sequence[Part], lows: Sequence[int], high: int, distance: Distance
-) -> list[Part]:
-    """Let parts exchange cores, or give some away, as long as fewer boundaries are crossed.
-
-    ``lows`` are the fewest cores each part may have, ``high`` the most.
-    """
-    costs = Costs(groups, distance)
-    mine = [dict(part) for part in parts]
-    cost = [costs.part(part) for part in parts]
-    tried = 0
-    improved = True
-    while improved:
-        improved = False
-        for a, b in permutations(range(len(mine)), 2):
-            if len(mine[a]) == 1:
-                continue
-            spare = min(sum(mine[a].values()) - lows[a], high - sum(mine[b].values()))
-            for give, take, count in _exchanges(mine[a], mine[b], spare):
-                tried += 1
-                if tried > _EXCHANGES:
-                    return [tuple(sorted(part.items())) for part in mine]
-                new_a, new_b = dict(mine[a]), dict(mine[b])
-                _move(new_a, new_b, give, count)
-                if take is not None:
-                    _move(new_b, new_a, take, count)
-                cost_a, cost_b = costs.part(tuple(new_a.items())), costs.part(tuple(new_b.items()))
-                if (cost_a + cost_b) >> Costs.boundaries < (cost[a] + cost[b]) >> Costs.boundaries:
-                    mine[a], mine[b], cost[a], cost[b] = new_a, new_b, cost_a, cost_b
-                    improved = True
-                    break
-    return [tuple(sorted(part.items())) for part in mine]
-
-
-def _exchanges(mine: dict[int, int], other: dict[int, int], spare: int) -> Iterator[tuple[int, int | None, int]]:
-    """The core group one part could give of, the one it would take of for that, and how many cores."""
-    for give, count in mine.items():
-        if count <= spare:
-            yield give, None, count
-        for take, offered in other.items():
-            if take != give:
-                yield give, take, min(count, offered)
-
-
-def _move(giver: dict[int, int], taker: dict[int, int], group: int, count: int) -> None:
-    giver[group] -= count
-    taker[group] = taker.get(group, 0) + count
-    if not giver[group]:
-        del giver[group]
-
-
-def pack(groups: Sequence[CoreGroup], sizes: Sequence[int], *, within_nodes: bool = False) -> list[Part]:
-    """Parts of exactly these sizes, in their order; the largest choose first, each where it crosses and leaves least.
-
-    Raises:
-        PlanError: ``within_nodes``, and a size fits into no node any more.
-    """
-    levels = _NODES_FIRST if within_nodes else LEVELS
-    room = [group.size for group in groups]
-    parts: dict[int, Part] = {}
-    for place in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        parts[place] = _take(groups, room, range(len(groups)), sizes[place], levels)[1]
-        if within_nodes and len({groups[i].node for i, _ in parts[place]}) > 1:
-            nodes = [sum(groups[i].size for i in node) for node in by_level(groups, range(len(groups)), "node")]
-            raise PlanError(
-                f"workers of {', '.join(map(str, sizes))} cores do not fit into NUMA nodes of "
-                f"{', '.join(map(str, nodes))} cores; ask for fewer cores or drop --skip-cross-node-cores"
-            )
-        for i, count in parts[place]:
-            room[i] -= count
-    return [parts[i] for i in range(len(sizes))]
-
-
-def _take(
-    groups: Sequence[CoreGroup], room: Sequence[int], members: Sequence[int], size: int, levels: Sequence[str]
-) -> tuple[tuple[int, ...], Part]:
-    """Take ``size`` cores from ``members``; return the boundaries crossed, a number for each level, and the part."""
-    if not levels:
-        (member,) = members
-        return (), ((member, size),)
-    level, *inner = levels
-    rooms = {child: sum(room[i] for i in child) for child in by_level(groups, (i for i in members if room[i]), level)}
-    crossed = [0] * len(levels)
-    part: list[tuple[int, int]] = []
-    while size:
-        fitting = [child for child in rooms if rooms[child] >= size]
-        if fitting:
-            found = [(*_take(groups, room, child, size, inner), rooms[child], child) for child in fitting]
-            below, more, _, child = min(found, key=lambda f: (f[0], f[2], f[3]))
-            taken = size
-        else:
-            child = max(rooms, key=lambda child: (rooms[child], [-i for i in child]))
-            taken = rooms[child]
-            below, more = _take(groups, room, child, taken, inner)
-        crossed = [crossed[0] + bool(part), *(a + b for a, b in zip(crossed[1:], below, strict=True))]
-        part += more
-        size -= taken
-        del rooms[child]
-    return tuple(crossed), tuple(sorted(part))

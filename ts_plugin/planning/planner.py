@@ -1,8 +1,9 @@
 """Who gets which cores: topology and demands in, one disjoint slice per worker out. Pure: no I/O, no clock, no chance.
 
 Demands that may use the same cores under the same rules form a pool. Overlapping pools divide the cores first
-(``allotment``), then every pool is divided among its workers (``pool``) by cutting it into local parts
-(``partition``). Where a CFS quota says that others use the same CPUs, threads are only counted.
+(``allotment``), then every pool is divided among its workers (``pool``): it is cut into local parts (``partition``), or
+parts of given sizes are packed into it (``packing``). Where a CFS quota says that others use the same CPUs, threads are
+only counted.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Demand:
 
     ``allowed`` are the CPUs of its cpuset and mask, ``quota`` the CFS limit in CPUs; ``cores`` is a fixed number of
     cores, ``share`` its weight when the rest is divided, ``held`` the CPUs of the slice it has now (few moves).
+    A worker with ``cores=0`` owns none: it runs with one thread wherever it may, and does not count when cores are
+    divided.
     """
 
     allowed: frozenset[int]
@@ -89,8 +92,9 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
     notes: list[str] = []
     members = _members(topology, demands, notes)
     reserved = _reserve(topology, members)
-    bounded, pools = _pools(topology, members, reserved)
-    slices: dict[int, Slice] = {}
+    owners = [member for member in members if member.demand.cores != 0]
+    bounded, pools = _pools(topology, owners, reserved)
+    slices = {member.place: member.guest(topology, reserved) for member in members if member.demand.cores == 0}
     for pool in bounded:
         slices.update(_bound(topology, pool, notes))
     loads = _Loads()
@@ -98,7 +102,7 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
         slices.update(_assign(topology, pool, cores, loads, notes))
     chosen = _lending(topology, [slices[place] for place in range(len(demands))], members)
     allowed = topology.online.intersection(frozenset().union(*(demand.allowed for demand in demands)))
-    busy = frozenset(cpu for piece in chosen for cpu in piece.cpus)
+    busy = frozenset(cpu for owner in owners for cpu in chosen[owner.place].cpus)
     free = {i for i, core in enumerate(topology.cores) if i in reserved or busy.isdisjoint(core.cpus)}
     return Plan(
         chosen,
@@ -172,6 +176,11 @@ class _Member:
             return self.unpinned(topology, threads)
         return _slice((topology.cores[i] for i in cores), mask, threads, pinned=True)
 
+    def guest(self, topology: Topology, reserved: frozenset[int]) -> Slice:
+        """One thread on any core that is not kept free of workers."""
+        cpus = self.cpus - _cpus(topology, reserved)
+        return replace(self, cpus=cpus or self.cpus).unpinned(topology, 1)
+
     def unpinned(self, topology: Topology, threads: int) -> Slice:
         return _slice(topology.cores_of(self.cpus), self.cpus, threads, pinned=False)
 
@@ -201,7 +210,7 @@ def _members(topology: Topology, demands: Sequence[Demand], notes: list[str]) ->
             if isolated := (demand.allowed & topology.isolated) - eligible[key]:
                 notes.append(f"CPUs {_list(isolated)} are isolated (isolcpus=) and left out; --core-list can name them")
         cpus.append(eligible[key])
-    workers = Counter(cpus)
+    workers = Counter(mine for mine, demand in zip(cpus, demands, strict=True) if demand.cores != 0)
     known: dict[object, frozenset[int]] = {}
     members: list[_Member] = []
     for mine, demand in zip(cpus, demands, strict=True):
@@ -258,7 +267,7 @@ def _pools(topology: Topology, members: Sequence[_Member], reserved: frozenset[i
     """Sort members into pools whose threads are only bounded, and pools that own cores.
 
     A CFS quota belongs to all the members that have the same allowed CPUs and quota. Below the number of cores it means
-    that strangers use these CPUs too.
+    that others use these CPUs too.
     """
     bounded: dict[object, _Pool] = {}
     owning: dict[object, _Pool] = {}
@@ -390,8 +399,8 @@ def _assign(
         Worker(size, member.demand.share, frozenset(core_of[cpu] for cpu in member.demand.held & core_of.keys()))
         for member, size in zip(members, sizes, strict=True)
     ]
-    crowded = len(members) > len(cores)
-    if crowded:
+    shared = len(members) > len(cores)
+    if shared:
         parts = share_cores(cores or pool.cores, workers, loads.cores)
         notes.append(
             f"more workers than cores: {len(members)} on {len(cores or pool.cores)} "
@@ -408,13 +417,13 @@ def _assign(
         )
         loads.cores.update(core for part in parts for core in part)
     for member, size, part in zip(members, sizes, parts, strict=True):
-        if size > len(part) and not crowded:
+        if size > len(part) and not shared:
             notes.append(
                 f"worker {member.place} asks for {_count(size, 'core')} and gets {len(part)}: "
                 f"there are {len(cores)} for {_count(len(members), 'worker')}, and each needs one"
             )
     slices = {}
     for member, part in zip(members, parts, strict=True):
-        slices[member.place] = member.slice(topology, part, loads.cpus if crowded else None)
+        slices[member.place] = member.slice(topology, part, loads.cpus if shared else None)
         loads.cpus.update(slices[member.place].cpus)
     return slices

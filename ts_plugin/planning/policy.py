@@ -313,14 +313,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(("--throughput-mode",), "", "mode", _flag("--throughput-mode"), "a NUMA node at most per worker", "off"),
     Option(("--equal",), "", "equal", _flag(True), "equal sizes, even if a slice crosses a NUMA node for it", "off"),
     Option(("--reserve-cores",), "N", "reserve_cores", _count, "keep N cores free of workers", "0"),
-    Option(
-        ("--use-e-cores",),
-        "",
-        "use_e_cores",
-        _flag(True),
-        "divide all cores of a hybrid processor as if they were equal",
-        "off",
-    ),
+    Option(("--use-e-cores",), "", "use_e_cores", _flag(True), "treat all cores of a hybrid processor as equal", "off"),
     Option(
         ("--pin",),
         "auto|always|never",

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from ts_plugin.machine.topology import Topology
-from ts_plugin.planning import partition
+from ts_plugin.planning import packing
 from ts_plugin.planning.allotment import apportion, choose_types
 from ts_plugin.planning.core_groups import CoreGroup, Costs, Limits, Part, by_level, size_of
 from ts_plugin.planning.eligibility import capacity_of_types
+from ts_plugin.planning.partition import cut
 
 __all__ = ["Worker", "divide", "pack", "share_cores"]
 
@@ -80,7 +81,7 @@ class _GroupedCores:
 def pack(topology: Topology, cores: Iterable[int], sizes: Sequence[int]) -> list[frozenset[int]]:
     """Take disjoint sets of ``sizes`` cores, each as close together as possible, the lowest of equal ones."""
     grouped = _GroupedCores(topology, cores)
-    return _choose_cores(grouped, partition.pack(grouped.groups, sizes), [frozenset()] * len(sizes))
+    return _choose_cores(grouped, packing.pack(grouped.groups, sizes), [frozenset()] * len(sizes))
 
 
 def share_cores(cores: Iterable[int], workers: Sequence[Worker], loads: Counter[int]) -> list[frozenset[int]]:
@@ -128,7 +129,7 @@ def divide(
     held = [worker.held & grouped.home.keys() for worker in workers]
     homes = [grouped.counts(mine) for mine in held]
     fixed = [w for w, size in enumerate(sizes) if size]
-    packed = partition.pack(grouped.groups, [sizes[w] for w in fixed], within_nodes=within_nodes)
+    packed = packing.pack(grouped.groups, [sizes[w] for w in fixed], within_nodes=within_nodes)
     parts = dict(zip(fixed, packed, strict=True))
     room = [group.size for group in grouped.groups]
     for i, count in (piece for part in packed for piece in part):
@@ -176,14 +177,14 @@ def _cut_by_weight(
     if not weights:
         return []
     if len(set(weights)) == 1 or within_nodes:
-        parts = partition.cut(
+        parts = cut(
             groups, len(weights), equal=equal, within_nodes=within_nodes, distance=grouped.distance, homes=homes
         )
         return parts if len(set(weights)) == 1 else sorted(parts, key=size_of, reverse=True)
     total = sum(group.size for group in groups)
     due = apportion(total, weights)
     lows = [-(-size // 2) for size in due]
-    return partition.repair(groups, partition.pack(groups, due), lows, total, grouped.distance)
+    return packing.repair(groups, packing.pack(groups, due), lows, total, grouped.distance)
 
 
 def _hand_out(

@@ -4,35 +4,45 @@ Slices that lend to each other (those of one NUMA node) are a domain. For the le
 on its own slice, for which it waits, and on idle neighbours' slices, for which it does not. ``decide`` chooses the
 cap: the cores that a request may take.
 
-The estimate. Requests of model m arrive at rate l and take S(g) seconds on g cores. If all its workers used g:
+The estimate. Requests of a model arrive at rate l and take S(g) seconds on g cores. Two things can be short:
 
-- Slices: requests that are g cores wide on average leave room for n = cores of the domain / g at once, so a worker waits
-  for its own slice like a customer of M/G/n, at most for as many requests as there are workers that could be ahead of it.
-- Workers: a request waits in TorchServe's queue for one of the model's k workers, each held for H = slice wait + S(g): M/G/k.
-- R(g) = H + queue wait. The cap is the g for which the mean of R(g) / S(own slice) over all requests of the domain is
-  least. It counts what a wide request costs the neighbours, and a short request's time as much as a long one's.
+- Slices. Requests that are g cores wide leave room for n = cores of the domain / g at once: M/G/n. A request that
+  finds no room waits for its own slice and gets few others: it takes up to half-way from S(g) to S(own slice).
+- Workers. The model's k workers take requests from one queue: M/G/k.
 
-Both waits are Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation
-u = l S / n and v the squared coefficient of variation of the service times: exact for one server. If every width
-saturates (u >= 0.97 with requests that may queue), the cap is the width with the least utilisation.
+The longer of the two waits counts. R(g) = service + wait; W99(g) is the wait of one request in a hundred. The cap is
+the g for which R(g) + heed W99(g) is least, as part of S(own slice) and averaged over all requests of the domain: it
+counts what a wide request costs the neighbours, and a short request's time as much as a long one's. ``heed`` grows with
+load from 0.2 to 0.8. The estimate of W99 is high: so the 99th percentile grows by no more than the mean falls.
+
+A wait is Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation u = l S / n
+and v the squared coefficient of variation of the service times: exact for one server. If every width saturates
+(u >= 0.97, and so many requests at once that some may queue), the cap is the width with the least utilisation.
 
 Example. 8 slices of 4 cores, S(g) = 0.4 s (0.03 + 0.97 / g), 22 requests/s (0.3 of what slices alone can serve):
 
-    g                      4      8      16     32
-    S(g), ms             109     60      36     24
-    n                      8      4       2      1
-    u                   0.30   0.33    0.40   0.53
-    slice wait, ms         0      1       5     14
-    R(g), ms             109     61      41     38   <- the whole domain
+    g                    4      8     16     32
+    S(g), ms           109     60     36     24
+    n                    8      4      2      1
+    u                 0.30   0.33   0.40   0.53
+    R(g), ms           109     63     47     55
+    cost              1.03   0.67   0.61   0.86   <- with 16 cores, 4 slices, it is least
 
-At twice the rate u is 1.06 with 32 cores, and the least R(g) is 62 ms with 8 cores.
+At twice the rate u is 1.06 with 32 cores, more than there is, and 8 cores cost least.
 
-Assumptions: Poisson arrivals; service times that depend on the width only; idle workers of a model get requests in the order in
-which they became idle (so ``order`` borrows from those that are last in that line); workers of a model decide alike.
-Closed loops (clients that wait for their answer) are not Poisson: the wait is bounded by the requests ever seen at once.
+Assumptions: Poisson arrivals; service times that depend on the width only; idle workers of a model get requests in the
+order in which they became idle (so ``offers`` borrows from those that are last in that line); workers of a model decide
+alike. Clients that wait for their answer are not Poisson: if fewer requests were ever seen at once than there are
+workers, nothing queues, and the wait is bounded by what those requests can cause. A burst is over before a rate shows
+it: so no request takes much more than its share while others have requests too (``offers``).
 
 Service times are learned by each worker on its own requests and pooled by model. What is known little counts as
-optimistically guessed, and so gets tried; what is not tried is forgotten slowly, and so gets tried again.
+optimistically guessed, and so gets tried; what is not tried is forgotten slowly, and so gets tried again. A model that
+gains nothing by the second width is guessed to gain nothing by the third, and never tries it.
+
+One request of a worker: ``arrived``; wait for the own slice, for ``patience`` at most; ``decide`` if the last decision
+is past ``until``, and publish its width; ``offers``, take what is idle, ``fit``, give the rest back; compute;
+``served``, or ``ended`` if the time says nothing. ``new_record`` starts it all.
 """
 
 from __future__ import annotations
@@ -59,7 +69,8 @@ __all__ = [
 ]
 
 SATURATED = 0.97  # utilisation from which a queue counts as endless
-STAY = 0.08  # the present width wins against one that is less than 8 % better
+WORTH = 0.08  # what borrowing must gain at least, as part of the cost
+STAY = 0.04  # what a change from one borrowing width to another must gain
 MEMORY = 32.0  # requests over which a service time is averaged
 FORGET = 1 / 1000  # of the weight of every other width, per request
 GUESS = 0.5  # requests that the guess of a service time counts for
@@ -118,7 +129,7 @@ class Estimate:
     seconds: float  # service time, guessed where little is known
     weight: float  # requests that it rests on
     response: float  # seconds; inf: saturated
-    cost: float  # what is minimised, less the bonus of the present width
+    cost: float  # what is minimised, less the bonus of the own slice or of the present width
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +160,7 @@ def new_record(model: int, cores: int, now: float) -> Record:
 
 
 def arrived(record: Record, now: float, others: int) -> Record:
-    """Return ``record`` after the arrival of a request, while ``others`` neighbours have one (``idle_since`` is None)."""
+    """Return ``record`` after a request arrived, while ``others`` neighbours have one (``idle_since`` is None)."""
     memory = _rate_memory(record)
     past = min(0.0, record.at - now) / memory
     rate = record.rate * math.exp(past) + 1 / memory
@@ -197,8 +208,8 @@ def widths(own: int, domain: int) -> tuple[int, ...]:
 def offers(decision: Decision, idle_since: Mapping[int, float | None]) -> tuple[int, list[Lender]]:
     """Return the cap of one request, and the idle lenders in the order in which to try them.
 
-    ``idle_since`` is the domain's, slot -> as in ``Record``; the request's own worker counts as having one. When many have
-    a request at once, each takes little more than its share: this tells a burst before any rate does.
+    ``idle_since`` is the domain's, slot -> as in ``Record``; the request's own worker counts as having one. When many
+    have a request at once, each takes little more than its share: this tells a burst before any rate does.
     Lenders whose next request is furthest away come first, equals in the domain's order. TorchServe hands a request to
     the worker of its model that waits longest, so the k-th in that line waits for k requests.
     """
@@ -224,8 +235,8 @@ def offers(decision: Decision, idle_since: Mapping[int, float | None]) -> tuple[
 def fit(slices: Sequence[int], width: int, decision: Decision) -> tuple[int, int]:
     """Return how many of ``slices`` to keep, and on how many cores to compute.
 
-    ``slices`` are the cores of own and borrowed ones in the order in which they were got, ``width`` is what ``offers`` said.
-    A request computes on one of the few widths that there are; what it does not need goes back at once.
+    ``slices`` are the cores of own and borrowed ones in the order in which they were got, ``width`` is what ``offers``
+    said. A request computes on one of the few widths that there are; what it does not need goes back at once.
     """
     cores = max((one for one in decision.widths if one <= min(sum(slices), width)), default=slices[0])
     keep = covered = 0
@@ -246,7 +257,10 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     total = sum(model.cores for model in models.values())
     seen = max(model.seen for model in models.values())
     busy = [model for model in models.values() if model is mine or model.busy]
-    crowded = sum(model.load for model in models.values()) > CROWDED * len(domain)
+    crowded = (
+        seen >= sum(model.workers for model in busy) - 0.5  # else a client that asks one by one looks like full load
+        and sum(min(model.load, model.workers) for model in models.values()) > CROWDED * len(domain)
+    )
     estimates: list[Estimate] = []
     lenders_at: dict[int, list[_Model]] = {}
     for width in widths(own.cores, total):
@@ -254,11 +268,17 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
         # Whoever runs long does not borrow from whoever runs short.
         lending = [one for one in models.values() if one is mine or not one.busy or seconds <= LONGER * one.alone]
         pool = _Pool(lending + [one for one in models.values() if one.wide and one not in lending])
-        if estimates and (crowded or not mine.known or width > sum(one.cores for one in lending)):
+        if estimates and (
+            crowded
+            or width > sum(one.cores for one in lending)
+            or max(mine.known, default=0) < estimates[-1].cores  # one step beyond what is known
+        ):
             break
         scale = width / own.cores * mine.cores / mine.workers  # others of the model widen likewise
-        response, cost, part = _cost(busy, mine, scale, pool=pool, lending=lending, seen=seen)
-        if width == own.width:
+        response, cost, part = _cost(busy, mine, scale, pool=pool, seen=seen)
+        if width == own.cores:
+            cost -= WORTH * part
+        elif width == own.width:
             cost -= STAY * part
         estimates.append(Estimate(width, seconds, weight, response, cost))
         lenders_at[width] = lending
@@ -356,9 +376,12 @@ def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
 
 
 def _cost(
-    busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, lending: list[_Model], seen: float
+    busy: Sequence[_Model], mine: _Model, width: float, *, pool: _Pool, seen: float
 ) -> tuple[float, float, float]:
-    """Return the response time of ``mine`` on ``width`` cores, the cost to all (utilisation times 1e9 if endless), its own."""
+    """Return the response time of ``mine`` on ``width`` cores, the cost to all, and its own part of that.
+
+    Where a queue is endless the cost is the utilisation times 1e9.
+    """
     times = [mine.seconds(width)[0] if model is mine else model.seconds(model.width)[0] for model in busy]
     flow = squares = wide = rate = 0.0
     workers = 0
@@ -370,8 +393,9 @@ def _cost(
             wide += model.rate * seconds * (width if model is mine else model.width)
             workers += model.workers
     if not flow:
-        return times[busy.index(mine)], 1.0, 1.0
-    variation = max(0.0, squares * rate / flow**2 - 1)
+        alone = times[busy.index(mine)]
+        return alone, alone / (mine.alone or 1.0), 0.0
+    variation = max(0.0, squares / flow * (rate / flow) - 1)
     slices = max(1.0, pool.cores * flow / wide)
     late, wait, tail = _wait(rate, flow / rate, variation, slices, _ahead(seen, workers))
     narrow = late * max(0.0, 1 - 2 / workers) / 2
@@ -394,7 +418,7 @@ def _cost(
 
 
 def _ahead(seen: float, workers: int) -> float:
-    """Return how many requests there may be at once: with all workers busy, any number may wait in TorchServe's queue."""
+    """Return how many requests there may be at once: any number if all workers are busy, for some may queue."""
     return math.inf if seen >= workers - 0.5 else seen
 
 
@@ -405,13 +429,15 @@ def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: 
     Source: Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)"; waits are taken as exponential.
     """
     bound = max(0.0, ahead - servers) * seconds / servers
+    if not bound:
+        return 0.0, 0.0, 0.0
     used = rate * seconds / servers
     if used >= SATURATED and bound == math.inf:
         return 1.0, bound, bound
     late = 1.0 if used >= SATURATED else used ** (math.sqrt(2 * (servers + 1)) - 1)
     each = (1 + variation) / 2 * seconds / (servers * (1 - min(used, SATURATED)))  # of those that wait
     mean = bound if used >= SATURATED else min(bound, late * each)
-    return late, mean, each * math.log(max(1.0, 100 * late)) if bound else 0.0
+    return late, mean, each * math.log(max(1.0, 100 * late))
 
 
 def _rate_memory(record: Record) -> float:

@@ -82,6 +82,8 @@ class Elastic(hooks.Hook):
                 self._exchange.forget_decision()
                 if self._keeps is not None and moved:
                     self._exchange.keep(lease)
+                elif not self._computes:
+                    self._exchange.reopen()
 
     def bind(self, *, before: Iterable[int] | None = None) -> binding.Outcome:
         """Keep every thread of this process and of its children on what it computes with now, or else on its slice.
@@ -132,9 +134,7 @@ class Elastic(hooks.Hook):
 
     def hold(self) -> None:
         """Compute on the slice alone, outside of any request: the start of a worker."""
-        with self._mutex:
-            self._computes = True
-            ground, exchange = self._ground, self._exchange
+        ground, exchange = self._begin()
         if exchange is not None:
             exchange.take_own(ground, START_PATIENCE)
         self._compute_on(ground.own, ground.own.cpus, ground.own.threads)
@@ -149,15 +149,28 @@ class Elastic(hooks.Hook):
         self._requests += 1
         if self._requests > 1:
             self._keep("its requests overlap")
+        ground, exchange = self._begin()
+        if exchange is None or self._keeps is not None:
+            self._compute_on(ground.own, ground.own.cpus, ground.own.threads)
+        else:
+            self._compute_on(ground.own, *exchange.take(ground))
+            exchange.begin()
+
+    def _begin(self) -> tuple[_Ground, _Exchange | None]:
+        """Return what there is to compute on; it stays as it is until ``_finish``."""
         with self._mutex:
             self._computes = True
-            ground, exchange = self._ground, self._exchange
-        cpus, threads = ground.own.cpus, ground.own.threads
-        if exchange is not None and self._keeps is None:
-            cpus, threads = exchange.take(ground)
-        self._compute_on(ground.own, cpus, threads)
-        if exchange is not None:
-            exchange.begin()
+            return self._ground, self._exchange if self._ground.own.reach else None
+
+    def on_compute(self) -> None:
+        """Let the calling thread, which is not the one of the request, compute with the slice's threads.
+
+        torch.set_num_threads acts on the calling thread, and on those that compute for the first time after it.
+        """
+        threads = self._ground.own.threads
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
     def on_request_end(self) -> None:
         self._requests -= 1
@@ -241,14 +254,22 @@ class _Exchange:
         self._open()
 
     def _open(self) -> None:
-        self._board = Board(*self._ledger.beside("board"))
+        board = Board(*self._ledger.beside("board"))
         try:
             self._records = Records(*self._ledger.beside("records"))
-            self._slot = self._board.take_slot()
+            self._slot = board.take_slot()
         except OSError:
-            self._board.close()
+            board.close()
             raise
+        self._board = board
         self._publish()
+
+    def reopen(self) -> None:
+        """Go where the others go if the state directory was deleted."""
+        if self._board.lost:
+            lost = self._board
+            self._open()
+            lost.close()
 
     def close(self) -> None:
         self._record = replace(self._record, cores=0)
@@ -267,9 +288,7 @@ class _Exchange:
 
     def take_own(self, ground: _Ground, patience: float) -> None:
         """Take the worker's own slice, by force where somebody computes there for longer than ``patience`` seconds."""
-        if self._board.lost:  # the state directory was deleted; the others open a new board, too
-            self._board.close()
-            self._open()
+        self.reopen()
         own = ground.own
         places = _places(self._slot, own)
         if not self._board.take(places, patience=patience) and own.pinned:

@@ -62,9 +62,10 @@ class Follower(hooks.Hook):
         gpu = context.system_properties.get("gpu_id") is not None
         with self._mutex:
             lease = self._lease
-            demand = replace(lease.demand, cores=1) if gpu else lease.demand
+            demand = replace(lease.demand, cores=1) if gpu and lease.demand.cores != 0 else lease.demand
+            notes = tuple(note for note in lease.notes if not note.endswith(claim.GUESS))
             try:
-                self._tell(replace(lease, model=context.model_name, demand=demand))
+                self._tell(replace(lease, model=context.model_name, demand=demand, notes=notes))
             except Exception as error:  # noqa: BLE001 - the model loads all the same
                 self._report(str(error))
             self._metrics = context.metrics

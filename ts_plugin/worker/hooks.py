@@ -4,6 +4,7 @@ Source, TorchServe 0.12: ts/model_loader.py calls ts.service.Service(...) right 
 ts/model_service_worker.py `Service.predict` for each batch, in the thread that runs the model. With asyncCommunication
 ts/async_service.py puts its own coroutine `predict` into the service's place. Both send what a handler streams from
 inside, turn a handler's exceptions into answers, and return the answer without sending it.
+ts/handler_utils/micro_batching.py lets `execute_call` compute in threads of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class Hook:
         The requests of an asynchronous handler overlap; every start has its end.
         """
 
+    def on_compute(self) -> None:
+        """Called in a thread that the handler started, before it computes a part of a request."""
+
     def on_request_end(self) -> None:
         """Called in the same thread when the answer is computed, whatever the handler did; it is sent after that."""
 
@@ -46,12 +50,13 @@ def install(hooks: Sequence[Hook]) -> None:
         ImportError, AttributeError: this TorchServe is built otherwise; nothing is patched then.
     """
     from ts import async_service
+    from ts.handler_utils import micro_batching
     from ts.model_loader import TsModelLoader
     from ts.service import Service
 
     first_to_last, last_to_first = _called(hooks), _called(hooks[::-1])
     construct, predict, predict_later = Service.__init__, Service.predict, async_service.predict
-    load = TsModelLoader.load
+    load, execute = TsModelLoader.load, micro_batching.execute_call
 
     @functools.wraps(construct)
     def construct_and_tell(self: Any, *arguments: Any, **options: Any) -> None:
@@ -72,6 +77,14 @@ def install(hooks: Sequence[Hook]) -> None:
         finally:
             last_to_first("on_request_end")
 
+    @functools.wraps(execute)
+    def execute_and_tell(incoming: Any, outgoing: Any, handle: Callable[[Any], Any], *others: Any) -> None:
+        def tell_and_handle(data: Any) -> Any:
+            first_to_last("on_compute")
+            return handle(data)
+
+        execute(incoming, outgoing, tell_and_handle, *others)
+
     @functools.wraps(predict_later)
     async def predict_later_and_tell(self: Any, batch: Any) -> Any:
         first_to_last("on_request_start")
@@ -83,6 +96,7 @@ def install(hooks: Sequence[Hook]) -> None:
     Service.__init__, Service.predict = construct_and_tell, predict_and_tell
     async_service.predict = predict_later_and_tell
     TsModelLoader.load = load_and_tell
+    micro_batching.execute_call = execute_and_tell
 
 
 def _called(hooks: Sequence[Hook]) -> Callable[..., None]:

@@ -29,7 +29,7 @@ def load() -> None:
     Does nothing where torch is loaded already or brings no libgomp: other runtimes count CPUs when they start threads.
     """
     global _libgomp
-    if "torch" in sys.modules or (path := _bundled()) is None:
+    if _libgomp or "torch" in sys.modules or (path := _bundled()) is None:
         return
     mask = os.sched_getaffinity(0)
     with contextlib.suppress(OSError):
@@ -51,7 +51,7 @@ def end_team() -> bool:
     Source: OpenMP 5.0, omp_pause_resource_all; libgomp has it since GCC 9. Intel's and LLVM's keep their threads.
     """
     global _libgomp
-    if _libgomp is None:
+    if _libgomp is None and "torch" in sys.modules:
         _libgomp = _find() or False
     return bool(_libgomp) and _libgomp.omp_pause_resource_all(PAUSE_SOFT) == 0
 
