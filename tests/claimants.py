@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import CHECKOUT
-from tests.cpuset import Cpuset
+from benchmarks.harness.cpuset import Cpuset
 from ts_plugin.machine import discovery, process
 
 TOPOLOGY = discovery.read_topology()

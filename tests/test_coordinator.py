@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.cpuset import Cpuset
 from tests.claimants import ALLOWED, CORES, TOPOLOGY, Claimant
-from tests.cpuset import Cpuset
 from tests.eventually import eventually
 from ts_plugin.leases import coordinator, directory
 from ts_plugin.leases.ledger import Lease, Ledger, Server

@@ -168,3 +168,14 @@ def test_a_deleted_state_directory_ends_no_lending(start: Start, state: Path) ->
         if second_mask["mask"] == second_mask["cpus"]:
             return
     pytest.fail("both computed on one core")
+
+
+def test_all_threads_follow_a_slice_that_grows_during_a_request(start: Start) -> None:
+    first, second = start(worker="9000"), start(worker="9001")
+    half = first.facts()["cpus"] and second.facts()["cpus"]
+    assert eventually(lambda: set(first.follow()["cpus"]).isdisjoint(half))
+    first.follow("begin")
+    second.kill()
+    assert eventually(lambda: first.follow("fork")["cpus"] == ALL)
+    first.follow("end")
+    assert first.masks() == {frozenset(ALL)}

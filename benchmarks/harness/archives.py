@@ -24,6 +24,7 @@ __all__ = [
     "ArchiveError",
     "Handler",
     "cache_directory",
+    "convolutions",
     "facts",
     "fetch_weights",
     "load",
@@ -112,6 +113,18 @@ def transformer(*, handler: Handler = Handler.STOCK, cache: Path | None = None) 
         return Classifier()
 
     return _archive("transformer", str(handler), _source("transformer.py", handler), model=model, cache=cache)
+
+
+def convolutions(*, cache: Path | None = None) -> Path:
+    """Return the archive of two convolutions that gain by more cores; its handler can fork: models/convolutions.py."""
+
+    def model() -> torch.nn.Module:
+        import torch
+
+        layers = [torch.nn.Conv2d(32, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(64, 32, 3, padding=1)]
+        return torch.nn.Sequential(*layers)
+
+    return _archive("convolutions", "stock", _source("convolutions.py", Handler.STOCK), model=model, cache=cache)
 
 
 def facts(

@@ -206,10 +206,10 @@ class Elastic(hooks.Hook):
             if self._cpus != own or exchange.lent:
                 openmp.end_team()
             if self._ground.own.pinned and self._cpus != own:
-                old, self._cpus = self._cpus | self._bound, own
+                self._cpus = own
                 masks.bind_thread(own)
-                if masks.outside(os.getpid(), own):
-                    masks.enforce(self._ground.lease, own, before=old)
+                if self._bound != own or masks.outside(os.getpid(), own):
+                    masks.enforce(self._ground.lease, own, before=self._bound)
                 self._bound = own
             exchange.release()
 

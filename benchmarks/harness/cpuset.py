@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["Cpuset"]
@@ -40,6 +42,15 @@ class Cpuset:
     def enter(self) -> None:
         """Move this process there; meant for a child before its program starts."""
         (self.directory / "cgroup.procs").write_text(str(os.getpid()))
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Let this process be there for a while: what it starts meanwhile stays there. It returns with wide masks."""
+        self.enter()
+        try:
+            yield
+        finally:
+            (self.directory.parent / "cgroup.procs").write_text(str(os.getpid()))
 
     def remove(self) -> None:
         """Remove the cgroup once its last process is gone, which takes the kernel a moment."""
