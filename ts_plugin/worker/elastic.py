@@ -130,6 +130,7 @@ class Elastic(hooks.Hook):
             self._keep("it is one of several ranks of torchrun, which wait for each other")
         elif context.system_properties.get("gpu_id") is not None:
             self._keep("its core feeds a GPU")
+        self._threads = 0  # of torch, which was imported since, and perhaps set by the handler's module
         self.hold()
 
     def hold(self) -> None:

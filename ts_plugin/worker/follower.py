@@ -213,6 +213,10 @@ def attach(lease: Lease) -> Follower:
     """Follow ``lease`` in this process from now on, at the request boundaries of whatever handler it runs."""
     global _current
     own = _current = Follower(Ledger(), lease)
+    try:
+        own.elastic.hold()  # the imports compute
+    except OSError as error:
+        own._report(str(error))
     own.start()  # before TorchServe is imported, which takes seconds
     try:
         hooks.install([own, own.elastic])
