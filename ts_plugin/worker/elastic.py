@@ -58,7 +58,7 @@ class Elastic(hooks.Hook):
         self._ground = _Ground(lease)
         self._exchange: _Exchange | None = None
         self._keeps: str | None = None  # why this worker neither lends nor borrows
-        self._computes = True
+        self._starts = True  # computes outside of any request
         self._requests = 0  # under way: at most one, or boundaries mean nothing
         self._cpus = self._bound = frozenset(lease.slice.cpus)  # of the thread that computes; of all others
         self._threads = 0
@@ -80,9 +80,10 @@ class Elastic(hooks.Hook):
             self._join(lease)
             if self._exchange is not None:
                 self._exchange.forget_decision()
-                if self._keeps is not None and moved:
-                    self._exchange.keep(lease)
-                elif not self._computes:
+                if moved and (self._starts or self._keeps is not None):
+                    self._exchange.release()
+                    self._exchange.take_own(self._ground, START_PATIENCE)
+                elif not self._requests:
                     self._exchange.reopen()
 
     def bind(self, *, before: Iterable[int] | None = None) -> binding.Outcome:
@@ -95,11 +96,10 @@ class Elastic(hooks.Hook):
         """
         with self._mutex:
             lease = self._ground.lease
-            busy = self._computes and self._exchange is not None and self._keeps is None
-            target = self._cpus if busy else frozenset(lease.slice.cpus)
+            lent = self._requests and self._exchange is not None and self._keeps is None
+            target = self._cpus if lent else frozenset(lease.slice.cpus)
             old, self._bound = self._bound if before is None else before, target
-            if not busy:
-                self._cpus = target
+            self._cpus = target
             return masks.enforce(lease, target, before=old)
 
     @property
@@ -110,7 +110,7 @@ class Elastic(hooks.Hook):
     def _join(self, lease: Lease) -> None:
         """Lend and borrow from now on, or stop doing so, as the plan says."""
         if not lease.slice.reach:
-            if self._exchange is not None and not self._computes:
+            if self._exchange is not None and not self._requests:
                 self._exchange.close()
                 self._exchange = None
         elif self._exchange is None:
@@ -130,51 +130,45 @@ class Elastic(hooks.Hook):
             self._keep("it is one of several ranks of torchrun, which wait for each other")
         elif context.system_properties.get("gpu_id") is not None:
             self._keep("its core feeds a GPU")
-        self._threads = 0  # of torch, which was imported since, and perhaps set by the handler's module
         self.hold()
 
     def hold(self) -> None:
         """Compute on the slice alone, outside of any request: the start of a worker."""
-        ground, exchange = self._begin()
+        with self._mutex:
+            self._starts = True
+        ground, exchange = self._what_there_is()
         if exchange is not None:
             exchange.take_own(ground, START_PATIENCE)
         self._compute_on(ground.own, ground.own.cpus, ground.own.threads)
 
     def on_loaded(self) -> None:
-        """Be idle."""
-        if "ts.handler_utils.micro_batching" in sys.modules:
-            self._keep("its handler computes in threads of its own (MicroBatching)")
+        """Compute on nothing until the first request."""
         self._finish()
 
     def on_request_start(self) -> None:
-        self._requests += 1
+        with self._mutex:
+            self._requests += 1
         if self._requests > 1:
             self._keep("its requests overlap")
-        ground, exchange = self._begin()
+        ground, exchange = self._what_there_is()
         if exchange is None or self._keeps is not None:
             self._compute_on(ground.own, ground.own.cpus, ground.own.threads)
         else:
             self._compute_on(ground.own, *exchange.take(ground))
             exchange.begin()
 
-    def _begin(self) -> tuple[_Ground, _Exchange | None]:
-        """Return what there is to compute on; it stays as it is until ``_finish``."""
+    def _what_there_is(self) -> tuple[_Ground, _Exchange | None]:
         with self._mutex:
-            self._computes = True
             return self._ground, self._exchange if self._ground.own.reach else None
 
     def on_compute(self) -> None:
-        """Let the calling thread, which is not the one of the request, compute with the slice's threads.
-
-        torch.set_num_threads acts on the calling thread, and on those that compute for the first time after it.
-        """
-        threads = self._ground.own.threads
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        """Let the calling thread, one of the handler's own, compute with the slice's threads."""
+        self._keep("its handler computes in threads of its own")
+        _set_threads(self._ground.own.threads)
 
     def on_request_end(self) -> None:
-        self._requests -= 1
+        with self._mutex:
+            self._requests -= 1
         if self._exchange is not None and self._keeps is None:
             evicted = self._ground.own.pinned and os.sched_getaffinity(0) != self._cpus
             self._exchange.end(self._threads, undisturbed=not evicted)
@@ -199,18 +193,15 @@ class Elastic(hooks.Hook):
                         masks.enforce(self._ground.lease, wanted, before=self._bound)
                         self._bound = wanted
                     masks.bind_thread(wanted)
-        if threads != self._threads:
-            torch = sys.modules.get("torch")
-            if torch is not None and torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
-            self._threads = threads
+        self._threads = threads
+        _set_threads(threads)
 
     def _finish(self) -> None:
         """Compute on nothing. The team ends where others may want its cores: its threads would spin there."""
         with self._mutex:
+            self._starts = False
             exchange, own = self._exchange, frozenset(self._ground.own.cpus)
             if exchange is None or self._keeps is not None:
-                self._computes = False
                 return
             if self._cpus != own or exchange.lent:
                 openmp.end_team()
@@ -220,7 +211,6 @@ class Elastic(hooks.Hook):
                 if self._bound != own or masks.outside(os.getpid(), own):
                     masks.enforce(self._ground.lease, own, before=self._bound)
                 self._bound = own
-            self._computes = False
             exchange.release()
 
     def _keep(self, why: str) -> None:
@@ -237,6 +227,13 @@ class Elastic(hooks.Hook):
         own = self._ground.own
         if own.pinned and self._cpus != frozenset(own.cpus):
             masks.bind_thread(own.cpus)
+
+
+def _set_threads(threads: int) -> None:
+    """Set the intra-op threads of the calling thread, and of those that compute for the first time after this."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 class _Exchange:

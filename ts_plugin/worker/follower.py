@@ -214,7 +214,7 @@ def attach(lease: Lease) -> Follower:
     global _current
     own = _current = Follower(Ledger(), lease)
     try:
-        own.elastic.hold()  # the imports compute
+        own.elastic.hold()
     except OSError as error:
         own._report(str(error))
     own.start()  # before TorchServe is imported, which takes seconds
