@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.checks import watch
+from benchmarks.harness import CHECKOUT
 from tests.claimants import ALLOWED, CORES, TOPOLOGY, Claimant
 from tests.eventually import eventually
 from ts_plugin.leases import coordinator
@@ -171,11 +175,37 @@ def test_a_deleted_state_directory_ends_no_lending(start: Start, state: Path) ->
 
 
 def test_all_threads_follow_a_slice_that_grows_during_a_request(start: Start) -> None:
-    first, second = start(worker="9000"), start(worker="9001")
-    half = first.facts()["cpus"] and second.facts()["cpus"]
+    first = start(worker="9000")
+    first.facts()
+    second = start(worker="9001")
+    half = second.facts()["cpus"]
     assert eventually(lambda: set(first.follow()["cpus"]).isdisjoint(half))
     first.follow("begin")
     second.kill()
     assert eventually(lambda: first.follow("fork")["cpus"] == ALL)
     first.follow("end")
     assert first.masks() == {frozenset(ALL)}
+
+
+STARTS = """
+from ts_plugin.leases import claim
+from ts_plugin.leases.claim import Archive
+from ts_plugin.leases.ledger import Ledger
+from ts_plugin.worker import follower
+follower.attach(claim.claim(Ledger(), archive=Archive("m", "1.0"), worker="9000"))
+print("attached", flush=True)
+input()
+"""
+
+
+def test_a_worker_holds_its_slice_while_it_imports(state: Path) -> None:
+    environment = {**os.environ, "TS_CORES_STATE_DIR": str(state), "PYTHONPATH": str(CHECKOUT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        assert any(line == "attached\n" for line in worker.stdout)
+        (board,) = state.glob("board-*")
+        held = watch.locks(board)[worker.pid]
+        worker.communicate("\n")
+    assert held.use == held.right == frozenset(ALL)

@@ -314,12 +314,12 @@ class Chaos:
     # ---- what happens
 
     def act(self) -> None:
-        """Do one random thing and wait until TorchServe calls it done."""
+        """Do one random thing and wait until TorchServe calls it done; False means that there was nothing to do."""
         actions: list[tuple[int, str, Callable[[], bool | None]]] = [
             (4, "scale", self.scale),
             (3, "register", self.register),
             (3, "unregister", self.unregister),
-            (3, "few or many workers", self.few_or_many),
+            (6 if self.many else 2, "few or many workers", self.few_or_many),
             (2, "kill worker", self.kill_worker),
             (4, "kill wide worker", self.kill_wide_worker),
             (2, "stop wide worker", self.stop_wide_worker),
@@ -335,9 +335,11 @@ class Chaos:
             actions.append((1, "change cpuset", self.change_cpuset))
         if os.getuid() == 0:
             actions.append((2, "second user", self.second_user))
-        _, name, action = self.random.choices(actions, weights=[weight for weight, *_ in actions])[0]
-        if action() is not False:
-            self.report.actions[name] += 1
+        done: bool | None = False
+        while done is False:
+            _, name, action = self.random.choices(actions, weights=[weight for weight, *_ in actions])[0]
+            done = action()
+        self.report.actions[name] += 1
 
     def _room(self, key: tuple[TorchServe, str]) -> int:
         """Return how many workers a model may have now."""

@@ -213,7 +213,10 @@ def attach(lease: Lease) -> Follower:
     """Follow ``lease`` in this process from now on, at the request boundaries of whatever handler it runs."""
     global _current
     own = _current = Follower(Ledger(), lease)
-    own.elastic.hold()
+    try:
+        own.elastic.hold()
+    except OSError as error:
+        own._report(str(error))
     own.start()  # before TorchServe is imported, which takes seconds
     try:
         hooks.install([own, own.elastic])
