@@ -49,7 +49,7 @@ os.register_at_fork(after_in_child=_mutexes.clear)  # whichever thread holds one
 
 
 class Directory:
-    """The directory at ``path``, by default at ``state_directory``; it is made when the first file is opened in it."""
+    """The directory at ``path``, by default at ``state_directory``; it is made with the first file in it."""
 
     def __init__(self, path: str | None = None) -> None:
         self._path = path
@@ -67,7 +67,8 @@ class Directory:
         """
         path = self.path
         try:
-            os.makedirs(path, mode=0o700, exist_ok=True)
+            if flags & os.O_CREAT:
+                os.makedirs(path, mode=0o700, exist_ok=True)
             directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 status = os.fstat(directory)

@@ -47,6 +47,7 @@ __all__ = [
     "Lender",
     "Measured",
     "Record",
+    "Traffic",
     "arrived",
     "decide",
     "ended",
@@ -55,6 +56,7 @@ __all__ = [
     "offers",
     "patience",
     "served",
+    "traffic",
     "widths",
 ]
 
@@ -141,6 +143,20 @@ class Decision:
     lenders: tuple[Lender, ...]
     until: float
     estimates: tuple[Estimate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What ``decide`` knows of the requests, for people to read.
+
+    ``rate`` is the model's, in requests/s. ``load`` is that of all models of the domain, as part of what slices alone
+    can serve, and ``crowded`` that it is too high to borrow. ``at_once`` are the most requests of the domain at once.
+    """
+
+    rate: float
+    load: float
+    crowded: bool
+    at_once: float
 
 
 def new_record(model: int, cores: int, now: float) -> Record:
@@ -246,7 +262,7 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     total = sum(model.cores for model in models.values())
     seen = max(model.seen for model in models.values())
     busy = [model for model in models.values() if model is mine or model.busy]
-    crowded = sum(model.load for model in models.values()) > CROWDED * len(domain)
+    crowded = _load(models) > CROWDED
     estimates: list[Estimate] = []
     lenders_at: dict[int, list[_Model]] = {}
     for width in widths(own.cores, total):
@@ -277,6 +293,14 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
         now + min(hold, HOLD_SECONDS),
         tuple(estimates),
     )
+
+
+def traffic(domain: Mapping[int, Record], me: int, now: float) -> Traffic:
+    """Return what ``decide`` knows of the requests of ``domain``."""
+    models = _models(domain, now)
+    load = _load(models)
+    at_once = max(model.seen for model in models.values())
+    return Traffic(models[domain[me].model].rate, load, load > CROWDED, at_once)
 
 
 class _Model:
@@ -353,6 +377,11 @@ def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
     for model in models.values():
         model.close()
     return models
+
+
+def _load(models: Mapping[int, _Model]) -> float:
+    """Return the load of all models, as part of what slices alone can serve."""
+    return sum(model.load for model in models.values()) / sum(model.workers for model in models.values())
 
 
 def _cost(
