@@ -160,15 +160,16 @@ class Map:
         running = any(worker.pid is not None for worker in self._view.workers)
         table = Table(box=SIMPLE, pad_edge=False, header_style="dim")
         heads = ["", *["model"] * named, "worker", *["pid"] * running, "CPUs", "threads", "NUMA", "L3"]
+        moved = any(worker.moves for worker in self._view.workers)
         now = self._view.users is not None
-        for head in (*heads, *["moves"] * running, *["computes on"] * now):
+        for head in (*heads, *["moves"] * moved, *["now on"] * now):
             table.add_column(head, justify="right" if head in ("pid", "threads", "moves") else "left")
         for index, worker in enumerate(self._view.workers):
             piece, (fill, ink) = worker.slice, colour(index)
             cells = [*[worker.name] * named, worker.worker_id, *[str(worker.pid)] * running]
             cells.append(format_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)"))
             cells += [str(piece.threads), format_cpulist(piece.numa_nodes), format_cpulist(piece.l3_domains)]
-            cells += [*[str(worker.moves or "")] * running, *[self._now(index)] * now]
+            cells += [*[str(worker.moves or "")] * moved, *[self._now(index)] * now]
             table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *cells)
             for note in worker.notes:
                 table.add_row("", Text(note, "dim"))
