@@ -238,6 +238,36 @@ def test_a_worker_that_was_killed_while_it_wrote_has_no_record(tmp_path: Path) -
     assert records.read(0) is None
 
 
+def test_a_reader_sees_locks_and_makes_nothing(tmp_path: Path, another: Callable[[], Other]) -> None:
+    missing = Directory(str(tmp_path / "state"))
+    for kind in (Board, Records):
+        with pytest.raises(FileNotFoundError):
+            kind(missing, "board", reading=True)
+        with pytest.raises(FileNotFoundError):
+            kind(Directory(str(tmp_path)), "nothing", reading=True)
+    assert list(tmp_path.iterdir()) == []
+    tmp_path.chmod(0o700)
+    owner, borrower = another(), another()
+    assert owner.ask("board.take([0, 1], patience=0)")
+    assert borrower.ask("board.borrow([2, 3])")
+    reader = Board(Directory(str(tmp_path)), "board", reading=True)
+    assert reader.users(range(5)) == {owner.process.pid: (0, 1), borrower.process.pid: (2, 3)}
+    reader.close()
+    assert not borrower.ask("board.borrow([0])"), "a reader that closes takes nobody's locks away"
+
+
+def test_records_that_are_just_being_made_are_none(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    (tmp_path / "records").touch()
+    with pytest.raises(FileNotFoundError, match="records"):
+        Records(Directory(str(tmp_path)), "records", reading=True)
+    Records(Directory(str(tmp_path)), "records").write(0, Entry(Identity(7, 9), Record(1, 4, 8)))
+    reader = Records(Directory(str(tmp_path)), "records", reading=True)
+    assert reader.slots() == {Identity(7, 9): 0}
+    with pytest.raises(TypeError, match="read-write"):
+        reader.write(0, Entry(Identity(8, 9), Record(1, 4, 8)))
+
+
 def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StateError, match="file"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,43 @@ def test_the_documented_answer_has_the_fields_that_there_are(held: list[int], ch
     document = core_map(Ledger().read())
     assert set(sample) == {"enabled", *document}
     assert set(sample["slices"][0]) == set(document["slices"][0])
+
+
+def test_show_tells_borrowed_cores(held: list[int]) -> None:
+    """The second worker computes on the first one's slice, as far as a lock of its process says."""
+    ledger = Ledger()
+    with ledger.locked() as state:
+        reach = frozenset(cpu for lease in state.leases for cpu in lease.slice.cpus)
+        leases = tuple(replace(lease, slice=replace(lease.slice, reach=reach)) for lease in state.leases)
+        if leases[0].slice.cpus == leases[1].slice.cpus:
+            pytest.skip("two workers share the only core")
+    borrowed = list(leases[0].slice.cpus)
+    code = (
+        "import sys; from ts_plugin.leases.board import Board; from ts_plugin.leases.ledger import Ledger\n"
+        f"board = Board(*Ledger().beside('board')); print(board.borrow({borrowed}), flush=True); sys.stdin.read()"
+    )
+    borrower = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert borrower.stdout is not None
+        assert borrower.stdout.readline() == "True\n"
+        identity = process.identify(borrower.pid)
+        assert identity is not None
+        second = replace(leases[1], pid=borrower.pid, start_time=identity.start_time)
+        with ledger.locked() as state:
+            ledger.write(replace(state, leases=(leases[0], second)))
+        lender, other = answer("show")["slices"]
+        assert (lender["computes_on"], lender["lent_cpus"]) == ([], borrowed)
+        assert (other["computes_on"], other["lent_cpus"]) == (borrowed, [])
+        shown, _ = ts_cores("show")
+        assert f"{len(borrowed)} borrowed" in shown
+        assert "A←B" in shown
+        (alone,) = answer("show", "--server", "70")["slices"]
+        assert alone["lent_cpus"] == borrowed, "whoever computes there, other servers' workers included"
+        (worker,) = answer("explain", "model1")["workers"]
+        assert (worker["computes_on"], worker["width"]) == (borrowed, None)
+        assert any(reason["about"] == "width" for reason in worker["reasons"])
+    finally:
+        borrower.communicate()
 
 
 def test_show_writes_pictures(held: list[int], tmp_path: Path) -> None:

@@ -101,6 +101,65 @@ def test_svg_stays_inside_its_canvas(topology: Topology, workers: int) -> None:
         assert 0 <= y <= height
 
 
+def lent(view: View, *, borrower: int, lender: int) -> View:
+    """Return ``view`` at a moment at which one worker computes on its own slice and on another's."""
+    both = view.workers[borrower].slice.cpus + view.workers[lender].slice.cpus
+    pid = view.workers[borrower].pid
+    assert pid is not None
+    return replace(view, users=dict.fromkeys(both, pid))
+
+
+@pytest.mark.parametrize("name", ["two cores", "SMT", "SNC"])
+def test_svg_shows_who_computes_on_borrowed_cores(name: str) -> None:
+    workers = 2 if name == "two cores" else 16
+    view = lent(drawn(MACHINES[name], workers), borrower=0, lender=1)
+    assert view.workers[1].slice.cpus[0] in view.workers[0].slice.reach, "slices that the planner lets lend"
+    root = ElementTree.fromstring(svg(view))
+    borrowed = [cell for cell in root.iter(f"{SVG}g") if "data-guest" in cell.attrib]
+    assert {(cell.attrib["data-tags"], cell.attrib["data-guest"]) for cell in borrowed} == {("B", "A")}
+    assert len(borrowed) == len(view.topology.cores_of(view.workers[1].slice.cpus))
+    for cell in borrowed:
+        title, corner = cell.find(f"{SVG}title"), [*cell.iter(f"{SVG}polygon")][-1]
+        assert title is not None
+        assert (title.text or "").endswith("A (resnet<18> 1.0) computes here now")
+        assert corner.attrib["fill"] == PALETTE[0][0]
+    assert any("borrowed" in (text.text or "") for text in root.iter(f"{SVG}text"))
+    idle = svg(replace(view, users={}))
+    assert "data-guest" not in idle
+    assert "polygon" not in idle
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_terminal_shows_who_computes_on_borrowed_cores(width: int) -> None:
+    view = lent(drawn(MACHINES["SMT"], 4), borrower=0, lender=1)
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(Map(view, dict.fromkeys(view.topology.online, 0.5)))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    own, other = (view.workers[index].slice.cpus for index in (0, 1))
+    assert text.count("B←A") == len(other)
+    assert f"{format_cpulist(own)} + {format_cpulist(other)}" in text
+    assert text.count("idle") == len(view.workers) - 1
+
+
+def test_a_large_map_in_the_terminal_has_the_borrowers_colour() -> None:
+    view = lent(drawn(MACHINES["1024 CPUs"], 256), borrower=0, lender=1)
+
+    def coloured(shown: View) -> str:
+        console = Console(width=200, file=io.StringIO(), color_system="truecolor", force_terminal=True)
+        console.print(Map(shown))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    red, green, blue = rgb(PALETTE[0][0])
+    fill = f"48;2;{red};{green};{blue}m"
+    own = len(view.workers[0].slice.cpus)
+    first, again = coloured(view).count(fill), coloured(replace(view, users={})).count(fill)
+    assert first == again + len(view.workers[1].slice.cpus)
+    assert again > own
+
+
 def test_tiles_do_not_overlap() -> None:
     root = ElementTree.fromstring(svg(drawn(MACHINES["SNC"], 3)))
     places = []
@@ -207,6 +266,21 @@ def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
         mine = "[...document.querySelectorAll('#map .mine')].every(cell => cell.dataset.tags === 'B')"
         browser.wait("document.querySelectorAll('#map .mine').length > 0")
         assert browser.run(mine)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_browser_shows_borrowed_cores_with_their_borrower(tmp_path: Path, dark: bool) -> None:
+    page = tmp_path / "cores.html"
+    view = lent(drawn(MACHINES["SNC"], 16), borrower=4, lender=5)
+    page.write_text(html(view), encoding="utf-8")
+    with Browser(tmp_path / "profile", dark=dark) as browser:
+        browser.open(page.as_uri())
+        cells = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[9].textContent)"
+        own, other = (format_cpulist(view.workers[index].slice.cpus) for index in (4, 5))
+        assert browser.run(cells) == ["idle"] * 4 + [f"{own} + {other} borrowed"] + ["idle"] * 11
+        browser.run("pick('E')")
+        mine = "[...document.querySelectorAll('#map .mine')].map(cell => cell.dataset.tags)"
+        assert browser.run(mine) == ["E"] * 3 + ["F"] * 3
 
 
 def test_the_page_says_first_what_is_wrong_and_where_it_is(tmp_path: Path) -> None:

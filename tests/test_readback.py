@@ -13,12 +13,13 @@ import pytest
 
 from ts_plugin.leases import masks
 from ts_plugin.leases.binding import Outcome
+from ts_plugin.leases.board import Totals
 from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.machine import process
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.worker import openmp
 from ts_plugin.worker.elastic import Elastic
-from ts_plugin.worker.readback import ReadBack
+from ts_plugin.worker.readback import METRICS, ReadBack, lending
 
 ALLOWED = tuple(sorted(os.sched_getaffinity(0)))
 needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
@@ -111,6 +112,27 @@ def test_pages_on_other_nodes_are_remote() -> None:
     pages = ReadBack().read(*look_at(lease), thorough=True).remote_pages
     assert pages is not None
     assert pages > 100, "all of this process's memory is elsewhere then"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "added"),
+    [
+        pytest.param(Totals(), Totals(), {}, id="nothing"),
+        pytest.param(Totals(9, 1, 0.5, 0.2), Totals(10, 1, 0.5, 0.2), {}, id="a request on its slice"),
+        pytest.param(
+            Totals(9, 1, 0.5, 0.25),
+            Totals(12, 3, 1.5, 0.5),
+            {"WideRequests": 2, "BorrowedCoreSeconds": 1.0, "SliceWaitSeconds": 0.25},
+            id="all three",
+        ),
+        pytest.param(
+            Totals(9, 8, 7.0, 6.0), Totals(1, 1, 0.5), {"WideRequests": 1, "BorrowedCoreSeconds": 0.5}, id="anew"
+        ),
+    ],
+)
+def test_counters_of_lending_get_what_is_new(before: Totals, after: Totals, added: dict[str, float]) -> None:
+    assert lending(before, after) == added
+    assert set(added) <= set(METRICS)
 
 
 def test_a_crowd_is_reported_once_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,48 @@ def test_every_core_appears_once() -> None:
         return [n for group in groups for n in (*(core.number for core in group.cores), *cores(group.groups))]
 
     assert sorted(cores(View(topology, (), topology.online).packages())) == [core.number for core in topology.cores]
+
+
+PAIR = frozenset({0, 1, 2, 3})
+
+
+def lending(pid: int, *cpus: int, server_pid: int = 1) -> Lease:
+    known = lease(pid, cpus, server_pid=server_pid)
+    return replace(known, slice=replace(known.slice, reach=PAIR))
+
+
+@pytest.mark.parametrize(
+    ("users", "borrowers", "first", "second"),
+    [
+        pytest.param(None, [None] * 4, None, None, id="no board"),
+        pytest.param({}, [None] * 4, ((), ()), ((), ()), id="all idle"),
+        pytest.param({0: 11, 1: 11}, [None] * 4, ((0, 1), ()), ((), ()), id="on its own slice"),
+        pytest.param({0: 11, 1: 11, 2: 11, 3: 11}, [None, None, 0, 0], ((0, 1), (2, 3)), ((), ()), id="on both"),
+        pytest.param(
+            {0: 12, 2: 12, 3: 12}, [1, None, None, None], ((), ()), ((2, 3), (0,)), id="on a part of another's"
+        ),
+        pytest.param({0: 99}, [Use.ELSEWHERE, None, None, None], ((), ()), ((), ()), id="one that is not shown"),
+    ],
+)
+def test_borrowed_cores(users: dict[int, int] | None, borrowers: list[object], first: object, second: object) -> None:
+    picture = view.of_state(State(leases=(lending(11, 0, 1), lending(12, 2, 3))), machine(cores=4), PAIR)
+    picture = replace(picture, users=users)
+    assert [picture.borrower(core) for core in picture.topology.cores] == borrowers
+    assert [picture.computes_on(0), picture.computes_on(1)] == [first, second]
+    taken = 4 - borrowers.count(None)
+    assert (f"{taken} borrowed" in picture.summary()) == (taken > 0)
+    assert uses(picture) == ["owned"] * 4, "whose they are does not change"
+
+
+def test_cores_that_the_server_of_the_picture_borrows_elsewhere() -> None:
+    state = State(leases=(lending(11, 0, 1), lending(12, 2, 3, server_pid=2)))
+    picture = replace(view.of_state(state, machine(cores=4), PAIR, server_pid=1), users={2: 11, 3: 12})
+    assert [picture.borrower(core) for core in picture.topology.cores] == [None, None, 0, None]
+
+
+def test_a_worker_that_does_not_lend_says_nothing() -> None:
+    picture = replace(view.of_state(State(leases=(lease(11, (0, 1)),)), machine(cores=4), PAIR), users={})
+    assert picture.computes_on(0) is None
 
 
 def test_plan_as_a_picture() -> None:

@@ -14,6 +14,7 @@ from ts_plugin.leases.ledger import Ledger, Server
 from ts_plugin.machine import cpu_time, discovery, process
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.operate.core_map import core_map
+from ts_plugin.operate.lending import computing
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
 __all__ = ["LauncherError", "main", "register", "take_over"]
@@ -45,7 +46,12 @@ def main(arguments: list[str]) -> int:
         sys.stdout.buffer.write(html(view.current_view(server_pid), ticks=cpu_time.ticks()).encode())
         return 0
     elif command == "cores":
-        answer = {"enabled": "--enabled" in options, **core_map(Ledger().read(), server_pid=server_pid)}
+        ledger = Ledger()
+        state = ledger.read()
+        answer = {
+            "enabled": "--enabled" in options,
+            **core_map(state, computing(ledger, state), server_pid=server_pid),
+        }
     else:
         print("usage: python -m ts_plugin.frontend.server takeover [--launcher-args=TEXT]", file=sys.stderr)
         print(

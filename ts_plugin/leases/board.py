@@ -58,14 +58,16 @@ def thread_places(slot: int, threads: int) -> range:
 class Board:
     """The locks of this process on the file ``name`` in ``directory``.
 
-    Nothing else may open that file in this process: closing any descriptor of it drops all locks.
+    Nothing else may open that file in this process: closing any descriptor of it drops all locks. With ``reading`` it
+    only tells who holds which, and the file is not made.
 
     Raises:
         StateError: the directory or the file cannot be used.
+        FileNotFoundError: ``reading``, and there is none.
     """
 
-    def __init__(self, directory: Directory, name: str) -> None:
-        self._file = directory.open(name, os.O_RDWR | os.O_CREAT)
+    def __init__(self, directory: Directory, name: str, *, reading: bool = False) -> None:
+        self._file = directory.open(name, os.O_RDONLY if reading else os.O_RDWR | os.O_CREAT)
 
     @property
     def lost(self) -> bool:
@@ -189,18 +191,23 @@ class Entry:
 
 
 class Records:
-    """The mapped file ``name`` in ``directory``.
+    """The mapped file ``name`` in ``directory``; with ``reading`` nothing is made or changed.
 
     Raises:
         StateError: the directory or the file cannot be used.
+        FileNotFoundError: ``reading``, and there is none, or one that is just being made.
     """
 
-    def __init__(self, directory: Directory, name: str) -> None:
-        file = directory.open(name, os.O_RDWR | os.O_CREAT)
+    def __init__(self, directory: Directory, name: str, *, reading: bool = False) -> None:
+        file = directory.open(name, os.O_RDONLY if reading else os.O_RDWR | os.O_CREAT)
         try:
             if os.fstat(file).st_size < SLOTS * SIZE:
+                if reading:
+                    raise FileNotFoundError(f"{directory.path}/{name}: nobody has written a record yet")
                 os.ftruncate(file, SLOTS * SIZE)
-            self._memory = mmap.mmap(file, SLOTS * SIZE)
+            self._memory = mmap.mmap(file, SLOTS * SIZE, prot=mmap.PROT_READ | (0 if reading else mmap.PROT_WRITE))
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise directory.error(error) from error
         finally:

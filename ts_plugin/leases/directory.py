@@ -67,7 +67,7 @@ os.register_at_fork(after_in_child=_mutexes.clear)  # whichever thread holds one
 
 
 class Directory:
-    """The directory at ``path``, by default at ``state_directory``; it is made when the first file is opened in it."""
+    """The directory at ``path``, by default at ``state_directory``; it is made with the first file in it."""
 
     def __init__(self, path: str | None = None) -> None:
         self._path = path
@@ -85,7 +85,7 @@ class Directory:
         """
         path = self.path
         try:
-            directory = _enter(path)
+            directory = _enter(path, create=bool(flags & os.O_CREAT))
             try:
                 return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
             finally:
@@ -157,13 +157,14 @@ class Directory:
         )
 
 
-def _enter(path: str) -> int:
-    """Return a descriptor of the directory ``path``, made if need be.
+def _enter(path: str, *, create: bool) -> int:
+    """Return a descriptor of the directory ``path``, which ``create`` makes if need be.
 
     Raises:
-        StateError: it is not this user's alone. OSError: it cannot be made or opened.
+        FileNotFoundError: it does not exist. StateError: it is not this user's alone. OSError: it cannot be used.
     """
-    os.makedirs(path, mode=0o700, exist_ok=True)
+    if create:
+        os.makedirs(path, mode=0o700, exist_ok=True)
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         status = os.fstat(directory)

@@ -126,6 +126,16 @@ class State:
     def lease_of(self, pid: int) -> Lease | None:
         return next((lease for lease in self.leases if lease.pid == pid), None)
 
+    def neighbours(self, lease: Lease) -> tuple[Lease, ...]:
+        """Return the workers whose slices lend to that of ``lease``, nearest first."""
+        own = lease.slice
+        others = [other for other in self.leases if other.slice.reach == own.reach and other.pid != lease.pid]
+
+        def distance(other: Lease) -> tuple[bool, int]:
+            return other.slice.l3_domains != own.l3_domains, abs(other.slice.cpus[0] - own.cpus[0])
+
+        return tuple(sorted(others, key=distance)) if own.reach else ()
+
 
 class Ledger:
     """The ledger in ``directory``; nothing is touched before the first read or lock."""

@@ -24,6 +24,7 @@ from ts_plugin.machine.topology import Allowance, Topology
 from ts_plugin.operate import view
 from ts_plugin.operate.arguments import parse_arguments
 from ts_plugin.operate.core_map import core_map, lease_document, slice_document
+from ts_plugin.operate.lending import computing, entries, learned, learned_document
 from ts_plugin.planning.planner import Demand, PlanError, plan
 from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-APPROXIMATIONS = {"·": "-", "→": "->", "…": "...", "×": "x", "✗": "x"} | dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True))
+APPROXIMATIONS = {"·": "-", "→": "->", "←": "<-", "…": "...", "×": "x", "✗": "x"} | dict(
+    zip("▁▂▃▄▅▆▇█", "12345678", strict=True)
+)
 UNCUT = 10_000  # columns of a line that is piped
 LOOK_EVERY = 1.0  # seconds between two pictures of `show --watch`
 
@@ -132,7 +135,8 @@ def _show(options: argparse.Namespace) -> int:
             ticks = _write_pictures(options, before=ticks)
     if options.json:
         ledger = Ledger()
-        document = core_map(ledger.read(), server_pid=options.server)
+        state = ledger.read()
+        document = core_map(state, computing(ledger, state), server_pid=options.server)
         idle = sorted(view.current_view(options.server).idle())
         print(json.dumps({**document, "idle_cpus": idle, "ledger": ledger.path}))
     elif options.watch and not drawn:
@@ -205,24 +209,34 @@ def _watch(server_pid: int | None) -> None:
 def _explain(options: argparse.Namespace) -> int:
     from ts_plugin.operate.explain import explain, find
 
-    state = Ledger().read()
+    ledger = Ledger()
+    state = ledger.read()
     leases = find(state, options.who)
     if not leases:
         known = sorted({lease.model for lease in state.leases})
         hint = f"models with a slice: {', '.join(known)}" if known else "no worker holds a slice now"
         raise CommandError(f"no slice is held by {options.who!r}; {hint}")
     topology = discovery.read_topology()
-    found = [(lease, explain(lease, state, topology)) for lease in leases]
+    published, now = entries(ledger), time.monotonic()
+    found = []
+    for lease in leases:
+        about_requests = learned(lease, state, published, now)
+        found.append((lease, about_requests, explain(lease, state, topology, about_requests)))
     if options.json:
+        users = computing(ledger, state)
         documents = [
-            {**lease_document(lease), "reasons": [{"about": about, "text": text} for about, text in reasons]}
-            for lease, reasons in found
+            {
+                **lease_document(lease, users),
+                "width": learned_document(about_requests),
+                "reasons": [{"about": about, "text": text} for about, text in reasons],
+            }
+            for lease, about_requests, reasons in found
         ]
         print(json.dumps({"workers": documents}))
         return 0
     from ts_plugin.operate.terminal import reasons_table
 
-    for lease, reasons in found:
+    for lease, _, reasons in found:
         _console().print(reasons_table(f"{lease}, pid {lease.pid}", reasons))
     return 0
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from ts_plugin.leases.ledger import Lease, State
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology
 from ts_plugin.machine.words import count
-from ts_plugin.planning.policy import Pin
+from ts_plugin.operate.lending import Learned
+from ts_plugin.planning import width
+from ts_plugin.planning.policy import Lend, Pin
+from ts_plugin.planning.width import Decision, Traffic
 
 __all__ = ["explain", "find"]
 
@@ -23,12 +27,13 @@ def find(state: State, who: str) -> tuple[Lease, ...]:
     )
 
 
-def explain(lease: Lease, state: State, topology: Topology) -> list[tuple[str, str]]:
-    """Return (heading, sentence) pairs in the order of the reasons."""
+def explain(lease: Lease, state: State, topology: Topology, learned: Learned | None = None) -> list[tuple[str, str]]:
+    """Return (heading, sentence) pairs in the order of the reasons; ``learned`` is what the worker has published."""
     rows = [("owns", _owns(lease, topology)), ("threads", _threads(lease, topology))]
     rows += [("may use", text) for text in _allowed(lease, topology)]
     rows += [("size", text) for text in _size(lease, state, topology)]
     rows += [("place", text) for text in _place(lease, topology)]
+    rows += _width(lease, state, learned)
     rows += [("note", text) for text in (*lease.notes, *lease.demand.policy.notes, *state.notes)]
     return rows
 
@@ -139,3 +144,85 @@ def _place(lease: Lease, topology: Topology) -> Iterator[str]:
         yield "inside one NUMA node" + (" and one L3 domain" if domains == 1 else "") + ": no access is remote"
     if lease.moves:
         yield f"it had to change its NUMA node {count(lease.moves, 'time')} since it started"
+
+
+def _width(lease: Lease, state: State, learned: Learned | None) -> Iterator[tuple[str, str]]:
+    """Tell how wide its requests compute, and why: on its slice, or on idle neighbours' slices too."""
+    neighbours = state.neighbours(lease)
+    if not neighbours:
+        yield "width", f"its slice, always: {_alone(lease, state)}"
+        return
+    others = f"{count(len(neighbours), 'other worker')} ({', '.join(sorted({other.model for other in neighbours}))})"
+    if learned is None:
+        yield "width", f"its slice until now: it has not joined {others}, which lend to each other"
+        return
+    if learned.traffic is None or learned.decision is None:
+        yield (
+            "width",
+            f"its slice, always, and it lends it to none of {others}: its requests overlap or have no clear boundaries "
+            "(asyncCommunication, torchrun, MicroBatching), or a GPU computes them; its log says which",
+        )
+        return
+    yield "width", f"its slice, and for the length of a request idle slices of {others}, which borrow its own likewise"
+    yield from _cap(learned, learned.traffic, learned.decision)
+    totals = learned.totals
+    if totals.requests:
+        yield (
+            "so far",
+            f"{count(totals.requests, 'request')}, {totals.wide} of them wide: {totals.borrowed:.3g} core-seconds on "
+            f"borrowed cores; {totals.waited:.3g} s of waiting for its own slice",
+        )
+
+
+def _alone(lease: Lease, state: State) -> str:
+    policy, own = lease.demand.policy, lease.slice
+    if policy.lend is Lend.NEVER:
+        return "--lend never says so"
+    if own.pinned and any(
+        other.pid != lease.pid and other.slice.pinned and not set(own.cpus).isdisjoint(other.slice.cpus)
+        for other in state.leases
+    ):
+        return "workers that share cores may compute at the same time already, so they do not lend"
+    return "there is nobody to lend to or to borrow from: no other slice on its NUMA node, of its core type and options"
+
+
+def _cap(learned: Learned, traffic: Traffic, decision: Decision) -> Iterator[tuple[str, str]]:
+    record, estimates = learned.record, decision.estimates
+    yield (
+        "load",
+        f"{traffic.rate:.2g} requests/s for its model; all models of these slices take {traffic.load:.0%} of what "
+        f"slices alone can serve, at most {count(round(traffic.at_once), 'request')} at once lately",
+    )
+    times = {one.cores: (one.seconds, one.weight) for one in estimates if one.seconds}
+    times |= {one.cores: (one.seconds, one.weight) for one in record.measured if one.cores not in times}
+    if times:
+        yield "service time", ", ".join(_service(cores, *times[cores]) for cores in sorted(times))
+    expected = [f"{_response(one.response)} on {one.cores}" for one in estimates if one.seconds]
+    if len(expected) > 1:
+        yield "expected", f"from arrival to answer: {', '.join(expected)}"
+    cap = f"at most {count(record.width, 'core')} a request"
+    if traffic.crowded:
+        why = f"nobody borrows from a load of {width.CROWDED:.0%} on"
+    elif len(estimates) < 2:
+        why = "it borrows when it knows how long its requests take on its slice"
+    elif decision.width != record.width:
+        why = f"its next request would have {decision.width}"
+    elif decision.width == min(estimates, key=lambda one: one.response).cores:
+        why = "its requests are answered soonest so"
+    else:
+        why = "what a wider request wins is less than what the others wait for it"
+    yield "cap", f"{cap}: {why}"
+
+
+def _service(cores: int, seconds: float, weight: float) -> str:
+    if weight < width.KNOWN:
+        return f"{_milliseconds(seconds)} on {count(cores, 'core')} (guessed)"
+    return f"{_milliseconds(seconds)} on {count(cores, 'core')} ({count(round(weight), 'request')})"
+
+
+def _response(seconds: float) -> str:
+    return "endless" if math.isinf(seconds) else _milliseconds(seconds)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -11,7 +11,7 @@ from importlib import resources
 
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.operate.svg import colour, fill_of, svg, text_at
-from ts_plugin.operate.view import View, Worker, tag
+from ts_plugin.operate.view import View, tag
 
 __all__ = ["html"]
 
@@ -33,7 +33,7 @@ def html(view: View, *, ticks: Ticks | None = None, before: Ticks | None = None,
         "summary": escape(view.summary()),
         "place": escape(_place(view)),
         "map": svg(view, legend=False),
-        "rows": "".join(_row(index, worker) for index, worker in enumerate(view.workers)),
+        "rows": "".join(_row(view, index) for index in range(len(view.workers))),
         "unbound": "".join(f"<li><b>pid {pid}</b> {escape(why)}</li>" for pid, why in view.unbound),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in view.notes),
         "ticks": json.dumps(ticks or {}),
@@ -50,7 +50,8 @@ def _place(view: View) -> str:
     return " · ".join(word for word in words if word)
 
 
-def _row(index: int, worker: Worker) -> str:
+def _row(view: View, index: int) -> str:
+    worker = view.workers[index]
     piece, (_, ink) = worker.slice, colour(index)
     label = text_at(tag(index), 16, 15.5, 13, f'text-anchor="middle" font-weight="650" style="fill:{ink}"')
     swatch = (
@@ -68,6 +69,17 @@ def _row(index: int, worker: Worker) -> str:
         format_cpulist(piece.numa_nodes),
         format_cpulist(piece.l3_domains),
         str(worker.moves or ""),
+        _now(view, index),
         "<br>".join(escape(note) for note in worker.notes),
     )
     return f'<tr tabindex="0" data-tag="{tag(index)}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _now(view: View, index: int) -> str:
+    """Return what a worker computes on now, borrowed CPUs behind a plus."""
+    now = view.computes_on(index)
+    if now is None:
+        return ""
+    own, borrowed = (format_cpulist(cpus).replace(",", ",<wbr>") for cpus in now)
+    borrowed = f" <b>+ {borrowed}</b> <small>borrowed</small>" if borrowed else ""
+    return f"{own}{borrowed}" or "<small>idle</small>"

@@ -41,6 +41,7 @@ STYLE = """
 .ts-cores .idle{fill:#fff;stroke:#9aa5b1}.ts-cores .reserved{fill:#5a6675}.ts-cores .barred{fill:#e3e6ea}
 .ts-cores .shared{fill:#cfe3f1;stroke:#7fa8c4}.ts-cores .resting{fill:#fff;opacity:.88}
 .ts-cores .cell text{text-anchor:middle}
+.ts-cores .gap{fill:#fff}
 .ts-cores .elsewhere{fill:#b9c1ca}.ts-cores text.on-reserved{fill:#fff}.ts-cores text.on-barred{fill:#8a94a0}
 .ts-cores .load{fill:#000;opacity:.7;transform-box:fill-box;transform-origin:left;transform:scaleX(0)}
 @media(prefers-color-scheme:dark){
@@ -48,7 +49,8 @@ STYLE = """
 .ts-cores .l3{stroke:#46515e}.ts-cores text{fill:#e6e9ed}.ts-cores .label{fill:#9aa6b4}
 .ts-cores .idle{fill:#12161c;stroke:#6b7785}.ts-cores .reserved{fill:#8a96a5}.ts-cores .barred{fill:#252c36}
 .ts-cores .shared{fill:#24384a;stroke:#4d7390}.ts-cores .resting{fill:#12161c}.ts-cores text.on-reserved{fill:#12161c}
-.ts-cores text.on-barred{fill:#6b7785}.ts-cores .load.bare{fill:#fff}.ts-cores .elsewhere{fill:#46515e}}
+.ts-cores text.on-barred{fill:#6b7785}.ts-cores .load.bare{fill:#fff}.ts-cores .elsewhere{fill:#46515e}
+.ts-cores .gap{fill:#12161c}}
 """
 
 
@@ -190,11 +192,16 @@ def _grid(view: View, cores: Sequence[Core], scale: _Scale) -> _Box:
 
 
 def _tile(view: View, core: Core, x: float, y: float, scale: _Scale) -> str:
-    """Draw one core: colours and tags of its owners above, one column per SMT sibling below, pale if in no slice."""
+    """Draw one core: colours and tags of its owners above, one column per SMT sibling below, pale if in no slice.
+
+    A borrowed core has a corner in the borrower's colour, with its tag.
+    """
     owners, use, size = view.owners(core), view.use(core), scale.size
     names = " + ".join(f"{tag(index)} ({view.workers[index].name})" for index in owners) or WORDS[use]
     title = f"core {core.number}, CPUs {format_cpulist(core.cpus)}: {names}"
     title += f", core type {core.kind}" if core.kind else ""
+    guest = view.borrower(core)
+    title += "" if guest is None else f"; {_guest_name(view, guest)} computes here now"
     radius = size * (0.42 if core.kind else 0.12)
     column, strip, band = size / len(core.cpus), size * 0.36, scale.room(core) / max(1, len(owners))
     text = _tile_text(view, core, x, y, scale)
@@ -204,6 +211,8 @@ def _tile(view: View, core: Core, x: float, y: float, scale: _Scale) -> str:
     ]
     if not owners:
         shapes.append(f'<rect class="{use}" {_at(x + 0.5, y + 0.5, size - 1, size - 1)} rx="{radius:.1f}"/>')
+    if guest is not None:
+        shapes.append(_corner(guest, x, y, size))
     for n, cpu in enumerate(core.cpus):
         left = x + n * column
         if owners and not view.in_slice(cpu):
@@ -213,9 +222,28 @@ def _tile(view: View, core: Core, x: float, y: float, scale: _Scale) -> str:
         shapes.append(f'<rect class="{ground}" data-cpu="{cpu}" {place}/>')
     who = " ".join(tag(index) for index in owners)
     return (
-        f'<g class="cell" data-tags="{who}"><title>{escape(title)}</title>'
+        f'<g class="cell" data-tags="{who}"{_guest_tag(guest)}><title>{escape(title)}</title>'
         f'<g style="clip-path:inset(0 round {radius:.1f}px)">{"".join(shapes)}</g>{text}</g>'
     )
+
+
+def _corner(guest: int | Use, x: float, y: float, size: float) -> str:
+    """Draw the upper right half of a tile of ``size`` in the colour of whoever computes there without owning it."""
+
+    def half(start: float) -> str:
+        right = x + size
+        return f'points="{x + start:.1f},{y:.1f} {right:.1f},{y:.1f} {right:.1f},{y + size - start:.1f}"'
+
+    fill = f'class="{guest}"' if isinstance(guest, Use) else f'fill="{fill_of(guest)}"'
+    return f'<polygon class="gap" {half(0.2 * size - 2)}/><polygon {fill} {half(0.2 * size)}/>'
+
+
+def _guest_name(view: View, guest: int | Use) -> str:
+    return "another server's worker" if isinstance(guest, Use) else f"{tag(guest)} ({view.workers[guest].name})"
+
+
+def _guest_tag(guest: int | Use | None) -> str:
+    return "" if guest is None or isinstance(guest, Use) else f' data-guest="{tag(guest)}"'
 
 
 def _at(x: float, y: float, width: float, height: float) -> str:
@@ -228,7 +256,7 @@ def text_at(words: str, x: float, y: float, size: float, style: str = "") -> str
 
 def _tile_text(view: View, core: Core, x: float, y: float, scale: _Scale) -> str:
     """Write the owners' tags, and the CPU numbers below them where they can be read."""
-    owners, size = view.owners(core), scale.size
+    owners, size, guest = view.owners(core), scale.size, view.borrower(core)
     marks = [(tag(index), f'style="fill:{colour(index)[1]}"') for index in owners]
     if len(marks) > 3:
         marks = [(f"{len(owners)}x", marks[0][1])]
@@ -239,9 +267,19 @@ def _tile_text(view: View, core: Core, x: float, y: float, scale: _Scale) -> str
     room = scale.room(core)
     large = min(room * 0.72 / len(marks) + 1, *(1.3 * size / max(1, len(mark)) for mark, _ in marks))
     words = []
+    centre = x + size / 2
+    if guest is not None:  # the borrower's corner needs room
+        large, centre = large * 0.75, x + size * (0.25 if scale.digits else 0.3)
+    if guest is not None and scale.digits:
+        if isinstance(guest, Use):
+            mark, ink = "…", f'class="on-{guest}"'
+        else:
+            mark, ink = tag(guest), f'style="fill:{colour(guest)[1]}"'
+        there = min(large, size * 0.4 / len(mark))
+        words.append(text_at(mark, x + size * 0.77, y + size * 0.2 + there * 0.36, there, f'{ink} font-weight="650"'))
     for n, (mark, ink) in enumerate(marks):
         middle = y + (n + 0.5) * room / len(marks) + large * 0.36
-        words.append(text_at(mark, x + size / 2, middle, large, f'{ink} font-weight="650"'))
+        words.append(text_at(mark, centre, middle, large, f'{ink} font-weight="650"'))
     column = size / len(core.cpus)
     for n, cpu in enumerate(core.cpus if scale.digits else ()):
         ink = 'class="label"' if owners and not view.in_slice(cpu) else marks[-1][1]
@@ -266,14 +304,20 @@ def _key(view: View) -> _Box:
         words.append(("resting", "SMT sibling kept free"))
     if any(core.kind for core in view.topology.cores):
         words.append(("round", "slower core type"))
+    if any(view.borrower(core) is not None for core in view.topology.cores):
+        words.append(("guest", "borrowed: the corner's worker computes here now"))
 
     def draw(x: float, y: float) -> str:
         drawn = []
         for name, word in words:
             if name == "resting":
                 drawn.append(f'<rect {_at(x, y, 16, 16)} rx="2" fill="{PALETTE[0][0]}"/>')
-            shape, radius = ("idle", 7) if name == "round" else (name, 2)
-            drawn.append(f'<rect class="{shape}" {_at(x + 0.5, y + 0.5, 15, 15)} rx="{radius}"/>')
+            if name == "guest":
+                drawn.append(f'<rect {_at(x, y, 16, 16)} rx="2" fill="{PALETTE[0][0]}"/>')
+                drawn.append(f'<polygon fill="{PALETTE[1][0]}" points="{x + 3},{y} {x + 16},{y} {x + 16},{y + 13}"/>')
+            else:
+                shape, radius = ("idle", 7) if name == "round" else (name, 2)
+                drawn.append(f'<rect class="{shape}" {_at(x + 0.5, y + 0.5, 15, 15)} rx="{radius}"/>')
             drawn.append(text_at(word, x + 22, y + 12.5, 12, 'class="label"'))
             x += 42 + len(word) * 6.4
         return "".join(drawn)

@@ -51,6 +51,7 @@ class Map:
         self._detailed = len(view.topology.cores) <= DETAILED
         self._digits = len(str(max(view.topology.online, default=0)))
         self._mark = max((len(tag(index)) for index in range(len(view.workers))), default=1)
+        self._guest = self._mark + 1 if view.users is not None else 0  # columns for "←B", whether there is one or not
 
         self._labels: dict[str, int] = {}
         for package in view.packages():
@@ -111,14 +112,29 @@ class Map:
         tile = Text(style=style, no_wrap=True)
         if not self._detailed:
             busiest = max((self._load or {}).get(cpu, 0.0) for cpu in core.cpus)
-            return tile.append(mark.center(self._mark)).append(_bar(busiest) if self._load is not None else "")
+            tile.append(mark.center(self._mark), self._borrower(core)[1])
+            return tile.append(_bar(busiest) if self._load is not None else "")
         tile.append(f" {mark.ljust(self._mark)}")
+        if self._guest:
+            who, ground = self._borrower(core)
+            tile.append(who.ljust(self._guest), ground)
         for cpu in core.cpus:
             resting = bool(owners) and not self._view.in_slice(cpu)
             tile.append(" " + str(cpu).rjust(self._digits), "dim" if resting else None)
             if self._load is not None:
                 tile.append(_bar(self._load.get(cpu, 0.0)))
         return tile.append(" ")
+
+    def _borrower(self, core: Core) -> tuple[str, str | None]:
+        """Return the mark of whoever computes on a core without owning it, and its style."""
+        guest = self._view.borrower(core)
+        if guest is None:
+            return "", None
+        if isinstance(guest, Use):
+            mark, style = STYLES[guest]
+            return f"←{mark}", style
+        fill, ink = colour(guest)
+        return f"←{tag(guest)}", f"{ink} on {fill}"
 
     def _key(self) -> Iterable[Text]:
         seen = {self._view.use(core) for core in self._view.topology.cores}
@@ -132,7 +148,10 @@ class Map:
             for core in self._view.topology.cores
             for cpu in core.cpus
         ):
-            key.append("dim number", "dim").append(" SMT sibling kept free", "dim")
+            key.append("dim number", "dim").append(" SMT sibling kept free   ", "dim")
+        if any(self._view.borrower(core) is not None for core in self._view.topology.cores):
+            words = "B computes on A's core" if self._detailed else "the colour tells who computes there"
+            key.append(" A←B " if self._detailed else " A ", "reverse").append(f" borrowed: {words} now", "dim")
         if key:
             yield key
 
@@ -141,17 +160,28 @@ class Map:
         running = any(worker.pid is not None for worker in self._view.workers)
         table = Table(box=SIMPLE, pad_edge=False, header_style="dim")
         heads = ["", *["model"] * named, "worker", *["pid"] * running, "CPUs", "threads", "NUMA", "L3"]
-        for head in (*heads, *["moves"] * running):
+        moved = any(worker.moves for worker in self._view.workers)
+        now = self._view.users is not None
+        for head in (*heads, *["moves"] * moved, *["now on"] * now):
             table.add_column(head, justify="right" if head in ("pid", "threads", "moves") else "left")
         for index, worker in enumerate(self._view.workers):
             piece, (fill, ink) = worker.slice, colour(index)
             cells = [*[worker.name] * named, worker.worker_id, *[str(worker.pid)] * running]
             cells.append(format_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)"))
             cells += [str(piece.threads), format_cpulist(piece.numa_nodes), format_cpulist(piece.l3_domains)]
-            table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *cells, *[str(worker.moves or "")] * running)
+            cells += [*[str(worker.moves or "")] * moved, *[self._now(index)] * now]
+            table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *cells)
             for note in worker.notes:
                 table.add_row("", Text(note, "dim"))
         return table
+
+    def _now(self, index: int) -> str:
+        """Return what a worker computes on now: ``0-3 + 4-7`` with borrowed CPUs behind the plus."""
+        now = self._view.computes_on(index)
+        if now is None:
+            return ""
+        own, borrowed = map(format_cpulist, now)
+        return (f"{own} + {borrowed}" if borrowed else own) or "idle"
 
 
 def report(findings: Sequence[Finding]) -> RenderableType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import groupby
@@ -13,6 +13,7 @@ from ts_plugin.leases.unbound import Unbound, unbound_workers
 from ts_plugin.machine import discovery
 from ts_plugin.machine.topology import Core, Topology
 from ts_plugin.machine.words import count
+from ts_plugin.operate.lending import computes_on, computing
 from ts_plugin.planning.planner import Plan, Slice
 
 __all__ = [
@@ -73,6 +74,7 @@ class View:
 
     ``elsewhere`` are the CPUs in slices of workers that the picture leaves out, ``unbound`` the PIDs of workers without
     a slice, each with the reason. ``ledger`` is the file that was read, ``server_pid`` the one frontend that is shown.
+    ``users`` are the PIDs of those who compute now, by CPU; None where that is not known.
     """
 
     topology: Topology
@@ -86,7 +88,9 @@ class View:
     ledger: str = ""
     host: str = ""
     server_pid: int | None = None
+    users: Mapping[int, int] | None = None
     _owners: dict[int, list[int]] = field(init=False, repr=False, compare=False)
+    _places: dict[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         owners: dict[int, list[int]] = {}
@@ -94,6 +98,8 @@ class View:
             for cpu in worker.slice.cpus if worker.slice.pinned else ():
                 owners.setdefault(cpu, []).append(index)
         object.__setattr__(self, "_owners", owners)
+        places = {worker.pid: index for index, worker in enumerate(self.workers) if worker.pid is not None}
+        object.__setattr__(self, "_places", places)
 
     def owners(self, core: Core) -> tuple[int, ...]:
         """Return the positions in ``workers`` of those whose slice has a CPU of ``core``."""
@@ -113,6 +119,28 @@ class View:
             return Use.ELSEWHERE
         threads_only = (worker.slice.cpus for worker in self.workers if not worker.slice.pinned)
         return Use.SHARED if any(not set(cpus).isdisjoint(core.cpus) for cpus in threads_only) else Use.IDLE
+
+    def borrower(self, core: Core) -> int | Use | None:
+        """Return the position in ``workers`` of whoever computes on ``core`` now without owning it.
+
+        Use.ELSEWHERE is a worker that the picture leaves out, on a core of one that it shows.
+        """
+        for cpu in core.cpus:
+            pid = (self.users or {}).get(cpu)
+            place = None if pid is None else self._places.get(pid)
+            if place is not None and place not in self._owners.get(cpu, ()):
+                return place
+            if pid is not None and place is None and self.in_slice(cpu):
+                return Use.ELSEWHERE
+        return None
+
+    def computes_on(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the CPUs that worker ``index`` computes on now, its own and borrowed ones; None: not known."""
+        piece = self.workers[index].slice
+        now = computes_on(self.workers[index].pid, piece, self.users)
+        if now is None:
+            return None
+        return tuple(cpu for cpu in now if cpu in piece.cpus), tuple(cpu for cpu in now if cpu not in piece.cpus)
 
     def idle(self) -> frozenset[int]:
         """Return the allowed CPUs of the cores that no worker uses and nobody keeps free."""
@@ -158,6 +186,8 @@ class View:
         words = [f"{count(len(self.workers), 'worker')} on {used} of {count(total, 'core')}"]
         others = (use for use in Use if use not in (Use.OWNED, Use.SHARED))
         words += [f"{counts[use]} {WORDS[use]}" for use in others if counts[use]]
+        borrowed = sum(self.borrower(core) is not None for core in self.topology.cores)
+        words += [f"{borrowed} borrowed"] if borrowed else []
         words += [f"{len(self.unbound)} unbound"] if self.unbound else []
         return " · ".join(words)
 
@@ -182,7 +212,8 @@ def current_view(server_pid: int | None = None) -> View:
     state = ledger.read()
     unbound = unbound_workers(state)
     picture = of_state(state, discovery.read_topology(), discovery.read_allowance().cpus, unbound, server_pid)
-    return replace(picture, ledger=ledger.path, host=os.uname().nodename, server_pid=server_pid)
+    users = computing(ledger, state)
+    return replace(picture, ledger=ledger.path, host=os.uname().nodename, server_pid=server_pid, users=users)
 
 
 def of_state(

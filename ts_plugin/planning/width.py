@@ -57,6 +57,7 @@ __all__ = [
     "Lender",
     "Measured",
     "Record",
+    "Traffic",
     "arrived",
     "decide",
     "ended",
@@ -65,6 +66,7 @@ __all__ = [
     "offers",
     "patience",
     "served",
+    "traffic",
     "widths",
 ]
 
@@ -152,6 +154,20 @@ class Decision:
     lenders: tuple[Lender, ...]
     until: float
     estimates: tuple[Estimate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What ``decide`` knows of the requests, for people to read.
+
+    ``rate`` is the model's, in requests/s. ``load`` is that of all models of the domain, as part of what slices alone
+    can serve, and ``crowded`` that it is too high to borrow. ``at_once`` are the most requests of the domain at once.
+    """
+
+    rate: float
+    load: float
+    crowded: bool
+    at_once: float
 
 
 def new_record(model: int, cores: int, now: float) -> Record:
@@ -257,10 +273,7 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     total = sum(model.cores for model in models.values())
     seen = max(model.seen for model in models.values())
     busy = [model for model in models.values() if model is mine or model.busy]
-    crowded = (
-        seen >= sum(model.workers for model in busy) - 0.5  # else a client that asks one by one looks like full load
-        and sum(min(model.load, model.workers) for model in models.values()) > CROWDED * len(domain)
-    )
+    crowded = _crowded(models, busy)
     estimates: list[Estimate] = []
     lenders_at: dict[int, list[_Model]] = {}
     for width in widths(own.cores, total):
@@ -297,6 +310,15 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
         now + min(hold, HOLD_SECONDS),
         tuple(estimates),
     )
+
+
+def traffic(domain: Mapping[int, Record], me: int, now: float) -> Traffic:
+    """Return what ``decide`` knows of the requests of ``domain``."""
+    models = _models(domain, now)
+    mine = models[domain[me].model]
+    busy = [model for model in models.values() if model is mine or model.busy]
+    at_once = max(model.seen for model in models.values())
+    return Traffic(mine.rate, _load(models), _crowded(models, busy), at_once)
 
 
 class _Model:
@@ -373,6 +395,18 @@ def _models(domain: Mapping[int, Record], now: float) -> dict[int, _Model]:
     for model in models.values():
         model.close()
     return models
+
+
+def _load(models: Mapping[int, _Model]) -> float:
+    """Return the load of all models, as part of what slices alone can serve."""
+    workers = sum(model.workers for model in models.values())
+    return sum(min(model.load, model.workers) for model in models.values()) / workers
+
+
+def _crowded(models: Mapping[int, _Model], busy: Sequence[_Model]) -> bool:
+    """Whether the load is too high to borrow; a client that sends one request after the other is not many clients."""
+    at_once = max(model.seen for model in models.values())
+    return at_once >= sum(model.workers for model in busy) - 0.5 and _load(models) > CROWDED
 
 
 def _cost(

@@ -76,7 +76,7 @@ class Elastic(hooks.Hook):
         """Compute on the slice of ``lease`` from the next request on; ``state`` tells the neighbours."""
         with self._mutex:
             moved = lease.slice.cpus != self._ground.own.cpus
-            self._ground = _Ground(lease, _neighbours(lease, state))
+            self._ground = _Ground(lease, state.neighbours(lease))
             self._join(lease)
             if self._exchange is not None:
                 self._exchange.forget_decision()
@@ -370,14 +370,3 @@ class _Exchange:
 
 def _places(slot: int, own: Slice) -> Sequence[int]:
     return own.cpus if own.pinned else thread_places(slot, own.threads)
-
-
-def _neighbours(lease: Lease, state: State) -> tuple[Lease, ...]:
-    """Return the workers that lend to this one, nearest first."""
-    own = lease.slice
-    others = [other for other in state.leases if other.slice.reach == own.reach and other.pid != lease.pid]
-
-    def distance(other: Lease) -> tuple[bool, int]:
-        return other.slice.l3_domains != own.l3_domains, abs(other.slice.cpus[0] - own.cpus[0])
-
-    return tuple(sorted(others, key=distance)) if own.reach else ()

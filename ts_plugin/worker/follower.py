@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from ts_plugin.leases import binding, claim, coordinator
+from ts_plugin.leases.board import Totals
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.machine import discovery
 from ts_plugin.worker import hooks, readback
@@ -43,6 +44,7 @@ class Follower(hooks.Hook):
         self._metrics: Any = None
         self._looks = 0
         self._resizes = 0
+        self._exported = Totals()
         self._reported: set[str] = set()
         self.elastic = Elastic(ledger, lease, self._report)
 
@@ -139,6 +141,10 @@ class Follower(hooks.Hook):
         if self._resizes:
             export("Resizes", self._resizes)
             self._resizes = 0
+        totals = self.elastic.totals
+        for name, value in readback.lending(self._exported, totals).items():
+            export(name, value)
+        self._exported = totals
 
     def _adopt(self, state: State, refused: OSError | None = None) -> None:
         """Take over what ``state`` says of this worker; ``refused``: the kernel has said already that it does not."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ts_plugin.leases import masks
+from ts_plugin.leases.board import Totals
 from ts_plugin.leases.ledger import Lease
 from ts_plugin.machine import process
 from ts_plugin.machine.cpulist import format_cpulist
@@ -24,6 +25,9 @@ METRICS = {  # name in metrics.yaml -> (unit, kind); all with the dimensions Mod
     "RemoteMemoryPages": ("Count", "gauge"),
     "CpuMigrations": ("Count", "counter"),
     "Resizes": ("Count", "counter"),
+    "WideRequests": ("Count", "counter"),
+    "BorrowedCoreSeconds": ("Seconds", "counter"),
+    "SliceWaitSeconds": ("Seconds", "counter"),
 }
 
 
@@ -99,6 +103,18 @@ class ReadBack:
         moves = sum(count - self._migrations.get(tid, 0) for tid, count in counts.items())
         first, self._migrations = not self._migrations, counts
         return 0 if first else max(0, moves)
+
+
+def lending(before: Totals, after: Totals) -> dict[str, float]:
+    """Return what to add to the counters of lending, by metric; a worker that joined anew counts from nothing."""
+    if after.requests < before.requests:
+        before = Totals()
+    added = {
+        "WideRequests": after.wide - before.wide,
+        "BorrowedCoreSeconds": after.borrowed - before.borrowed,
+        "SliceWaitSeconds": after.waited - before.waited,
+    }
+    return {name: value for name, value in added.items() if value > 0}
 
 
 def refusal(lease: Lease, error: OSError) -> str:
