@@ -25,9 +25,7 @@ from ts_plugin.planning.policy import Lend, Policy
 NODES = len({core.node for core in TOPOLOGY.cores_of(ALLOWED)})
 pytestmark = [
     pytest.mark.skipif(CORES < 2, reason="needs two cores to lend one"),
-    pytest.mark.skipif(
-        len({core.node for core in TOPOLOGY.cores_of(ALLOWED)}) > 1, reason="lends inside one NUMA node"
-    ),
+    pytest.mark.skipif(NODES > 1, reason="cores are lent inside one NUMA node"),
 ]
 
 ALL = sorted(core.number for core in TOPOLOGY.cores_of(ALLOWED))

@@ -226,7 +226,8 @@ def physical_cores(allowed: frozenset[int]) -> list[frozenset[int]]:
 
 def _worker(pid: int) -> tuple[frozenset[frozenset[int]], frozenset[int]] | None:
     """Return the masks of all threads, and the CPUs that those in state R may run on."""
-    masks, running = set(), set()
+    masks: set[frozenset[int]] = set()
+    running: set[int] = set()
     with contextlib.suppress(OSError):
         for tid in os.listdir(f"/proc/{pid}/task"):
             if mask := _mask(f"/proc/{pid}/task/{tid}/status", running):
