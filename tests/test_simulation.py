@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.simulation import Model, Result, Scenario, broken, catalogue, main, simulate
+from benchmarks.checks.simulation import Model, Result, Scenario, broken, catalogue, main, simulate
 
 REQUESTS = 4000
 

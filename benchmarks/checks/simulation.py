@@ -1,6 +1,6 @@
 """Elastic width on domains that nobody has: discrete events, the product's own decisions, TorchServe's queues.
 
-``python -m benchmarks.simulation --out DIR`` writes simulation.md and simulation.png. Every scenario runs twice, with
+``./dev simulation --out DIR`` writes simulation.md and simulation.png. Every scenario runs twice, with
 the same arrivals and the same luck: slices alone, and elastic.
 
 What is simulated: one queue per model, from which the idle worker that waits longest takes; a worker that waits for its
@@ -475,7 +475,7 @@ def draw(outcomes: Sequence[tuple[str, str, Result, Result]], out: Path) -> None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="./dev simulation", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for simulation.md and simulation.png")
     parser.add_argument("--requests", type=int, default=10_000, help="per scenario (default 10000)")
     parser.add_argument("--only", default="", help="groups whose name contains this")
