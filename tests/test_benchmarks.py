@@ -26,11 +26,11 @@ import pytest
 from benchmarks.harness import archives
 from benchmarks.measurement import perf, pictures, probe, report, scaling
 from benchmarks.measurement.bare import Binding, divide
-from benchmarks.measurement.bench import jobs, parse, rotated
+from benchmarks.measurement.bench import jobs, parse
 from benchmarks.measurement.exercises import exercises
 from benchmarks.measurement.load import Answer, LoadError, OpenLoop, ab, closed_loop, parse_ab, percentile
 from benchmarks.measurement.measure import saturated
-from benchmarks.measurement.results import Config, Figures, Row, Scenario, markdown, ratio, spread, to_csv
+from benchmarks.measurement.results import Config, Figures, Row, Scenario, markdown, ratio, rotated, spread, to_csv
 from tests.eventually import PATIENCE, eventually
 from ts_plugin.machine.topology import Core
 

@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "photograph",
     "resnet",
+    "slow",
     "transformer",
 ]
 
@@ -58,10 +59,10 @@ def cache_directory() -> Path:
 def resnet(
     name: str = "resnet18", *, handler: Handler = Handler.STOCK, weights: Path | None = None, cache: Path | None = None
 ) -> Path:
-    """Return the archive ``NAME.mar`` of a torchvision ResNet as TorchScript, with ImageNet's class names.
+    """Return the archive ``NAME.mar`` of a torchvision classifier as TorchScript, with ImageNet's class names.
 
-    ``name`` is "resnet18", "resnet50", ...; ``weights`` a state dict from ``fetch_weights``, None for random ones from
-    a fixed seed.
+    ``name`` is "resnet18", "resnet50", "mobilenet_v3_small", ...; ``weights`` a state dict from ``fetch_weights``, None
+    for random ones from a fixed seed.
     A STOCK archive names TorchServe's ``image_classifier`` as its handler, OURS carries handlers/image_classifier.py.
     """
 
@@ -112,6 +113,18 @@ def transformer(*, handler: Handler = Handler.STOCK, cache: Path | None = None) 
         return Classifier()
 
     return _archive("transformer", str(handler), _source("transformer.py", handler), model=model, cache=cache)
+
+
+def slow(*, handler: Handler = Handler.STOCK, cache: Path | None = None) -> Path:
+    """Return the archive ``slow.mar``: each request is ResNet-18's forward pass for two seconds of one core."""
+
+    def model() -> torch.nn.Module:
+        import torchvision
+
+        made: torch.nn.Module = torchvision.models.get_model("resnet18", weights=None)
+        return made
+
+    return _archive("slow", str(handler), _source("slow.py", handler), model=model, cache=cache)
 
 
 def facts(
