@@ -342,7 +342,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.repetitions = options.repetitions or (2 if small else 3)
     options.requests = options.requests or (60 if small else 400 if many else 10_000)
     options.concurrency = options.concurrency or (10 if small else 20 if many else 100)
-    options.seconds = options.seconds or (3.0 if small else 12.0 if options.must_show else 15.0)
+    options.seconds = options.seconds or (3.0 if small else 11.0 if options.must_show else 15.0)
     options.hold = 4.0 if small else 15.0
     if options.requests < FEWEST_REQUESTS:
         parser.error(f"--requests {options.requests}: ab needs at least {FEWEST_REQUESTS} for its 99th percentile")
