@@ -24,6 +24,7 @@ __all__ = ["Loads", "counted"]
 BESIDE = "beside"  # the second model's name on every server
 LEAD_IN = 2.0  # seconds of every load that do not count: what learns, learns at this load
 PATIENCE = 30.0  # seconds that a request of an open loop may take
+WARM_UP = 4  # requests per worker, all at once and again one by one
 FAILURES = (TorchServeError, LoadError, UnboundError, FileNotFoundError)
 
 
@@ -77,15 +78,15 @@ class Loads:
         return TorchServe(archive, workers=stage.workers, properties=given.properties, environment=given.environment)
 
     def _warm(self, config: Config, server: TorchServe, stage: Stage) -> None:
-        """Load the second model, send each worker requests, all at once and one by one, and check what is bound."""
+        """Load the second model, warm every worker up, and check what is bound."""
         name = self._name(stage)
         if stage.beside is not None:
             handler = Handler.THREADS if config is Config.THREADS else Handler.STOCK
             server.register(self.archive(stage.beside, handler), workers=1, name=BESIDE)
             closed_loop(server.prediction_url(BESIDE), self.body, requests=2, concurrency=1)
         url = server.prediction_url(name)
-        for clients in (stage.workers, 1, stage.workers):
-            closed_loop(url, self.body, requests=6 * stage.workers, concurrency=clients)
+        for clients in (stage.workers, 1):
+            closed_loop(url, self.body, requests=WARM_UP * stage.workers, concurrency=clients)
         require_bound(config, server, sorted(server.workers()), self.cores)
 
     def _capacity(self, servers: dict[Config, TorchServe], stage: Stage) -> float | None:
