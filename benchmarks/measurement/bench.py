@@ -208,7 +208,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
                 def note(sample: Sample) -> None:
                     state.samples.append(sample)
-                    progress.console.print(_sample_line(sample))
+                    progress.console.print(_sample_line(sample), soft_wrap=True)
                     state.save()
 
                 loads = Loads(
