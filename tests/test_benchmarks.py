@@ -24,13 +24,25 @@ import psutil
 import pytest
 
 from benchmarks.harness import archives
-from benchmarks.measurement import perf, pictures, probe, report, scaling
+from benchmarks.measurement import perf, pictures, points, probe, report, scaling
 from benchmarks.measurement.bare import Binding, divide
-from benchmarks.measurement.bench import jobs, parse, rotated
+from benchmarks.measurement.bench import jobs, parse
 from benchmarks.measurement.exercises import exercises
-from benchmarks.measurement.load import Answer, LoadError, OpenLoop, ab, closed_loop, parse_ab, percentile
-from benchmarks.measurement.measure import saturated
-from benchmarks.measurement.results import Config, Figures, Row, Scenario, markdown, ratio, spread, to_csv
+from benchmarks.measurement.load import (
+    Answer,
+    LoadError,
+    OpenLoop,
+    ab,
+    closed_loop,
+    parse_ab,
+    percentile,
+    poisson,
+    take_turns,
+)
+from benchmarks.measurement.loads import LEAD_IN, counted
+from benchmarks.measurement.measure import saturated, setting
+from benchmarks.measurement.points import PROMISES, Sample, compared, curve, must_show, pooled, promises_table
+from benchmarks.measurement.results import Config, Figures, Row, Scenario, markdown, ratio, rotated, spread, to_csv
 from tests.eventually import PATIENCE, eventually
 from ts_plugin.machine.topology import Core
 
@@ -207,6 +219,62 @@ def test_an_abandoned_open_loop_does_not_wait() -> None:
 
 def test_open_loop_counts_refused_connections_as_failed() -> None:
     answers = OpenLoop("http://127.0.0.1:1/predictions/model", b"", rate=100).run(0.1)
+    assert answers
+    assert not any(each.good for each in answers)
+
+
+def test_open_loop_keeps_to_given_arrivals() -> None:
+    arrivals = [0.0, 0.01, 0.011, 0.2]
+    with answering(lambda request: 200) as url:
+        answers = OpenLoop(url, b"body", arrivals=arrivals).run(PATIENCE / 30)
+    assert [each.due for each in answers] == arrivals
+    assert all(each.good for each in answers)
+
+
+@pytest.mark.parametrize("given", [{}, {"rate": 1.0, "arrivals": [0.0]}], ids=["nothing", "both"])
+def test_open_loop_wants_a_rate_or_arrivals(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="give one of them"):
+        OpenLoop("http://127.0.0.1:1/", b"", **given)
+
+
+def test_poisson_arrivals_are_the_same_for_the_same_seed() -> None:
+    found = poisson(20, 500, seed=3)
+    assert found == poisson(20, 500, seed=3) != poisson(20, 500, seed=4)
+    assert len(found) == 10_000
+    assert found == sorted(found)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(found)]
+    # Exponential: a part 1 / e of the gaps is longer than their mean. At a fixed rate none is.
+    assert sum(gap > 1 / 20 for gap in gaps) / len(gaps) == pytest.approx(1 / math.e, abs=0.02)
+
+
+def test_clients_take_turns_on_kept_connections() -> None:
+    peers = set()
+    lock = threading.Lock()
+    inside = [0]
+    together = []
+
+    def answer(request: BaseHTTPRequestHandler) -> int:
+        peers.add(request.client_address)
+        with lock:
+            inside[0] += 1
+            together.append(inside[0])
+            number = len(together)
+        threading.Event().wait(0.005)
+        with lock:
+            inside[0] -= 1
+        return 500 if number == 3 else 200
+
+    with answering(answer) as url:
+        answers = take_turns(url, b"body", clients=2, seconds=0.5)
+    assert len(peers) == 2
+    assert max(together) <= 2
+    assert len(answers) == len(together) > 4
+    assert [each.good for each in answers].count(False) == 1
+    assert all(each.due < 0.5 for each in answers)
+
+
+def test_clients_that_take_turns_count_refused_connections_as_failed() -> None:
+    answers = take_turns("http://127.0.0.1:1/predictions/model", b"", clients=1, seconds=0.05)
     assert answers
     assert not any(each.good for each in answers)
 
@@ -587,6 +655,213 @@ def test_the_palette_tells_every_configuration_apart() -> None:
     assert len(set(pictures.COLOURS.values())) == len(Config)
 
 
+# ---- latency against load
+
+
+def sample(config: Config, repetition: int, *latencies: float, **changes: Any) -> Sample:
+    given: dict[str, Any] = {"stage": "resnet50, 2 workers", "point": "some load", "latencies_ms": latencies}
+    return Sample(config=config, repetition=repetition, **given | changes)
+
+
+def test_lend_never_is_ts_cores_with_one_word_more() -> None:
+    alone, lending = (
+        setting(config, workers=2, cores=2, launcher_args="") for config in (Config.ALONE, Config.TS_CORES)
+    )
+    assert alone.properties == lending.properties | {"cpu_launcher_args": "--lend never"}
+    both = setting(Config.ALONE, workers=2, cores=2, launcher_args="--core-list 0,1").properties
+    assert both["cpu_launcher_args"] == "--core-list 0,1 --lend never"
+
+
+def test_the_lead_in_counts_for_nothing() -> None:
+    """Two answers per second: slow ones before the lead-in ends, then fast ones; the last comes after the end."""
+    answers = [Answer(n / 2, 0.4 if n / 2 < LEAD_IN else 0.1, True) for n in range(int(2 * LEAD_IN) + 8)]
+    found = counted(answers, sample(Config.DEFAULT, 0, rate=2.0), 4.0)
+    assert found.latencies_ms == (100.0,) * 8
+    assert found.requests_per_second == pytest.approx(2.0, rel=0.1)
+    assert (found.failed, found.saturated, found.steady) == (0, False, True)
+
+
+def test_a_failed_answer_is_counted_and_the_load_was_too_much() -> None:
+    answers = [Answer(LEAD_IN + n, 0.1, n != 2) for n in range(4)]
+    found = counted(answers, sample(Config.DEFAULT, 0, rate=1.0, failed=1), 4.0)
+    assert (len(found.latencies_ms), found.failed, found.saturated, found.steady) == (3, 2, True, False)
+
+
+def test_nothing_but_failures_is_a_sample_without_figures() -> None:
+    found = counted([Answer(LEAD_IN, 0.1, False)], sample(Config.DEFAULT, 0), 1.0)
+    assert (found.mean_ms, found.p99_ms, found.requests_per_second, found.failed) == (None, None, None, 1)
+
+
+def test_samples_survive_json() -> None:
+    found = [sample(Config.ALONE, 1, 5.0, 7.0, rate=3.0, saturated=True), sample(Config.LAUNCHER, 0, error="died")]
+    flat = [each.to_json() for each in found]
+    assert flat[0]["config"] == "ts-cores --lend never"
+    assert flat[0]["mean_ms"] == 6.0
+    assert [Sample.from_json(json.loads(json.dumps(each))) for each in flat] == found
+
+
+def ratios(samples: list[Sample], figure: str, *bases: Config) -> tuple[float, float, float] | None:
+    found = compared(samples, "resnet50, 2 workers", "some load", figure, Config.TS_CORES, bases)
+    return (found.low, found.median, found.high) if found else None
+
+
+def test_loads_are_compared_within_a_repetition_with_the_best_base() -> None:
+    found = [
+        sample(Config.DEFAULT, 0, 10.0),
+        sample(Config.ALONE, 0, 20.0),
+        sample(Config.TS_CORES, 0, 5.0),
+        sample(Config.DEFAULT, 1, 80.0),
+        sample(Config.ALONE, 1, 40.0),
+        sample(Config.TS_CORES, 1, 60.0),
+        sample(Config.TS_CORES, 2, 1.0),  # without a partner
+        sample(Config.ALONE, 3, 1.0, saturated=True),  # says how long one measured
+        sample(Config.TS_CORES, 3, 60.0),
+    ]
+    assert ratios(found, "mean_ms", Config.DEFAULT, Config.ALONE) == (0.5, 1.0, 1.5)
+    assert ratios(found, "mean_ms", Config.DEFAULT) == (0.5, 0.625, 0.75)
+    assert ratios(found, "mean_ms", Config.LAUNCHER) is None
+
+
+def test_the_better_throughput_is_the_higher_one() -> None:
+    found = [
+        sample(config, 0, 1.0, requests_per_second=speed)
+        for config, speed in ((Config.DEFAULT, 4.0), (Config.ALONE, 10.0), (Config.TS_CORES, 9.0))
+    ]
+    assert ratios(found, "requests_per_second", Config.DEFAULT, Config.ALONE) == (0.9, 0.9, 0.9)
+
+
+def test_a_p99_is_that_of_all_repetitions_together() -> None:
+    """99 and 101 fast answers and one slow one per repetition, or none: of 200 two may be slow."""
+    found = [
+        sample(Config.ALONE, 0, *[10.0] * 100),
+        sample(Config.ALONE, 1, *[10.0] * 100),
+        sample(Config.TS_CORES, 0, *[10.0] * 98, 90.0, 90.0),
+        sample(Config.TS_CORES, 1, *[10.0] * 100),
+    ]
+    assert ratios(found, "p99_ms", Config.ALONE) == (1.0, 1.0, 9.0)
+    together = pooled([each for each in found if each.config is Config.TS_CORES], "p99_ms")
+    assert together is not None
+    assert (together.low, together.median, together.high) == (10.0, 10.0, 90.0)
+
+
+def everything_kept(**changes: float) -> list[Sample]:
+    """Samples of a run of must_show in which ts-cores is three times as fast in everything."""
+    return [
+        Sample(stage.name, point.name, config, 0, None, (latency,), 1000 / latency)
+        for stage in must_show(seconds=1)
+        for point in stage.points
+        for config in stage.configs
+        if config in point.configs
+        for latency in [changes.get(point.name, 20.0) if config is Config.TS_CORES else 60.0]
+    ]
+
+
+def test_every_promise_is_measured_by_the_run() -> None:
+    table, kept = promises_table(everything_kept())
+    lines = table.splitlines()[2:]
+    assert len(lines) == len(PROMISES) + 1
+    assert kept
+    assert all(line.endswith("| holds |") for line in lines)
+    assert all("| 0.33 | ≤" in line or "| 3.00 | ≥" in line for line in lines[:-1])
+
+
+@pytest.mark.parametrize("number", range(len(PROMISES)))
+def test_a_promise_that_is_missed_is_said(number: int) -> None:
+    promise = PROMISES[number]
+    worse = everything_kept(**{promise.point: 60 * 1.5})
+    table, kept = promises_table(worse)
+    assert not kept
+    assert table.splitlines()[2 + number].endswith("| MISSED |")
+    untouched = [
+        line for line, other in zip(table.splitlines()[2:], PROMISES, strict=False) if other.point != promise.point
+    ]
+    assert all(line.endswith("| holds |") for line in untouched)
+
+
+def test_what_was_not_measured_or_lost_was_not_kept() -> None:
+    assert not promises_table([])[1]
+    lost = everything_kept()
+    assert not promises_table([*lost, replace(lost[-1], config=Config.TS_CORES, repetition=1, failed=1)])[1]
+
+
+def test_the_loads_of_the_curve() -> None:
+    stages = curve("resnet18", workers=2, seconds=10, configs=[Config.ALONE, Config.TS_CORES])
+    assert [(stage.workers, stage.beside, stage.shares) for stage in stages] == [
+        (2, None, True),
+        (1, "resnet18", False),
+    ]
+    assert [point.share for point in stages[0].points] == [None, 0.2, 0.5, 0.8, None]
+    assert [point.clients for stage in stages for point in stage.points] == [1, None, None, None, 8, 2]
+    assert len({stage.name for stage in [*stages, *must_show(seconds=1)]}) == len(stages) + 4
+
+
+def test_three_repetitions_of_the_promises_take_eleven_minutes() -> None:
+    once = sum(
+        LEAD_IN + point.seconds
+        for stage in must_show(seconds=parse(["--must-show"]).seconds)
+        for point in stage.points
+        for config in stage.configs
+        if config in point.configs
+    )
+    assert 3 * once < 10.5 * 60  # and two for eleven servers' starts
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--loads --must-show", "two runs"),
+        ("--must-show --model resnet18", "its own configurations"),
+    ],
+)
+def test_loads_that_do_not_go_together(words: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(words.split())
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_picture_and_tables_of_loads(measured: Path) -> None:
+    loads = [
+        Sample(
+            stage.name,
+            point.name,
+            config,
+            repetition,
+            10.0 * point.share if point.share else None,
+            (50.0 + repetition, 60.0),
+            12.0,
+            saturated=config is Config.DEFAULT and point.share == 0.8,
+        )
+        for stage in curve("resnet18", workers=2, seconds=1, configs=list(Config)[:-1])
+        for point in stage.points
+        for config in stage.configs
+        for repetition in range(2)
+    ]
+    loads.append(Sample(loads[0].stage, loads[0].point, Config.LAUNCHER, 2, error="keep dying <&>\nlog"))
+    found = json.loads((measured / "results.json").read_text()) | {"rows": [], "must_show": True}
+    found |= {"loads": [each.to_json() for each in loads]}
+    (measured / "results.json").write_text(json.dumps(found))
+    assert "latency_against_load.png" in {file.name for file in report.write(measured)}
+    picture = (measured / "latency_against_load.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(picture[16:20]) == pictures.WIDTH * pictures.DPI
+    text = (measured / "results.md").read_text()
+    assert "open loop at 0.2 of capacity (2/s)" in text
+    assert "could not run: keep dying" in text
+    assert text.count(", saturated") == 1
+    assert "| not measured | ≤ 1.10 | MISSED |" in text
+    page = (measured / "report.html").read_text()
+    assert "keep dying &lt;&amp;&gt;" in page
+    assert "latency_against_load.png" not in page  # it is inside
+
+
+def test_a_line_per_load_for_every_configuration_that_ran() -> None:
+    found = points.points_table(
+        [sample(Config.ALONE, 0, 5.0, rate=3.0), sample(Config.TS_CORES, 0, 4.0, rate=3.0, failed=2)]
+    )
+    assert "| ts-cores --lend never | 5.0 / 5.0 / 5.0 |" in found
+    assert "| ts-cores | 4.0 / 4.0 / 4.0, 2 failed |" in found
+
+
 # ---- one real run
 
 
@@ -628,3 +903,25 @@ def test_a_real_run_interrupted_keeps_its_rows_and_leaves_no_process(tmp_path: P
     assert served.pss_mib > 100
     assert (out / "report.html").exists()
     assert (out / "throughput.png").exists()
+
+
+def test_a_real_run_of_the_loads(tmp_path: Path, checkout: Path) -> None:
+    archives.transformer()
+    configs = ("ts-cores --lend never", "ts-cores")
+    command = [sys.executable, "-m", "benchmarks.measurement.bench", "--loads", "--model=transformer", "--workers=1"]
+    command += [f"--config={config}" for config in configs]
+    command += ["--seconds=1", "--repetitions=1", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [Sample.from_json(flat) for flat in json.loads((tmp_path / "results.json").read_text())["loads"]]
+    wanted = [
+        (stage.name, point.name, config)
+        for stage in curve("transformer", workers=1, seconds=1, configs=[Config(config) for config in configs])
+        for point in stage.points
+        for config in stage.configs
+    ]
+    assert {(each.stage, each.point, each.config) for each in found if each.point != "capacity"} == set(wanted), found
+    assert all(each.error is None and each.failed == 0 and each.latencies_ms for each in found), found
+    capacity = next(each.requests_per_second for each in found if each.point == "capacity")
+    assert [each.rate for each in found if each.rate] == [capacity * share for share in (0.2, 0.2, 0.5, 0.5, 0.8, 0.8)]
+    assert (tmp_path / "latency_against_load.png").exists()

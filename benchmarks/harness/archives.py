@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "photograph",
     "resnet",
+    "slow",
     "transformer",
 ]
 
@@ -59,10 +60,10 @@ def cache_directory() -> Path:
 def resnet(
     name: str = "resnet18", *, handler: Handler = Handler.STOCK, weights: Path | None = None, cache: Path | None = None
 ) -> Path:
-    """Return the archive ``NAME.mar`` of a torchvision ResNet as TorchScript, with ImageNet's class names.
+    """Return the archive ``NAME.mar`` of a torchvision classifier as TorchScript, with ImageNet's class names.
 
-    ``name`` is "resnet18", "resnet50", ...; ``weights`` a state dict from ``fetch_weights``, None for random ones from
-    a fixed seed.
+    ``name`` is "resnet18", "resnet50", "mobilenet_v3_small", ...; ``weights`` a state dict from ``fetch_weights``, None
+    for random ones from a fixed seed.
     A STOCK archive names TorchServe's ``image_classifier`` as its handler, OURS carries handlers/image_classifier.py.
     """
 
@@ -125,6 +126,18 @@ def convolutions(*, cache: Path | None = None) -> Path:
         return torch.nn.Sequential(*layers)
 
     return _archive("convolutions", "stock", _source("convolutions.py", Handler.STOCK), model=model, cache=cache)
+
+
+def slow(*, handler: Handler = Handler.STOCK, cache: Path | None = None) -> Path:
+    """Return the archive ``slow.mar``: each request is ResNet-18's forward pass for two seconds of one core."""
+
+    def model() -> torch.nn.Module:
+        import torchvision
+
+        made: torch.nn.Module = torchvision.models.get_model("resnet18", weights=None)
+        return made
+
+    return _archive("slow", str(handler), _source("slow.py", handler), model=model, cache=cache)
 
 
 def facts(

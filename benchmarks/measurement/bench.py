@@ -1,4 +1,7 @@
-"""The benchmark run: every configuration of every scenario, in rotated order; then scaling, then the exercises."""
+"""The benchmark run: every configuration of every scenario, in rotated order; then scaling, then the exercises.
+
+``--loads`` and ``--must-show`` are runs of their own: the loads of points.py.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.harness import archives
 from benchmarks.harness.archives import Handler
 from benchmarks.harness.torchserve import TorchServeError
-from benchmarks.measurement import exercises, report, scaling
+from benchmarks.measurement import exercises, points, report, scaling
 from benchmarks.measurement.bare import BareError
 from benchmarks.measurement.load import FEWEST_REQUESTS, LoadError
+from benchmarks.measurement.loads import Loads
 from benchmarks.measurement.machine import describe, summary
 from benchmarks.measurement.measure import Observed, UnboundError, Workload, ceiling, serve, setting
-from benchmarks.measurement.results import Config, Row, Scenario
+from benchmarks.measurement.points import Sample, Stage
+from benchmarks.measurement.results import Config, Row, Scenario, rotated
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.machine.topology import Core
 
-__all__ = ["Job", "jobs", "main", "rotated"]
+__all__ = ["Job", "jobs", "main", "parse"]
 
 MODELS = ("resnet18", "resnet50", "transformer")
 SCALED = (Config.DEFAULT, Config.LAUNCHER, Config.TS_CORES)
@@ -43,12 +48,6 @@ class Job:
     config: Config
     scenario: Scenario
     repetition: int
-
-
-def rotated(configs: Sequence[Config], repetition: int) -> list[Config]:
-    """Return the configurations in the order of one repetition: each starts one further, so none is always first."""
-    start = repetition % len(configs)
-    return [*configs[start:], *configs[:start]]
 
 
 def jobs(configs: Sequence[Config], scenarios: Sequence[Scenario], repetitions: int) -> Iterator[Job]:
@@ -67,6 +66,7 @@ class Run:
     body: Path
     rows: list[Row] = field(default_factory=list)
     traces: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     scaled: list[dict[str, Any]] = field(default_factory=list)
     single: list[dict[str, Any]] = field(default_factory=list)
     rates: dict[Scenario, float] = field(default_factory=dict)  # requests per second of each scenario's open loops
@@ -79,6 +79,8 @@ class Run:
             return Path(self.options.mar)
         if model == "transformer":
             return archives.transformer(handler=handler)
+        if model == "slow":
+            return archives.slow(handler=handler)
         return archives.resnet(model, handler=handler)
 
     def measure(self, job: Job) -> Row:
@@ -150,6 +152,9 @@ class Run:
             "exercises": self.single,
             "command": self.options.command,
         }
+        if self.samples:
+            found["loads"] = [sample.to_json() for sample in self.samples]
+            found["must_show"] = self.options.must_show
         if self.interrupted:
             found["interrupted"] = True
         for name, content in (("results.json", found), ("traces.json", self.traces)):
@@ -191,14 +196,28 @@ def run(options: argparse.Namespace, console: Console) -> int:
             body.write_bytes(archives.photograph())
         state = Run(options, body)
         console.print(summary(state.machine))
-        todo = list(jobs(options.configs, _scenarios(options), options.repetitions))
-        scaled = [config for config in SCALED if config in options.configs and not options.no_scaling]
-        single = [] if options.no_exercises else list(exercises.exercises(state.cores))
+        stages = _stages(options, len(state.cores))
+        todo = [] if stages else list(jobs(options.configs, _scenarios(options), options.repetitions))
+        scaled = [config for config in SCALED if config in options.configs and not (stages or options.no_scaling)]
+        single = [] if stages or options.no_exercises else list(exercises.exercises(state.cores))
         columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn())
         progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
         try:
             with progress:
-                task = progress.add_task("archives", total=len(todo) + len(scaled) + len(single))
+                task = progress.add_task("archives", total=len(stages) + len(todo) + len(scaled) + len(single))
+
+                def note(sample: Sample) -> None:
+                    state.samples.append(sample)
+                    progress.console.print(_sample_line(sample), soft_wrap=True)
+                    state.save()
+
+                loads = Loads(
+                    state.archive, body.read_bytes(), state.cores, options.repetitions, options.launcher_args, note
+                )
+                for stage in stages:
+                    progress.update(task, description=f"loads: {stage.name}")
+                    loads.run(stage)
+                    progress.advance(task)
                 for job in todo:
                     progress.update(task, description=_label(job))
                     progress.console.print(_line(state.measure(job)))
@@ -221,7 +240,25 @@ def run(options: argparse.Namespace, console: Console) -> int:
     files = report.write(options.out)
     console.print((options.out / "results.md").read_text(), markup=False, highlight=False, soft_wrap=True)
     console.print("written: " + ", ".join(str(file) for file in files), soft_wrap=True)
-    return 130 if state.interrupted else 0
+    if state.interrupted:
+        return 130
+    return 1 if options.must_show and not points.promises_table(state.samples)[1] else 0
+
+
+def _stages(options: argparse.Namespace, cores: int) -> list[Stage]:
+    if options.must_show:
+        return points.must_show(seconds=options.seconds)
+    if not options.loads:
+        return []
+    configs = [config for config in options.configs if config is not Config.CEILING]
+    # Without --workers one per core, but no more than four: wide slices have most to lend.
+    workers = options.workers or [min(cores, 4)]
+    return [
+        stage
+        for model in options.models
+        for number in workers
+        for stage in points.curve(model, workers=number, seconds=options.seconds, configs=configs)
+    ]
 
 
 def _scenarios(options: argparse.Namespace) -> list[Scenario]:
@@ -241,6 +278,17 @@ def _line(row: Row) -> str:
     return f"{what}: {figures.requests_per_second:.1f} requests/s, p50 {figures.p50_ms:.0f} ms{void}"
 
 
+def _sample_line(sample: Sample) -> str:
+    what = f"{sample.stage}, {sample.point}, {sample.config} #{sample.repetition}"
+    if sample.error is not None:
+        return f"{what}: could not run: {sample.error.splitlines()[0]}"
+    if sample.mean_ms is None:
+        return f"{what}: no good answer, {sample.failed} failed"
+    late = f"{', saturated' * sample.saturated}{f', {sample.failed} failed' if sample.failed else ''}"
+    figures = f"mean {sample.mean_ms:.0f} ms, p50 {sample.p50_ms:.0f} ms, p99 {sample.p99_ms:.0f} ms{late}"
+    return f"{what}: {sample.requests_per_second or 0:.1f} requests/s, {figures}"
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options; what --quick and --sweep leave open is the tutorial's exercise."""
     parser = argparse.ArgumentParser(
@@ -252,6 +300,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="ResNet-18, 2 workers, 60 requests per row, two repetitions")
     add("--sweep", action="store_true", help=f"{', '.join(MODELS)} with 1, 2 and 4 workers; 400 requests per row")
+    add("--loads", action="store_true", help="latency against load: the loads of points.py instead, and their picture")
+    add(
+        "--must-show",
+        action="store_true",
+        help="what lending cores must reach on 2 cores, each ratio with its target; exit status 1 if one is missed",
+    )
     add("--config", action="append", type=Config, choices=list(Config), metavar="NAME", help=", ".join(Config))
     add("--model", action="append", metavar="NAME", help=f"{', '.join(MODELS)} or another torchvision ResNet")
     add("--mar", type=Path, help="your own archive instead of --model")
@@ -260,7 +314,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--repetitions", type=_positive, metavar="N")
     add("--requests", type=_positive, metavar="N", help=f"per row, at least {FEWEST_REQUESTS}")
     add("--concurrency", type=_positive, metavar="N", help="requests under way at any time")
-    add("--seconds", type=float, metavar="S", help="length of the fixed-rate load and of the ceiling's loop")
+    add("--seconds", type=float, metavar="S", help="length of the open loops and of the ceiling's loop")
     add(
         "--rate",
         type=float,
@@ -275,14 +329,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("benchmark-results"), metavar="DIR", help="default: benchmark-results")
     options = parser.parse_args(arguments)
     options.command = shlex.join(["./dev", "bench", *arguments])
-    small, many = options.quick, options.sweep
+    small, many, loads = options.quick, options.sweep, options.loads or options.must_show
+    if options.loads and options.must_show:
+        parser.error("--loads and --must-show are two runs; give one of them")
+    if options.must_show and (options.config or options.model or options.mar or options.workers):
+        parser.error("--must-show has its own configurations, models and workers")
     options.configs = [config for config in Config if config in (options.config or Config)]
     options.models = [options.mar.stem] if options.mar else options.model or _models(options)
-    options.workers = list(dict.fromkeys(options.workers or ([2] if small else [1, 2, 4] if many else [4])))
+    if not loads:
+        options.workers = options.workers or ([2] if small else [1, 2, 4] if many else [4])
+    options.workers = list(dict.fromkeys(options.workers or []))
     options.repetitions = options.repetitions or (2 if small else 3)
     options.requests = options.requests or (60 if small else 400 if many else 10_000)
     options.concurrency = options.concurrency or (10 if small else 20 if many else 100)
-    options.seconds = options.seconds or (3.0 if small else 15.0)
+    options.seconds = options.seconds or (3.0 if small else 11.0 if options.must_show else 15.0)
     options.hold = 4.0 if small else 15.0
     if options.requests < FEWEST_REQUESTS:
         parser.error(f"--requests {options.requests}: ab needs at least {FEWEST_REQUESTS} for its 99th percentile")

@@ -1,4 +1,4 @@
-"""Clients: closed loop by Apache's ``ab``, closed loop without keep-alive, and an open loop at a fixed rate."""
+"""Clients: closed loops by Apache's ``ab`` and by ours, and an open loop at a fixed rate or with Poisson arrivals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import contextlib
 import csv
 import http.client
 import io
+import itertools
 import queue
+import random
 import re
 import shutil
 import subprocess
@@ -15,13 +17,25 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Self
 
-__all__ = ["FEWEST_REQUESTS", "Answer", "Load", "LoadError", "OpenLoop", "ab", "closed_loop", "parse_ab", "percentile"]
+__all__ = [
+    "FEWEST_REQUESTS",
+    "Answer",
+    "Load",
+    "LoadError",
+    "OpenLoop",
+    "ab",
+    "closed_loop",
+    "parse_ab",
+    "percentile",
+    "poisson",
+    "take_turns",
+]
 
 CONTENT_TYPE = "application/octet-stream"
 FEWEST_REQUESTS = 51
@@ -148,7 +162,10 @@ def closed_loop(url: str, body: bytes, *, requests: int, concurrency: int) -> Lo
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request of an open loop. Seconds: ``due`` since the loop began, ``latency`` since it was *due*, not sent."""
+    """One request. Seconds: ``due`` since the loop began, ``latency`` since it was *due*, even if it was sent later.
+
+    A closed loop's request is due when its client has the answer to the one before.
+    """
 
     due: float
     latency: float
@@ -160,17 +177,68 @@ class Answer:
         return self.due + self.latency
 
 
+def take_turns(url: str, body: bytes, *, clients: int, seconds: float) -> list[Answer]:
+    """Send for that long from kept-alive connections, each its next request when it has the answer to the one before.
+
+    Return every answer in the order of sending, those that came after the end too.
+    """
+    target = urllib.parse.urlsplit(url)
+    answers: list[Answer] = []
+    began = time.monotonic()
+
+    def client() -> None:
+        connection = http.client.HTTPConnection(str(target.hostname), target.port, timeout=ANSWER_SECONDS)
+        with contextlib.closing(connection):
+            while (due := time.monotonic() - began) < seconds:
+                good = False
+                try:
+                    connection.request("POST", target.path, body, {"Content-Type": CONTENT_TYPE})
+                    answer = connection.getresponse()
+                    answer.read()
+                    good = 200 <= answer.status < 300
+                except (OSError, http.client.HTTPException):
+                    connection.close()  # the next request opens it again
+                    time.sleep(0.1)  # and a server that is gone is not asked as fast as that can be refused
+                answers.append(Answer(due, time.monotonic() - began - due, good))
+
+    threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(answers, key=lambda answer: answer.due)
+
+
+def poisson(rate: float, seconds: float, *, seed: int) -> list[float]:
+    """Return when requests of independent users arrive, in seconds since the beginning: the same for the same seed.
+
+    Their number is ``rate * seconds``, rounded; given their number, a Poisson process' arrivals are uniform.
+    """
+    chance = random.Random(seed)
+    return sorted(chance.uniform(0, seconds) for _ in range(round(rate * seconds)))
+
+
 class OpenLoop:
-    """A client that sends a request every ``1 / rate`` seconds, whether or not earlier ones were answered.
+    """A client that sends every ``1 / rate`` seconds, or at ``arrivals``, whether or not earlier ones were answered.
 
     A closed loop slows down with the server and so hides its queue; this one does not. It runs from ``with`` on;
     ``stop`` waits for the outstanding answers, the end of ``with`` does not. A request without an answer after
     ``patience`` seconds has failed.
     """
 
-    def __init__(self, url: str, body: bytes, *, rate: float, patience: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        body: bytes,
+        *,
+        rate: float | None = None,
+        arrivals: Iterable[float] | None = None,
+        patience: float = 60.0,
+    ) -> None:
+        if (rate is None) == (arrivals is None):
+            raise ValueError(f"rate {rate} and arrivals {arrivals}: give one of them")
         target = urllib.parse.urlsplit(url)
-        self.rate = rate
+        self._due = (number / rate for number in itertools.count()) if rate else iter(arrivals or ())
         self.patience = patience
         self._address = str(target.hostname), target.port
         self._request = (
@@ -208,15 +276,12 @@ class OpenLoop:
 
     async def _run(self) -> None:
         sent: set[asyncio.Task[None]] = set()
-        number = 0
-        while not self._ended.is_set():
-            due = number / self.rate
-            pause = self.began + due - time.monotonic()
-            if pause > 0:
+        for due in self._due:
+            while not self._ended.is_set() and (pause := self.began + due - time.monotonic()) > 0:
                 await asyncio.sleep(min(pause, 0.1))
-                continue
+            if self._ended.is_set():
+                break
             sent.add(asyncio.create_task(self._one(due)))
-            number += 1
         while not self._abandoned.is_set() and any(not task.done() for task in sent):
             await asyncio.wait(sent, timeout=0.1)
         for task in sent:

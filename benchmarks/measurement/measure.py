@@ -19,7 +19,17 @@ from benchmarks.measurement.load import Answer, Load, LoadError, OpenLoop, ab, c
 from benchmarks.measurement.results import Config, Figures, Scenario
 from ts_plugin.machine.topology import Core
 
-__all__ = ["UnboundError", "Observed", "Setting", "Workload", "ceiling", "serve", "setting"]
+__all__ = [
+    "Observed",
+    "Setting",
+    "UnboundError",
+    "Workload",
+    "ceiling",
+    "require_bound",
+    "saturated",
+    "serve",
+    "setting",
+]
 
 WARM_UP = 5  # requests per worker: TorchScript optimises during the first ones
 RATE_SHARE = 0.7  # of a closed loop's throughput: below saturation
@@ -54,9 +64,11 @@ def setting(config: Config, *, workers: int, cores: int, launcher_args: str = ""
             return Setting({}, {"TS_BENCHMARK_THREADS": threads, "OMP_NUM_THREADS": threads}, Handler.THREADS)
         case Config.LAUNCHER:
             return Setting(launcher, {})
-        case Config.TS_CORES:
+        case Config.ALONE | Config.TS_CORES:
             if not list(PLUGINS.glob("*.jar")):
                 raise FileNotFoundError(f"{PLUGINS}: no plug-in jar here; build it with ./dev setup")
+            if config is Config.ALONE:
+                launcher["cpu_launcher_args"] = f"{launcher_args} --lend never".strip()
             return Setting(launcher | {"plugins_path": PLUGINS}, {})
         case Config.DEFAULT:
             return Setting({}, {})
@@ -104,7 +116,7 @@ def serve(
         pids = sorted(server.workers())
         for _ in range(WARM_UP):  # as many at once as there are workers: the one that still optimises gets its share
             closed_loop(url, body.read_bytes(), requests=workers, concurrency=workers)
-        _require_bound(config, server, pids, cores)
+        require_bound(config, server, pids, cores)
         with Watch([process.pid for process in server.tree()], pids, cores) as watch:
             load = _load(url, body, workload)
         figures = watch.figures(load, [process.pid for process in server.tree()])
@@ -209,13 +221,13 @@ def _load(url: str, body: Path, workload: Workload) -> Load:
     return closed_loop(url, body.read_bytes(), requests=workload.requests, concurrency=workload.scenario.concurrency)
 
 
-def _require_bound(config: Config, server: TorchServe, pids: Sequence[int], cores: Sequence[Core]) -> None:
+def require_bound(config: Config, server: TorchServe, pids: Sequence[int], cores: Sequence[Core]) -> None:
     """Refuse to measure a configuration under the name of one that it is not.
 
     Raises:
         UnboundError: ts-cores left a worker unbound, or TorchServe's launcher pinned none.
     """
-    if config is Config.TS_CORES and (unbound := server.cores()["unbound"]):
+    if config in (Config.ALONE, Config.TS_CORES) and (unbound := server.cores()["unbound"]):
         raise UnboundError(f"{len(unbound)} of {len(pids)} workers are unbound: {unbound[0]['reason']}")
     everywhere = {cpu for core in cores for cpu in core.cpus}
     if config is Config.LAUNCHER and len(pids) > 1 and all(os.sched_getaffinity(pid) == everywhere for pid in pids):

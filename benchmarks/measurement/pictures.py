@@ -26,6 +26,7 @@ COLOURS = {
     Config.DEFAULT: "#999999",
     Config.THREADS: "#E69F00",
     Config.LAUNCHER: "#56B4E9",
+    Config.ALONE: "#0072B2",
     Config.TS_CORES: "#009E73",
     Config.CEILING: "#000000",
 }

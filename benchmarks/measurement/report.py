@@ -14,7 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measurement import machine, pictures, scaling
+from benchmarks.measurement import load_picture, machine, pictures, scaling
+from benchmarks.measurement.points import Sample, points_table, promises_table
 from benchmarks.measurement.results import Row, markdown, to_csv
 
 __all__ = ["main", "write"]
@@ -37,9 +38,22 @@ def write(out: Path) -> list[Path]:
     (out / "results.csv").write_text(to_csv(rows))
     text = _markdown(found, rows)
     (out / "results.md").write_text(text)
-    made = pictures.draw(out, rows, traces, found.get("scaling", []))
+    made = load_picture.draw(out, _samples(found)) | pictures.draw(out, rows, traces, found.get("scaling", []))
     (out / "report.html").write_text(_html(found, rows, {out / name: caption for name, caption in made.items()}))
     return [out / name for name in ("results.json", "results.csv", "results.md", "report.html", *made)]
+
+
+def _samples(found: dict[str, Any]) -> list[Sample]:
+    return [Sample.from_json(flat) for flat in found.get("loads", [])]
+
+
+def _load_tables(found: dict[str, Any]) -> str:
+    """Return the Markdown tables of a run with --loads or --must-show; empty for any other."""
+    samples = _samples(found)
+    tables = [points_table(samples)] if samples else []
+    if samples and found.get("must_show"):
+        tables.insert(0, f"**What lending cores must reach**\n\n{promises_table(samples)[0]}")
+    return "\n".join(tables)
 
 
 def exercise_lines(found: dict[str, Any]) -> list[str]:
@@ -62,7 +76,7 @@ def missing_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _markdown(found: dict[str, Any], rows: Sequence[Row]) -> str:
-    parts = [markdown(rows)]
+    parts = [text for text in (_load_tables(found), markdown(rows)) if text]
     if found.get("interrupted"):
         parts.append("Interrupted: this is what had been measured until then.\n")
     if found.get("scaling"):
@@ -88,7 +102,7 @@ def _html(found: dict[str, Any], rows: Sequence[Row], shown: dict[Path, str]) ->
     ]
     if found.get("interrupted"):
         parts.append("<p><strong>Interrupted: this is what had been measured until then.</strong></p>")
-    parts.append(f"<h2>Figures</h2>{_tables(markdown(rows))}")
+    parts.append(f"<h2>Figures</h2>{_tables(_load_tables(found))}{_tables(markdown(rows))}")
     parts.append(
         "<p class='note'>Median (lowest to highest) over the repetitions; ratios are within one repetition.</p>"
     )

@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["Scenario", "Config", "Figures", "Row", "Spread", "scenarios", "markdown", "ratio", "spread", "to_csv"]
+__all__ = [
+    "Scenario",
+    "Config",
+    "Figures",
+    "Row",
+    "Spread",
+    "scenarios",
+    "markdown",
+    "ratio",
+    "rotated",
+    "spread",
+    "spread_of",
+    "to_csv",
+]
 
 
 class Config(StrEnum):
@@ -20,8 +33,15 @@ class Config(StrEnum):
     DEFAULT = "default"  # TorchServe as it comes
     THREADS = "threads"  # torch.set_num_threads(cores / workers), nothing pinned
     LAUNCHER = "launcher"  # TorchServe's own cpu_launcher_enable
-    TS_CORES = "ts-cores"  # the same property with the plug-in
+    ALONE = "ts-cores --lend never"  # the same property with the plug-in; a worker computes on its own slice only
+    TS_CORES = "ts-cores"  # and on slices of idle neighbours
     CEILING = "ceiling"  # the same handler in bare pinned processes: no HTTP, no Java
+
+
+def rotated(configs: Sequence[Config], repetition: int) -> list[Config]:
+    """Return the configurations in the order of one repetition: each starts one further, so none is always first."""
+    start = repetition % max(len(configs), 1)
+    return [*configs[start:], *configs[:start]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +145,7 @@ def scenarios(rows: Iterable[Row]) -> list[Scenario]:
 
 def spread(rows: Iterable[Row], config: Config, scenario: Scenario, figure: str) -> Spread | None:
     """Return a figure's spread over the valid rows; None where there is none."""
-    return _spread([value for row in rows if (value := _value(row, config, scenario, figure)) is not None])
+    return spread_of([value for row in rows if (value := _value(row, config, scenario, figure)) is not None])
 
 
 def ratio(rows: Sequence[Row], config: Config, base: Config, scenario: Scenario, figure: str) -> Spread | None:
@@ -137,7 +157,7 @@ def ratio(rows: Sequence[Row], config: Config, base: Config, scenario: Scenario,
         below = [value for row in same if (value := _value(row, base, scenario, figure)) is not None]
         if above and below and below[0] > 0:
             ratios.append(above[0] / below[0])
-    return _spread(ratios)
+    return spread_of(ratios)
 
 
 def _value(row: Row, config: Config, scenario: Scenario, figure: str) -> float | None:
@@ -147,7 +167,8 @@ def _value(row: Row, config: Config, scenario: Scenario, figure: str) -> float |
     return value
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
+def spread_of(values: Sequence[float]) -> Spread | None:
+    """Return the spread of the values; None where there is none."""
     return Spread(statistics.median(values), min(values), max(values), len(values)) if values else None
 
 
