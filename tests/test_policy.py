@@ -152,18 +152,54 @@ def test_every_option_of_run_cpu_is_accepted() -> None:
 
 # Source: intel_extension_for_pytorch 2.x: cpu/launch/launch.py, launcher_base.py, launcher_multi_instances.py,
 # launcher_distributed.py and cpu/auto_ipex.py; a value where the option takes one.
-IPEXRUN = """
---module --no-python --log-dir=logs --log-file-prefix=run
---ncores-per-instance=4 --nodes-list=0,2-3 --use-e-cores --memory-allocator=auto --omp-runtime=auto
---ninstances=2 --instance-idx=0,1 --use-logical-cores --skip-cross-node-cores --multi-task-manager=taskset
---latency-mode --throughput-mode --cores-list=0-3,8 --benchmark
---auto-ipex --dtype=float32 --auto-ipex-verbose --disable-ipex-graph-mode
---nnodes=2 --nprocs-per-node=2 --ccl-worker-count=4 --logical-cores-for-ccl --master-addr=127.0.0.1 --master-port=29500
---hostfile=hostfile --extra-mpi-params=-v
---nproc_per_node=2 --more_mpi_params=-v --ncore_per_instance=4 --node_id=0 --core_list=0,1 --logical_core_for_ccl
---enable_tcmalloc --enable_jemalloc --use_default_allocator --use_logical_core --disable_numactl --disable_taskset
---disable_iomp --log_path=logs --multi_instance --distributed
-""".split()
+IPEXRUN = [
+    "--module",
+    "--no-python",
+    "--log-dir=logs",
+    "--log-file-prefix=run",
+    "--ncores-per-instance=4",
+    "--nodes-list=0,2-3",
+    "--use-e-cores",
+    "--memory-allocator=auto",
+    "--omp-runtime=auto",
+    "--ninstances=2",
+    "--instance-idx=0,1",
+    "--use-logical-cores",
+    "--skip-cross-node-cores",
+    "--multi-task-manager=taskset",
+    "--latency-mode",
+    "--throughput-mode",
+    "--cores-list=0-3,8",
+    "--benchmark",
+    "--auto-ipex",
+    "--dtype=float32",
+    "--auto-ipex-verbose",
+    "--disable-ipex-graph-mode",
+    "--nnodes=2",
+    "--nprocs-per-node=2",
+    "--ccl-worker-count=4",
+    "--logical-cores-for-ccl",
+    "--master-addr=127.0.0.1",
+    "--master-port=29500",
+    "--hostfile=hostfile",
+    "--extra-mpi-params=-v",
+    "--nproc_per_node=2",
+    "--more_mpi_params=-v",
+    "--ncore_per_instance=4",
+    "--node_id=0",
+    "--core_list=0,1",
+    "--logical_core_for_ccl",
+    "--enable_tcmalloc",
+    "--enable_jemalloc",
+    "--use_default_allocator",
+    "--use_logical_core",
+    "--disable_numactl",
+    "--disable_taskset",
+    "--disable_iomp",
+    "--log_path=logs",
+    "--multi_instance",
+    "--distributed",
+]
 
 
 @pytest.mark.parametrize("text", IPEXRUN)
