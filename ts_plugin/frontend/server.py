@@ -134,7 +134,7 @@ def _try_launcher(launcher: str) -> None:
 
 
 def _remedy() -> str:
-    return f"{sys.executable} -m pip install --force-reinstall the checkout or a wheel of ts-cores"
+    return f"{sys.executable} -m pip install --force-reinstall PATH, the checkout or a wheel of ts-cores"
 
 
 if __name__ == "__main__":
