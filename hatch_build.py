@@ -45,7 +45,7 @@ def find_javac() -> str:
     if not javac:
         raise JarError(
             "no Java compiler: neither $JAVA_HOME/bin/javac nor javac on PATH. Install a JDK, "
-            f"release {JAVA_RELEASE} or newer (Debian, Ubuntu: apt-get install openjdk-17-jdk-headless), "
+            f"release {JAVA_RELEASE} or newer (Debian, Ubuntu: apt-get install default-jdk-headless), "
             "or set JAVA_HOME to one."
         )
     return javac

@@ -2,7 +2,7 @@
 
 from ts.torch_handler.image_classifier import ImageClassifier
 
-from handlers import CoreSliceMixin
+from ts_plugin.handlers import CoreSliceMixin
 
 
 class CoreSliceImageClassifier(CoreSliceMixin, ImageClassifier):  # type: ignore[misc]

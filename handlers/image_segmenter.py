@@ -2,7 +2,7 @@
 
 from ts.torch_handler.image_segmenter import ImageSegmenter
 
-from handlers import CoreSliceMixin
+from ts_plugin.handlers import CoreSliceMixin
 
 
 class CoreSliceImageSegmenter(CoreSliceMixin, ImageSegmenter):  # type: ignore[misc]

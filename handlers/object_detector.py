@@ -2,7 +2,7 @@
 
 from ts.torch_handler.object_detector import ObjectDetector
 
-from handlers import CoreSliceMixin
+from ts_plugin.handlers import CoreSliceMixin
 
 
 class CoreSliceObjectDetector(CoreSliceMixin, ObjectDetector):  # type: ignore[misc]

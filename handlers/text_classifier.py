@@ -2,7 +2,7 @@
 
 from ts.torch_handler.text_classifier import TextClassifier
 
-from handlers import CoreSliceMixin
+from ts_plugin.handlers import CoreSliceMixin
 
 
 class CoreSliceTextClassifier(CoreSliceMixin, TextClassifier):  # type: ignore[misc]

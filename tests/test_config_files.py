@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ import yaml
 
 from benchmarks.harness import archives
 from benchmarks.harness.torchserve import Property, TorchServe
+from ts_plugin.machine.cpulist import parse_cpulist
 from ts_plugin.worker.readback import METRICS
 
 KUBERNETES = "1.30"
@@ -164,6 +166,24 @@ def test_quality_of_service_is_what_the_name_says(checkout: Path) -> None:
     assert shared["requests"]["cpu"] != shared["limits"]["cpu"]
 
 
+@pytest.mark.parametrize("name", ["guaranteed", "burstable"])
+def test_a_dead_worker_restarts_no_pod_and_the_root_is_read_only(checkout: Path, name: str) -> None:
+    pod = only(checkout / f"config/kubernetes/{name}.yaml", "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert "httpGet" not in container["livenessProbe"], "/ping fails when one worker of one model is missing"
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["timeoutSeconds"] > 1, "the default, which a busy server does not always keep"
+    (wait,) = [int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"] if word.isdigit()]
+    assert pod["terminationGracePeriodSeconds"] > wait
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    empty = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
+    writable = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in empty}
+    assert writable == {"/tmp", "/home/model-server/logs"}
+    claims = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if volume["name"] not in empty}
+    claim = only(checkout / "config/kubernetes/model-store.yaml", "PersistentVolumeClaim")
+    assert claims == {claim["metadata"]["name"]}
+
+
 def test_variables_in_manifests_are_torchserves(checkout: Path) -> None:
     """A misspelt TS_* variable is ignored without a word: every one must be a property that its ConfigManager has."""
     with zipfile.ZipFile(torchserve() / "frontend" / "model-server.jar") as archive:
@@ -222,6 +242,18 @@ def test_dashboard_asks_for_metrics_that_exist(checkout: Path) -> None:
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     places = [panel["gridPos"] for panel in dashboard["panels"]]
     assert all(place["x"] + place["w"] <= 24 for place in places)
+
+
+def test_systemd_unit(checkout: Path) -> None:
+    """Without a running systemd: its sections, and that it starts a server in the foreground which reads its file."""
+    unit = configparser.ConfigParser(strict=True, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(checkout / "config" / "torchserve.service", encoding="utf-8")
+    assert unit.sections() == ["Unit", "Service", "Install"]
+    service = unit["Service"]
+    assert {"--foreground", "--ts-config"} <= set(service["ExecStart"].split())
+    assert [Path(service[key].split()[0]).name for key in ("ExecStartPre", "ExecStart")] == ["ts-cores", "torchserve"]
+    assert parse_cpulist(service["AllowedCPUs"])
 
 
 def test_dockerfile_copies_and_starts_what_exists(checkout: Path) -> None:

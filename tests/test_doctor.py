@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+import hatch_build
 from tests.machines import machine
 from ts_plugin.leases.ledger import Lease, Ledger, Server, State
 from ts_plugin.leases.unbound import JAR, Unbound
 from ts_plugin.machine import process
 from ts_plugin.machine.topology import Allowance
 from ts_plugin.operate.config import Config, default_config, read_config
-from ts_plugin.operate.doctor import examine
+from ts_plugin.operate.doctor import JAVA_NEEDED, examine
 from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.inspection import Inspection, Interpreter, inspect
 from ts_plugin.planning.planner import Demand, Slice
@@ -60,13 +61,19 @@ def test_a_healthy_machine_has_no_trouble() -> None:
     assert trouble(HEALTHY) == []
 
 
+@pytest.mark.parametrize("release", ["11.0.2", "17.0.15", "21.0.8", "25"])
+def test_every_java_that_the_jar_runs_on_will_do(release: str) -> None:
+    assert trouble(replace(HEALTHY, java=release)) == []
+    assert str(JAVA_NEEDED) == hatch_build.JAVA_RELEASE
+
+
 @pytest.mark.parametrize(
     ("change", "severity", "subject", "words"),
     [
         pytest.param({"system": "Darwin"}, "error", "system", "this is Darwin", id="macOS"),
         pytest.param({"java": None}, "error", "java", "no java", id="no java"),
         pytest.param({"java": "1.8.0_292"}, "error", "java", "1.8.0_292", id="java 8"),
-        pytest.param({"java": "11.0.2"}, "error", "java", "11.0.2", id="java 11"),
+        pytest.param({"java": "10.0.2"}, "error", "java", "10.0.2", id="java 10"),
         pytest.param({"torchserve": None}, "error", "torchserve", "not installed", id="no torchserve"),
         pytest.param({"torchserve": "0.11.1"}, "warning", "torchserve", "0.11.1", id="old torchserve"),
         pytest.param({"interpreter": None}, "error", "python", "no torchserve on PATH", id="no command"),

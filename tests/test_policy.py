@@ -70,6 +70,13 @@ NOTED = [
     pytest.param("-m", "-m has no effect", id="module"),
     pytest.param("--log_path /tmp", "--log-path has no effect", id="log path"),
     pytest.param("--strategy close", "--strategy has no effect", id="strategy"),
+    pytest.param("--instance-idx 0,1", "--instance-idx has no effect: every live worker", id="instances"),
+    pytest.param("--benchmark", "--benchmark has no effect: it tunes jemalloc", id="benchmark"),
+    pytest.param("--auto_ipex", "--auto-ipex has no effect: the model stays as it is", id="auto IPEX"),
+    pytest.param("--dtype bfloat16", "--dtype has no effect", id="type for auto IPEX"),
+    pytest.param("--nnodes 2", "--nnodes has no effect: TorchServe starts the workers", id="machines"),
+    pytest.param("--nproc_per_node=2", "--nproc-per-node has no effect", id="processes per machine"),
+    pytest.param("--extra-mpi-params='-ppn 2'", "--extra-mpi-params has no effect", id="MPI's parameters"),
     pytest.param("--node-id 0 --core-list 0-3", "--node-id has no effect: --core-list says", id="nodes and cores"),
     pytest.param("--latency-mode --node-id 0", "--node-id has no effect: --latency-mode", id="latency mode overrules"),
     pytest.param("--ncores 2 --throughput-mode", "--ncores-per-instance has no effect", id="throughput overrules"),
@@ -141,6 +148,64 @@ def test_every_option_of_run_cpu_is_accepted() -> None:
             takes_value = action.nargs != 0
             text = f"{name} {sample.get(name.replace('_', '-'), '1')}" if takes_value else name
             assert isinstance(parse_launcher_args(text), Policy), name
+
+
+# Source: intel_extension_for_pytorch 2.x: cpu/launch/launch.py, launcher_base.py, launcher_multi_instances.py,
+# launcher_distributed.py and cpu/auto_ipex.py; a value where the option takes one.
+IPEXRUN = [
+    "--module",
+    "--no-python",
+    "--log-dir=logs",
+    "--log-file-prefix=run",
+    "--ncores-per-instance=4",
+    "--nodes-list=0,2-3",
+    "--use-e-cores",
+    "--memory-allocator=auto",
+    "--omp-runtime=auto",
+    "--ninstances=2",
+    "--instance-idx=0,1",
+    "--use-logical-cores",
+    "--skip-cross-node-cores",
+    "--multi-task-manager=taskset",
+    "--latency-mode",
+    "--throughput-mode",
+    "--cores-list=0-3,8",
+    "--benchmark",
+    "--auto-ipex",
+    "--dtype=float32",
+    "--auto-ipex-verbose",
+    "--disable-ipex-graph-mode",
+    "--nnodes=2",
+    "--nprocs-per-node=2",
+    "--ccl-worker-count=4",
+    "--logical-cores-for-ccl",
+    "--master-addr=127.0.0.1",
+    "--master-port=29500",
+    "--hostfile=hostfile",
+    "--extra-mpi-params=-v",
+    "--nproc_per_node=2",
+    "--more_mpi_params=-v",
+    "--ncore_per_instance=4",
+    "--node_id=0",
+    "--core_list=0,1",
+    "--logical_core_for_ccl",
+    "--enable_tcmalloc",
+    "--enable_jemalloc",
+    "--use_default_allocator",
+    "--use_logical_core",
+    "--disable_numactl",
+    "--disable_taskset",
+    "--disable_iomp",
+    "--log_path=logs",
+    "--multi_instance",
+    "--distributed",
+]
+
+
+@pytest.mark.parametrize("text", IPEXRUN)
+def test_every_option_of_ipexrun_is_accepted(text: str) -> None:
+    """One that is refused would leave every worker of the server unbound."""
+    assert isinstance(parse_launcher_args(text), Policy)
 
 
 def test_the_reference_names_every_option() -> None:

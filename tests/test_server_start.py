@@ -279,5 +279,5 @@ def test_environment_without_package_serves_unbound_and_says_so(tmp_path: Path) 
     with TorchServe(archives.facts(), properties=PINNED, python=python) as server:
         assert_stock(server)
         (line,) = [line for line in server.log().splitlines() if "org.tscores" in line]
-        assert f"pip install ts-cores into the environment of {python}" in line
+        assert f"pip install the checkout or a wheel of ts-cores into the environment of {python}" in line
         assert server.cores() == {"enabled": False, "slices": [], "unbound": []}

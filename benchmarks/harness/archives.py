@@ -270,7 +270,7 @@ def _source(name: str, handler: Handler) -> str:
         case Handler.STOCK:
             return text
         case Handler.OURS:
-            module, mixin = "handlers", "CoreSliceMixin"
+            module, mixin = "ts_plugin.handlers", "CoreSliceMixin"
         case Handler.THREADS:
             module, mixin = "threads", "ThreadsMixin"  # models/threads.py: every archive carries it
         case Handler.ASYNC:

@@ -140,7 +140,7 @@ def _try_launcher(launcher: str) -> None:
 
 
 def _remedy() -> str:
-    return f"{sys.executable} -m pip install --force-reinstall ts-cores"
+    return f"{sys.executable} -m pip install --force-reinstall PATH, the checkout or a wheel of ts-cores"
 
 
 if __name__ == "__main__":

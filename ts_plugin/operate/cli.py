@@ -317,7 +317,8 @@ def _plugin_path(options: argparse.Namespace) -> int:
 def _plugins() -> Path:
     directory = Path(str(resources.files("ts_plugin"))).resolve() / "frontend"
     if not (directory / "ts-cores.jar").is_file():
-        raise CommandError(f"{directory}/ts-cores.jar: not there; build it with: pip install . (a JDK 17 is needed)")
+        remedy = "build it with a JDK, 11 or newer: pip install . in the checkout"
+        raise CommandError(f"{directory}/ts-cores.jar: not there; {remedy}")
     return directory
 
 

@@ -102,7 +102,7 @@ def check_plugin(seen: Inspection) -> Iterator[Finding]:
             "plug-in",
             f"{JAR} is missing in the installed package",
             "without it TorchServe's frontend knows nothing of ts-cores",
-            "install a JDK 17, then: pip install --force-reinstall --no-deps ts-cores",
+            "install a JDK, 11 or newer, then in the checkout: pip install --force-reinstall --no-deps .",
         )
     if seen.config is None or not seen.config.on("cpu_launcher_enable"):
         return

@@ -24,7 +24,7 @@ from ts_plugin.planning.policy import LauncherArgsError, Pin
 
 __all__ = ["CHECKS", "examine"]
 
-JAVA_NEEDED = 17
+JAVA_NEEDED = 11  # what the jar is compiled for; model-server.jar 0.12 itself is content with less
 TORCHSERVE_NEEDED = "0.12."
 
 
@@ -40,8 +40,8 @@ def _system(seen: Inspection) -> Iterator[Finding]:
 
 
 def _java(seen: Inspection) -> Iterator[Finding]:
-    why = f"TorchServe's frontend is a Java program and needs release {JAVA_NEEDED}"
-    change = "apt-get install openjdk-17-jre-headless, or set JAVA_HOME"
+    why = f"TorchServe's frontend is a Java program and its plug-in needs release {JAVA_NEEDED} or newer"
+    change = "apt-get install default-jre-headless, or set JAVA_HOME"
     if seen.java is None:
         yield Finding(Severity.ERROR, "java", "no java in JAVA_HOME or on PATH", why, change)
     elif (release := _release(seen.java)) is not None and release < JAVA_NEEDED:
@@ -71,7 +71,7 @@ def _interpreter(seen: Inspection) -> Iterator[Finding]:
             "python",
             f"{found.path}, which runs TorchServe's workers, does not find ts_plugin",
             "the hook cannot ask it for slices, so all workers serve unbound",
-            f"{found.path} -m pip install ts-cores",
+            f"{found.path} -m pip install PATH, the checkout or a wheel of ts-cores",
         )
     others = sorted(found.missing - {"ts_plugin"})
     if others:

@@ -169,7 +169,7 @@ def _words(text: str) -> list[str]:
         words = shlex.split(text)
     except ValueError as error:
         raise LauncherArgsError(f"{text!r}: {error}; close the quotation or leave the quotes out") from None
-    joined = [word for word in words if word.startswith("-") and len(word.split()) > 1]
+    joined = [word for word in words if word.startswith("-") and len(word.partition("=")[0].split()) > 1]
     if joined:
         raise LauncherArgsError(f"{joined[0]!r} is one word because of the quotes around it; leave these quotes out")
     return words
@@ -281,6 +281,8 @@ _EVERY_WORKER = "every live worker gets a slice, in order of arrival"
 _NO_TOOLS = "binding needs no external tool"
 _IN_PLACE = "the worker starts in place, as TorchServe starts it"
 _IN_LOG = "the worker's output stays in TorchServe's logs"
+_NO_IPEX = "the model stays as it is; a handler may call ipex.optimize"
+_NO_MPI = "TorchServe starts the workers, on this machine alone and without MPI"
 
 OPTIONS: tuple[Option, ...] = (
     Option(("--node-id", "--nodes-list"), "LIST", "node_ids", _numbers, "use only these NUMA nodes", "all nodes"),
@@ -360,7 +362,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(("--disable-iomp",), "", "omp_runtime", _flag(OmpRuntime.DEFAULT), "as --omp-runtime default"),
     Option(("--strategy",), "scatter|close", "", _choice("scatter", "close"), "a slice lies where it crosses least"),
     Option(("--ninstances",), "N", "", _integer, _EVERY_WORKER),
-    Option(("--rank", "--instance-idx"), "N", "", _integer, _EVERY_WORKER),
+    Option(("--rank",), "N", "", _integer, _EVERY_WORKER),
+    Option(("--instance-idx",), "LIST", "", _numbers, _EVERY_WORKER),
     Option(("--multi-instance",), "", "", _flag(None), _EVERY_WORKER),
     Option(("--disable-numactl",), "", "", _flag(None), _NO_TOOLS),
     Option(("--disable-taskset",), "", "", _flag(None), _NO_TOOLS),
@@ -369,6 +372,20 @@ OPTIONS: tuple[Option, ...] = (
     Option(("--no-python",), "", "", _flag(None), _IN_PLACE),
     Option(("--log-path", "--log-dir"), "DIR", "", str, _IN_LOG),
     Option(("--log-file-prefix",), "NAME", "", str, _IN_LOG),
+    Option(("--benchmark",), "", "", _flag(None), "it tunes jemalloc, whose settings stay yours: MALLOC_CONF"),
+    Option(("--auto-ipex",), "", "", _flag(None), _NO_IPEX),
+    Option(("--auto-ipex-verbose",), "", "", _flag(None), _NO_IPEX),
+    Option(("--disable-ipex-graph-mode",), "", "", _flag(None), _NO_IPEX),
+    Option(("--dtype",), "float32|bfloat16", "", _choice("float32", "bfloat16"), _NO_IPEX),
+    Option(("--distributed",), "", "", _flag(None), _NO_MPI),
+    Option(("--nnodes",), "N", "", _integer, _NO_MPI),
+    Option(("--nprocs-per-node", "--nproc-per-node"), "N", "", _integer, _NO_MPI),
+    Option(("--hostfile",), "FILE", "", str, _NO_MPI),
+    Option(("--master-addr",), "ADDRESS", "", str, _NO_MPI),
+    Option(("--master-port",), "N", "", _integer, _NO_MPI),
+    Option(("--extra-mpi-params", "--more-mpi-params"), "WORDS", "", str, _NO_MPI),
+    Option(("--ccl-worker-count",), "N", "", _integer, _NO_MPI),
+    Option(("--logical-cores-for-ccl", "--logical-core-for-ccl"), "", "", _flag(None), _NO_MPI),
 )
 
 _BY_NAME = {name: option for option in OPTIONS for name in option.names}

@@ -195,7 +195,7 @@ public final class CoresEndpoint extends ModelServerEndpoint {
             if (process.exitValue() != 0) {
                 String last = complaint.substring(complaint.lastIndexOf('\n') + 1);
                 String remedy = last.contains("No module named")
-                        ? "pip install ts-cores into the environment of " + python
+                        ? "pip install the checkout or a wheel of ts-cores into the environment of " + python
                         : "run it by hand: " + String.join(" ", command);
                 throw new IOException(last + " (exit status " + process.exitValue() + "); " + remedy);
             }
