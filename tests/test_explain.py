@@ -85,11 +85,11 @@ def test_widths_that_were_measured() -> None:
     assert said["width"] == (
         "its slice, and for the length of a request idle slices of 1 other worker (b), which borrow its own likewise"
     )
-    times = r"100 ms on 2 cores \(40 requests\), 5\d(\.\d)? ms on 4 cores \(18 requests\)"
+    times = r"100\.0 ms on 2 cores \(40 requests\), 5\d\.\d ms on 4 cores \(18 requests\)"
     assert re.fullmatch(times, said["service time"])
     assert said["load"].endswith("2 requests at once lately")
-    assert re.match(r"\d(\.\d)? requests/s for its model; all models of these slices take \d+%", said["load"])
-    assert re.match(r"from arrival to answer: \d+ ms on 2, \d+(\.\d)? ms on 4", said["expected"])
+    assert re.match(r"\d\.\d requests/s for its model; all models of these slices take \d+%", said["load"])
+    assert re.match(r"from arrival to answer: \d+\.\d ms on 2, \d+\.\d ms on 4", said["expected"])
     assert said["cap"] == "at most 4 cores a request: its requests are answered soonest so"
     assert said["so far"] == (
         "50 requests, 20 of them wide: 2.5 core-seconds on borrowed cores; 0.3 s of waiting for its own slice"
@@ -121,7 +121,14 @@ def test_a_width_that_does_not_pay() -> None:
 
 def test_a_width_that_is_only_guessed() -> None:
     known = replace(RECORD, measured=MEASURED[:1])
-    assert re.search(r", \d+(\.\d)? ms on 4 cores \(guessed\)$", widths(known, other=known)["service time"])
+    assert re.search(r", \d+\.\d ms on 4 cores \(guessed\)$", widths(known, other=known)["service time"])
+
+
+def test_whoever_runs_long_does_not_borrow_from_whoever_runs_short() -> None:
+    short = replace(RECORD, model=6, measured=(Measured(2, 0.01, 20.0),), rate=5.0)
+    said = widths(replace(RECORD, width=2), other=short)
+    assert said["cap"].startswith("at most 2 cores a request: its requests take so long that those of the others")
+    assert "55.0 ms on 4 cores (9 requests)" in said["service time"], "it was measured all the same"
 
 
 def test_nothing_served_yet() -> None:

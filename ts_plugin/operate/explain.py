@@ -169,8 +169,8 @@ def _width(lease: Lease, state: State, learned: Learned | None) -> Iterator[tupl
     if totals.requests:
         yield (
             "so far",
-            f"{count(totals.requests, 'request')}, {totals.wide} of them wide: {totals.borrowed:.3g} core-seconds on "
-            f"borrowed cores; {totals.waited:.3g} s of waiting for its own slice",
+            f"{count(totals.requests, 'request')}, {totals.wide} of them wide: {totals.borrowed:,.1f} core-seconds on "
+            f"borrowed cores; {totals.waited:,.1f} s of waiting for its own slice",
         )
 
 
@@ -190,11 +190,13 @@ def _cap(learned: Learned, traffic: Traffic, decision: Decision) -> Iterator[tup
     record, estimates = learned.record, decision.estimates
     yield (
         "load",
-        f"{traffic.rate:.2g} requests/s for its model; all models of these slices take {traffic.load:.0%} of what "
+        f"{traffic.rate:,.1f} requests/s for its model; all models of these slices take {traffic.load:.0%} of what "
         f"slices alone can serve, at most {count(round(traffic.at_once), 'request')} at once lately",
     )
     times = {one.cores: (one.seconds, one.weight) for one in estimates if one.seconds}
-    times |= {one.cores: (one.seconds, one.weight) for one in record.measured if one.cores not in times}
+    for one in record.measured:
+        if one.weight >= width.KNOWN:
+            times.setdefault(one.cores, (one.seconds, one.weight))
     if times:
         yield "service time", ", ".join(_service(cores, *times[cores]) for cores in sorted(times))
     expected = [f"{_response(one.response)} on {one.cores}" for one in estimates if one.seconds]
@@ -203,8 +205,10 @@ def _cap(learned: Learned, traffic: Traffic, decision: Decision) -> Iterator[tup
     cap = f"at most {count(record.width, 'core')} a request"
     if traffic.crowded:
         why = f"nobody borrows from a load of {width.CROWDED:.0%} on"
-    elif len(estimates) < 2:
+    elif estimates[0].weight < width.KNOWN:
         why = "it borrows when it knows how long its requests take on its slice"
+    elif len(estimates) < 2:
+        why = "its requests take so long that those of the others, which are shorter, would wait for them"
     elif decision.width != record.width:
         why = f"its next request would have {decision.width}"
     elif decision.width == min(estimates, key=lambda one: one.response).cores:
@@ -225,4 +229,4 @@ def _response(seconds: float) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
