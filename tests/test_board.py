@@ -191,6 +191,13 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path, entry: Entry) -> Non
     assert reader.read(1) is None
 
 
+def test_a_worker_that_left_and_came_again_has_the_lower_slot(tmp_path: Path) -> None:
+    records = Records(Directory(str(tmp_path / "state")), "records")
+    records.write(0, Entry(Identity(7, 9), Record(1, 4, 8)))
+    records.write(1, Entry(Identity(7, 9), Record(1, 0, 8)))
+    assert records.slots() == {Identity(7, 9): 0}
+
+
 def test_more_widths_than_a_record_holds(tmp_path: Path) -> None:
     records = Records(Directory(str(tmp_path / "state")), "records")
     many = tuple(Measured(cores, 1.0, 1.0) for cores in range(1, 40))

@@ -221,7 +221,7 @@ class Records:
             _, pid, start_time = OWNER.unpack_from(self._memory, slot * SIZE)
             if not pid:
                 break  # slots are taken from the first on
-            found[Identity(pid, start_time)] = slot
+            found.setdefault(Identity(pid, start_time), slot)  # one that left and came again took the lower slot
         return found
 
     def idle_since(self, slot: int) -> float | None:
