@@ -16,7 +16,7 @@ import yaml
 
 import hatch_build
 from benchmarks.harness import archives
-from benchmarks.harness.torchserve import TorchServe
+from benchmarks.harness.torchserve import Property, TorchServe
 from tests.eventually import eventually
 from ts_plugin import __version__
 
@@ -156,7 +156,10 @@ def test_a_server_with_the_installed_wheel_is_pinned(installed: Path, tmp_path: 
     shutil.copyfile(archives.facts(handler=archives.Handler.OURS), archive)
     with zipfile.ZipFile(archive, "a") as parts:
         parts.writestr("handlers.py", "raise ImportError('the module of the archive')\n")
-    properties = {"plugins_path": command(installed, "ts-cores", "plugin-path").strip(), "cpu_launcher_enable": True}
+    properties: dict[str, Property] = {
+        "plugins_path": command(installed, "ts-cores", "plugin-path").strip(),
+        "cpu_launcher_enable": True,
+    }
     with TorchServe(archive, workers=2, properties=properties, python=installed) as server:
         assert eventually(lambda: len(server.cores()["slices"]) == 2)
         cores = server.cores()
