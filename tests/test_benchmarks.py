@@ -922,7 +922,7 @@ def test_a_real_run_of_the_loads(tmp_path: Path, checkout: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.measurement.bench", "--loads", "--model=transformer", "--workers=1"]
     command += [f"--config={config}" for config in configs]
     command += ["--seconds=1", "--repetitions=1", f"--out={tmp_path}"]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = [Sample.from_json(flat) for flat in json.loads((tmp_path / "results.json").read_text())["loads"]]
     wanted = [
