@@ -837,7 +837,7 @@ def test_the_picture_and_tables_of_loads(measured: Path) -> None:
         for repetition in range(2)
     ]
     loads.append(Sample(loads[0].stage, loads[0].point, Config.LAUNCHER, 2, error="keep dying <&>\nlog"))
-    found = json.loads((measured / "results.json").read_text()) | {"rows": [], "must_show": True}
+    found = json.loads((measured / "results.json").read_text()) | {"rows": [], "must_show": False}
     found |= {"loads": [each.to_json() for each in loads]}
     (measured / "results.json").write_text(json.dumps(found))
     assert "latency_against_load.png" in {file.name for file in report.write(measured)}
@@ -848,10 +848,21 @@ def test_the_picture_and_tables_of_loads(measured: Path) -> None:
     assert "open loop at 0.2 of capacity (2/s)" in text
     assert "could not run: keep dying" in text
     assert text.count(", saturated") == 1
-    assert "| not measured | ≤ 1.10 | MISSED |" in text
+    assert "What lending cores must reach" not in text
     page = (measured / "report.html").read_text()
     assert "keep dying &lt;&amp;&gt;" in page
     assert "latency_against_load.png" not in page  # it is inside
+
+
+def test_the_report_of_the_promises(measured: Path) -> None:
+    found = json.loads((measured / "results.json").read_text()) | {"rows": [], "must_show": True}
+    found |= {"loads": [each.to_json() for each in everything_kept()[1:]]}  # without the first load's default
+    (measured / "results.json").write_text(json.dumps(found))
+    assert "latency_against_load.png" not in {file.name for file in report.write(measured)}
+    text = (measured / "results.md").read_text()
+    assert text.startswith("**What lending cores must reach**")
+    assert "| not measured | ≤ 1.10 | MISSED |" in text
+    assert text.count("| holds |") == len(PROMISES)
 
 
 def test_a_line_per_load_for_every_configuration_that_ran() -> None:
@@ -911,7 +922,7 @@ def test_a_real_run_of_the_loads(tmp_path: Path, checkout: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.measurement.bench", "--loads", "--model=transformer", "--workers=1"]
     command += [f"--config={config}" for config in configs]
     command += ["--seconds=1", "--repetitions=1", f"--out={tmp_path}"]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = [Sample.from_json(flat) for flat in json.loads((tmp_path / "results.json").read_text())["loads"]]
     wanted = [
@@ -920,8 +931,16 @@ def test_a_real_run_of_the_loads(tmp_path: Path, checkout: Path) -> None:
         for point in stage.points
         for config in stage.configs
     ]
-    assert {(each.stage, each.point, each.config) for each in found if each.point != "capacity"} == set(wanted), found
+    overrun = {each.config for each in found if each.saturated}  # a busy machine: its higher rates are left out
+    missing = set(wanted) - {(each.stage, each.point, each.config) for each in found}
+    assert all(config in overrun and "0.2" not in point for _, point, config in missing), found
     assert all(each.error is None and each.failed == 0 and each.latencies_ms for each in found), found
     capacity = next(each.requests_per_second for each in found if each.point == "capacity")
-    assert [each.rate for each in found if each.rate] == [capacity * share for share in (0.2, 0.2, 0.5, 0.5, 0.8, 0.8)]
+    assert capacity
+    shares = {
+        "open loop at 0.2 of capacity": 0.2,
+        "open loop at 0.5 of capacity": 0.5,
+        "open loop at 0.8 of capacity": 0.8,
+    }
+    assert all(each.rate == pytest.approx(capacity * shares[each.point]) for each in found if each.rate)
     assert (tmp_path / "latency_against_load.png").exists()

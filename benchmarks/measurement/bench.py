@@ -295,7 +295,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="./dev bench",
         description="Measure TorchServe's ways to place workers on this machine's cores, and draw what was found.",
         epilog="Without options this is the tutorial's exercise: ResNet-50, 4 workers, 100 concurrent requests, 10,000 "
-        "requests per row, three repetitions. On a small machine that takes hours; --quick takes about 6 minutes.",
+        "requests per row, three repetitions. On a small machine that takes hours; --quick takes about 7 minutes.",
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="ResNet-18, 2 workers, 60 requests per row, two repetitions")

@@ -47,11 +47,13 @@ def _against_load(samples: Sequence[Sample], stage: str) -> Figure:
     for axes, name, title in zip(grid[0], ("mean_ms", "p99_ms"), ("mean", "99th percentile"), strict=True):
         _curves(axes, here, name)
         axes.set_title(f"Latency in ms, {title}: lower is better", loc="left")
-        axes.set_xlabel(f"{stage}: requests/s, and part of full load")
+        axes.set_xlabel("requests/s, and part of full load")
     _bars(grid[1][0], uneven, "Two models, one has load: requests/s")
     _bars(grid[1][1], full, "Full load: requests/s")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(
+        handles, labels, loc="outside upper center", title=stage, ncols=len(labels), frameon=False, fontsize=9
+    )
     return figure
 
 

@@ -38,7 +38,9 @@ def write(out: Path) -> list[Path]:
     (out / "results.csv").write_text(to_csv(rows))
     text = _markdown(found, rows)
     (out / "results.md").write_text(text)
-    made = load_picture.draw(out, _samples(found)) | pictures.draw(out, rows, traces, found.get("scaling", []))
+    # The loads of --must-show are chosen for ratios: not every configuration gets each.
+    made = load_picture.draw(out, [] if found.get("must_show") else _samples(found))
+    made |= pictures.draw(out, rows, traces, found.get("scaling", []))
     (out / "report.html").write_text(_html(found, rows, {out / name: caption for name, caption in made.items()}))
     return [out / name for name in ("results.json", "results.csv", "results.md", "report.html", *made)]
 
