@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from ts_plugin.leases import registration
-from ts_plugin.leases.ledger import Ledger, Server
+from ts_plugin.leases.ledger import Ledger, LedgerError, Server
 from ts_plugin.machine import cpu_time, discovery, process
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.operate.core_map import core_map
@@ -66,9 +67,10 @@ def main(arguments: list[str]) -> int:
 def take_over(ledger: Ledger, server_pid: int, launcher_args: str) -> dict[str, Any]:
     """Enter a frontend into the ledger, and return what its hook has to know.
 
-    "python" is the launcher's path, "warnings" are for the server's log. "mark" is a file that is there while the
-    frontend is in the ledger, "register" the arguments that enter it again: with the mask that holds it back now, since
-    it may be moved aside later. A mistake in ``launcher_args`` is entered too: workers then serve unbound and name it.
+    "python" is the launcher's path, "warnings" are for the server's log. "mark", if any, is a file that is there while
+    the frontend is in the ledger, "register" the arguments that enter it again: with the mask that holds it back now,
+    since it may be moved aside later. A mistake in ``launcher_args`` is entered too: workers then serve unbound and
+    name it.
 
     Raises:
         LauncherError: the launcher is not installed beside this package, or does not run here.
@@ -84,7 +86,10 @@ def take_over(ledger: Ledger, server_pid: int, launcher_args: str) -> dict[str, 
         warnings.append(f"{problem}; workers serve UNBOUND")
     again = ["register", f"--launcher-args={launcher_args}"]
     again += [] if limit is None else [f"--limit={format_cpulist(limit)}"]
-    return {"python": launcher, "warnings": warnings, "mark": registration.mark(ledger, server_pid), "register": again}
+    answer: dict[str, Any] = {"python": launcher, "warnings": warnings, "register": again}
+    with contextlib.suppress(LedgerError):  # a relative TS_CORES_STATE_DIR: no place where the mark could be
+        answer["mark"] = registration.mark(ledger, server_pid)
+    return answer
 
 
 def register(ledger: Ledger, server_pid: int, launcher_args: str, limit: frozenset[int] | None) -> list[str]:
