@@ -115,14 +115,15 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
 def _lending(topology: Topology, slices: Sequence[Slice], members: Sequence[_Member]) -> tuple[Slice, ...]:
     """Tell every slice its reach: slices lend to each other on one NUMA node, of one core type, under one rule.
 
-    Slices that share cores do not lend: their workers may compute at the same time already.
+    Slices that share cores do not lend: their workers may compute at the same time already. Nor do those that own none.
     """
     workers = Counter(cpu for piece in slices if piece.pinned for cpu in piece.cpus)
     types = {cpu: core.kind for core in topology.cores for cpu in core.cpus}
     domains: dict[object, list[int]] = {}
     for place, (piece, member) in enumerate(zip(slices, members, strict=True)):
         policy = member.demand.policy
-        if policy.lend is Lend.NEVER or (piece.pinned and any(workers[cpu] > 1 for cpu in piece.cpus)):
+        shared = piece.pinned and any(workers[cpu] > 1 for cpu in piece.cpus)
+        if policy.lend is Lend.NEVER or shared or member.demand.cores == 0:
             continue
         kinds = frozenset(types[cpu] for cpu in piece.cpus)
         place_of = (piece.numa_nodes, kinds, policy.logical) if piece.pinned else (member.demand.quota, policy.pin)
