@@ -69,12 +69,8 @@ def take_over(ledger: Ledger, server_pid: int, launcher_args: str) -> dict[str, 
 
     "python" is the launcher's path, "warnings" are for the server's log. "mark", if any, is a file that is there while
     the frontend is in the ledger, "register" the arguments that enter it again: with the mask that holds it back now,
-<<<<<<< HEAD
-    since it may be moved aside later. A mistake in ``launcher_args`` is entered too: workers then serve unbound and name it.
-=======
     since it may be moved aside later. A mistake in ``launcher_args`` is entered too: workers then serve unbound and
     name it.
->>>>>>> dirs
 
     Raises:
         LauncherError: the launcher is not installed beside this package, or does not run here.
