@@ -18,7 +18,7 @@ from tests.machines import machine
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.topology import Core, NumaNode, Topology
 from ts_plugin.planning.planner import Demand, Plan, PlanError, plan
-from ts_plugin.planning.policy import Pin, Policy
+from ts_plugin.planning.policy import Lend, Pin, Policy
 
 CAPTURES = Path(__file__).resolve().parents[2] / "shared" / "topologies"
 
@@ -687,3 +687,35 @@ def test_workers_that_want_no_core_need_nobody_else() -> None:
     result = plan(SMALL, [GUEST, GUEST])
     assert [piece.threads for piece in result.slices] == [1, 1]
     assert result.idle == SMALL.online
+
+
+LENDERS = [
+    pytest.param({}, {}, {0: {0, 1, 2, 3}, 2: {0, 1, 2, 3}}, id="one node"),
+    pytest.param({"lend": Lend.NEVER}, {"lend": Lend.NEVER}, {0: set(), 2: set()}, id="never"),
+    pytest.param({}, {"lend": Lend.NEVER}, {0: {0, 1}, 2: set()}, id="one of them never"),
+    pytest.param({}, {"logical": True}, {0: {0, 1}, 2: {2, 3}}, id="other rules"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "expected"), LENDERS)
+def test_who_lends_to_whom(first: dict[str, Any], second: dict[str, Any], expected: dict[int, set[int]]) -> None:
+    allowed = frozenset(range(4))
+    found = plan(machine(cores=4), [Demand(allowed, Policy(**rules)) for rules in (first, second)])
+    assert {piece.cpus[0]: set(piece.reach) for piece in found.slices} == expected
+
+
+def test_cores_are_lent_inside_a_numa_node_only() -> None:
+    topology = machine(packages=2, cores=4)
+    found = plan(topology, [Demand(topology.online)] * 4)
+    assert [set(piece.reach) for piece in found.slices] == [{0, 1, 2, 3}] * 2 + [{4, 5, 6, 7}] * 2
+
+
+def test_workers_that_share_a_core_do_not_lend() -> None:
+    found = plan(machine(cores=2), [Demand(frozenset({0, 1}))] * 3)
+    assert [piece.reach for piece in found.slices if piece.cpus == (0,)] == [frozenset()] * 2
+
+
+def test_a_worker_without_a_core_of_its_own_does_not_lend() -> None:
+    allowed = frozenset({0, 1})
+    found = plan(machine(cores=2), [Demand(allowed), Demand(allowed, cores=0), Demand(allowed, cores=0)])
+    assert [piece.reach for piece in found.slices] == [allowed, frozenset(), frozenset()]
