@@ -26,9 +26,11 @@ from benchmarks.harness.torchserve import Property, RequestError, TorchServe
 from tests.eventually import eventually
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery, process
+from ts_plugin.machine.cpulist import parse_cpulist
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
-PINNED: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
+LENDING: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
+PINNED = {**LENDING, "cpu_launcher_args": "--lend never"}  # a request computes on its worker's slice, exactly
 CORES = len(discovery.read_topology().cores_of(os.sched_getaffinity(0)))
 
 WORKFLOW = """
@@ -61,13 +63,29 @@ def leases(server: TorchServe) -> dict[int, tuple[int, ...]]:
 
 def assert_bound(server: TorchServe, answer: dict[str, Any]) -> None:
     """Check what a worker says of itself against its lease and against the kernel."""
-    held = leases(server)
-    assert answer["pid"] in held
-    assert answer["affinity"] == sorted(held[answer["pid"]])
+    held = {lease.pid: lease.slice for lease in Ledger(str(server.state_directory)).read().leases}
+    own = held[answer["pid"]]
+    assert set(own.cpus) <= set(answer["affinity"]) <= (own.reach or set(own.cpus)), "its slice, and what it may borrow"
     assert answer["threads"] == len(answer["affinity"])
-    assert len(set(answer["masks"].values())) == 1, "all threads, whoever made them"
-    cpus = [cpu for slice_cpus in held.values() for cpu in slice_cpus]
+    masks = {frozenset(parse_cpulist(mask)) for mask in answer["masks"].values()}
+    assert masks <= {frozenset(own.cpus), frozenset(answer["affinity"])}, "all threads, whoever made them"
+    cpus = [cpu for piece in held.values() for cpu in piece.cpus]
     assert len(cpus) == len(set(cpus)), "disjoint"
+
+
+def test_a_lone_request_borrows_the_cores_of_idle_workers() -> None:
+    with TorchServe(archives.facts(), workers=2, properties=LENDING) as server:
+        answers = [ask(server, "facts", {"sleep": 0.05}) for _ in range(40)]
+        for answer in answers:
+            assert_bound(server, answer)
+        own = leases(server)
+        wide = [answer for answer in answers if len(answer["affinity"]) > len(own[answer["pid"]])]
+        assert wide, "a width that is not known yet is tried"
+        assert eventually(lambda: all(idle(pid, cpus) for pid, cpus in own.items())), "and given back"
+
+
+def idle(pid: int, cpus: tuple[int, ...]) -> bool:
+    return all(os.sched_getaffinity(tid) == set(cpus) for tid in process.threads(pid))
 
 
 def test_sizes_from_the_archive_grpc_batches_and_versions() -> None:

@@ -167,16 +167,22 @@ class Elastic(hooks.Hook):
                 openmp.end_team()  # its threads keep the policy of the nodes that were left
             self._applied = own
         if own.pinned and self._exchange is not None:
-            wanted = frozenset(cpus)
-            if self._cpus != wanted or os.sched_getaffinity(0) != wanted:
-                with self._mutex:
-                    self._cpus = wanted
-                    if not openmp.end_team():  # another runtime: its threads live on, and must follow
-                        masks.enforce(self._ground.lease, wanted, before=self._bound)
-                        self._bound = wanted
-                    masks.bind_thread(wanted)
+            try:
+                self._move(frozenset(cpus))
+            except OSError:  # the kernel refuses it, which the follower sees and says
+                threads = own.threads
         self._threads = threads
         _set_threads(threads)
+
+    def _move(self, cpus: frozenset[int]) -> None:
+        if self._cpus == cpus == os.sched_getaffinity(0):
+            return
+        with self._mutex:
+            self._cpus = cpus
+            if not openmp.end_team():  # another runtime: its threads live on, and must follow
+                masks.enforce(self._ground.lease, cpus, before=self._bound)
+                self._bound = cpus
+            masks.bind_thread(cpus)
 
     def _finish(self) -> None:
         """Compute on nothing. The team ends where others may want its cores: its threads would spin there."""
@@ -185,15 +191,17 @@ class Elastic(hooks.Hook):
             exchange, own = self._exchange, frozenset(self._ground.own.cpus)
             if exchange is None or self._keeps is not None:
                 return
-            if self._cpus != own or exchange.lent:
-                openmp.end_team()
-            if self._ground.own.pinned and self._cpus != own:
-                self._cpus = own
-                masks.bind_thread(own)
-                if self._bound != own or masks.outside(os.getpid(), own):
-                    masks.enforce(self._ground.lease, own, before=self._bound)
-                self._bound = own
-            exchange.release()
+            try:
+                if self._cpus != own or exchange.lent:
+                    openmp.end_team()
+                if self._ground.own.pinned and self._cpus != own:
+                    self._cpus = own
+                    masks.bind_thread(own)
+                    if self._bound != own or masks.outside(os.getpid(), own):
+                        masks.enforce(self._ground.lease, own, before=self._bound)
+                    self._bound = own
+            finally:
+                exchange.release()
 
     def _keep(self, why: str) -> None:
         """Neither lend nor borrow from now on."""
