@@ -663,13 +663,13 @@ def sample(config: Config, repetition: int, *latencies: float, **changes: Any) -
     return Sample(config=config, repetition=repetition, **given | changes)
 
 
-def test_lend_never_is_ts_cores_with_one_word_more() -> None:
+def test_lending_is_ts_cores_with_one_word_more() -> None:
     alone, lending = (
-        setting(config, workers=2, cores=2, launcher_args="") for config in (Config.ALONE, Config.TS_CORES)
+        setting(config, workers=2, cores=2, launcher_args="") for config in (Config.TS_CORES, Config.LENDING)
     )
-    assert alone.properties == lending.properties | {"cpu_launcher_args": "--lend never"}
-    both = setting(Config.ALONE, workers=2, cores=2, launcher_args="--core-list 0,1").properties
-    assert both["cpu_launcher_args"] == "--core-list 0,1 --lend never"
+    assert lending.properties == alone.properties | {"cpu_launcher_args": "--lend auto"}
+    both = setting(Config.LENDING, workers=2, cores=2, launcher_args="--core-list 0,1").properties
+    assert both["cpu_launcher_args"] == "--core-list 0,1 --lend auto"
 
 
 def test_the_lead_in_counts_for_nothing() -> None:
@@ -693,31 +693,31 @@ def test_nothing_but_failures_is_a_sample_without_figures() -> None:
 
 
 def test_samples_survive_json() -> None:
-    found = [sample(Config.ALONE, 1, 5.0, 7.0, rate=3.0, saturated=True), sample(Config.LAUNCHER, 0, error="died")]
+    found = [sample(Config.TS_CORES, 1, 5.0, 7.0, rate=3.0, saturated=True), sample(Config.LAUNCHER, 0, error="died")]
     flat = [each.to_json() for each in found]
-    assert flat[0]["config"] == "ts-cores --lend never"
+    assert flat[0]["config"] == "ts-cores"
     assert flat[0]["mean_ms"] == 6.0
     assert [Sample.from_json(json.loads(json.dumps(each))) for each in flat] == found
 
 
 def ratios(samples: list[Sample], figure: str, *bases: Config) -> tuple[float, float, float] | None:
-    found = compared(samples, "resnet50, 2 workers", "some load", figure, Config.TS_CORES, bases)
+    found = compared(samples, "resnet50, 2 workers", "some load", figure, Config.LENDING, bases)
     return (found.low, found.median, found.high) if found else None
 
 
 def test_loads_are_compared_within_a_repetition_with_the_best_base() -> None:
     found = [
         sample(Config.DEFAULT, 0, 10.0),
-        sample(Config.ALONE, 0, 20.0),
-        sample(Config.TS_CORES, 0, 5.0),
+        sample(Config.TS_CORES, 0, 20.0),
+        sample(Config.LENDING, 0, 5.0),
         sample(Config.DEFAULT, 1, 80.0),
-        sample(Config.ALONE, 1, 40.0),
-        sample(Config.TS_CORES, 1, 60.0),
-        sample(Config.TS_CORES, 2, 1.0),  # without a partner
-        sample(Config.ALONE, 3, 1.0, saturated=True),  # says how long one measured
-        sample(Config.TS_CORES, 3, 60.0),
+        sample(Config.TS_CORES, 1, 40.0),
+        sample(Config.LENDING, 1, 60.0),
+        sample(Config.LENDING, 2, 1.0),  # without a partner
+        sample(Config.TS_CORES, 3, 1.0, saturated=True),  # says how long one measured
+        sample(Config.LENDING, 3, 60.0),
     ]
-    assert ratios(found, "mean_ms", Config.DEFAULT, Config.ALONE) == (0.5, 1.0, 1.5)
+    assert ratios(found, "mean_ms", Config.DEFAULT, Config.TS_CORES) == (0.5, 1.0, 1.5)
     assert ratios(found, "mean_ms", Config.DEFAULT) == (0.5, 0.625, 0.75)
     assert ratios(found, "mean_ms", Config.LAUNCHER) is None
 
@@ -725,21 +725,21 @@ def test_loads_are_compared_within_a_repetition_with_the_best_base() -> None:
 def test_the_better_throughput_is_the_higher_one() -> None:
     found = [
         sample(config, 0, 1.0, requests_per_second=speed)
-        for config, speed in ((Config.DEFAULT, 4.0), (Config.ALONE, 10.0), (Config.TS_CORES, 9.0))
+        for config, speed in ((Config.DEFAULT, 4.0), (Config.TS_CORES, 10.0), (Config.LENDING, 9.0))
     ]
-    assert ratios(found, "requests_per_second", Config.DEFAULT, Config.ALONE) == (0.9, 0.9, 0.9)
+    assert ratios(found, "requests_per_second", Config.DEFAULT, Config.TS_CORES) == (0.9, 0.9, 0.9)
 
 
 def test_a_p99_is_that_of_all_repetitions_together() -> None:
     """99 and 101 fast answers and one slow one per repetition, or none: of 200 two may be slow."""
     found = [
-        sample(Config.ALONE, 0, *[10.0] * 100),
-        sample(Config.ALONE, 1, *[10.0] * 100),
-        sample(Config.TS_CORES, 0, *[10.0] * 98, 90.0, 90.0),
+        sample(Config.TS_CORES, 0, *[10.0] * 100),
         sample(Config.TS_CORES, 1, *[10.0] * 100),
+        sample(Config.LENDING, 0, *[10.0] * 98, 90.0, 90.0),
+        sample(Config.LENDING, 1, *[10.0] * 100),
     ]
-    assert ratios(found, "p99_ms", Config.ALONE) == (1.0, 1.0, 9.0)
-    together = pooled([each for each in found if each.config is Config.TS_CORES], "p99_ms")
+    assert ratios(found, "p99_ms", Config.TS_CORES) == (1.0, 1.0, 9.0)
+    together = pooled([each for each in found if each.config is Config.LENDING], "p99_ms")
     assert together is not None
     assert (together.low, together.median, together.high) == (10.0, 10.0, 90.0)
 
@@ -752,7 +752,7 @@ def everything_kept(**changes: float) -> list[Sample]:
         for point in stage.points
         for config in stage.configs
         if config in point.configs
-        for latency in [changes.get(point.name, 20.0) if config is Config.TS_CORES else 60.0]
+        for latency in [changes.get(point.name, 20.0) if config is Config.LENDING else 60.0]
     ]
 
 
@@ -781,11 +781,11 @@ def test_a_promise_that_is_missed_is_said(number: int) -> None:
 def test_what_was_not_measured_or_lost_was_not_kept() -> None:
     assert not promises_table([])[1]
     lost = everything_kept()
-    assert not promises_table([*lost, replace(lost[-1], config=Config.TS_CORES, repetition=1, failed=1)])[1]
+    assert not promises_table([*lost, replace(lost[-1], config=Config.LENDING, repetition=1, failed=1)])[1]
 
 
 def test_the_loads_of_the_curve() -> None:
-    stages = curve("resnet18", workers=2, seconds=10, configs=[Config.ALONE, Config.TS_CORES])
+    stages = curve("resnet18", workers=2, seconds=10, configs=[Config.TS_CORES, Config.LENDING])
     assert [(stage.workers, stage.beside, stage.shares) for stage in stages] == [
         (2, None, True),
         (1, "resnet18", False),
@@ -867,9 +867,9 @@ def test_the_report_of_the_promises(measured: Path) -> None:
 
 def test_a_line_per_load_for_every_configuration_that_ran() -> None:
     found = points.points_table(
-        [sample(Config.ALONE, 0, 5.0, rate=3.0), sample(Config.TS_CORES, 0, 4.0, rate=3.0, failed=2)]
+        [sample(Config.TS_CORES, 0, 5.0, rate=3.0), sample(Config.LENDING, 0, 4.0, rate=3.0, failed=2)]
     )
-    assert "| ts-cores --lend never | 5.0 / 5.0 / 5.0 |" in found
+    assert "| ts-cores | 5.0 / 5.0 / 5.0 |" in found
     assert "| ts-cores | 4.0 / 4.0 / 4.0, 2 failed |" in found
 
 
@@ -918,7 +918,7 @@ def test_a_real_run_interrupted_keeps_its_rows_and_leaves_no_process(tmp_path: P
 
 def test_a_real_run_of_the_loads(tmp_path: Path, checkout: Path) -> None:
     archives.transformer()
-    configs = ("ts-cores --lend never", "ts-cores")
+    configs = ("ts-cores", "ts-cores --lend auto")
     command = [sys.executable, "-m", "benchmarks.measurement.bench", "--loads", "--model=transformer", "--workers=1"]
     command += [f"--config={config}" for config in configs]
     command += ["--seconds=1", "--repetitions=1", f"--out={tmp_path}"]

@@ -42,7 +42,7 @@ def worker(state: Path, *cpus: int) -> subprocess.Popen[str]:
     return started
 
 
-def leases(*pids: int, policy: Policy = Policy()) -> tuple[Lease, ...]:
+def leases(*pids: int, policy: Policy = Policy(lend=Lend.AUTO)) -> tuple[Lease, ...]:
     demand = Demand(FOUR.online, policy)
     slices = plan(FOUR, [demand] * len(pids)).slices
     return tuple(

@@ -62,7 +62,7 @@ def test_reasons(demands: list[Demand], words: str) -> None:
 
 
 NODE = machine(cores=4)
-TWO = [Demand(NODE.online)] * 2
+TWO = [Demand(NODE.online, Policy(lend=Lend.AUTO))] * 2
 MEASURED = (Measured(2, 0.1, 20.0), Measured(4, 0.055, 9.0))
 RECORD = Record(5, 2, 4, MEASURED, 1.0, 2.0, 1000.0, 900.0, 1000.05)
 

@@ -32,6 +32,18 @@ ALL = sorted(core.number for core in TOPOLOGY.cores_of(ALLOWED))
 Start = Callable[..., Claimant]
 
 
+@pytest.fixture(autouse=True)
+def _server(state: Path) -> None:
+    register(state, Lend.AUTO)
+
+
+def register(state: Path, lend: Lend) -> None:
+    """Let this process be the workers' frontend, which says whether they lend."""
+    me = process.identify(os.getpid())
+    assert me is not None
+    coordinator.register_server(Ledger(str(state)), Server(me.pid, me.start_time, Policy(lend=lend), ALLOWED))
+
+
 def pair(start: Start, **options: Any) -> tuple[Claimant, Claimant]:
     """Return two idle workers that have half of the cores each, and know it."""
     first = start(worker="9000", wide=True, **options)
@@ -136,9 +148,7 @@ def test_the_server_says_whether_cores_are_lent(
     lend: Lend,
     widest: list[int] | None,
 ) -> None:
-    me = process.identify(os.getpid())
-    assert me is not None
-    coordinator.register_server(Ledger(str(state)), Server(me.pid, me.start_time, Policy(lend=lend), ALLOWED))
+    register(state, lend)
     first, _ = pair(start)
     masks = []
     for _ in range(5):

@@ -29,7 +29,7 @@ from ts_plugin.operate.svg import PALETTE, svg
 from ts_plugin.operate.terminal import Map, utilisation
 from ts_plugin.operate.view import View, Worker, tag
 from ts_plugin.planning.planner import Demand, plan
-from ts_plugin.planning.policy import Policy
+from ts_plugin.planning.policy import Lend, Policy
 
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINES = {
@@ -43,7 +43,7 @@ MACHINES = {
 }
 
 
-def drawn(topology: Topology, workers: int, policy: Policy = Policy()) -> View:
+def drawn(topology: Topology, workers: int, policy: Policy = Policy(lend=Lend.AUTO)) -> View:
     result = plan(topology, [Demand(topology.online, policy)] * workers)
     people = tuple(
         Worker(piece, 4000 + number, "resnet<18>", "1.0", str(9000 + number), notes=("a & b",) if number == 0 else ())

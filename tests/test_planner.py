@@ -689,11 +689,12 @@ def test_workers_that_want_no_core_need_nobody_else() -> None:
     assert result.idle == SMALL.online
 
 
+AUTO = {"lend": Lend.AUTO}
 LENDERS = [
-    pytest.param({}, {}, {0: {0, 1, 2, 3}, 2: {0, 1, 2, 3}}, id="one node"),
-    pytest.param({"lend": Lend.NEVER}, {"lend": Lend.NEVER}, {0: set(), 2: set()}, id="never"),
-    pytest.param({}, {"lend": Lend.NEVER}, {0: {0, 1}, 2: set()}, id="one of them never"),
-    pytest.param({}, {"logical": True}, {0: {0, 1}, 2: {2, 3}}, id="other rules"),
+    pytest.param(AUTO, AUTO, {0: {0, 1, 2, 3}, 2: {0, 1, 2, 3}}, id="one node"),
+    pytest.param({}, {}, {0: set(), 2: set()}, id="only on request"),
+    pytest.param(AUTO, {"lend": Lend.NEVER}, {0: {0, 1}, 2: set()}, id="one of them never"),
+    pytest.param(AUTO, AUTO | {"logical": True}, {0: {0, 1}, 2: {2, 3}}, id="other rules"),
 ]
 
 
@@ -706,16 +707,16 @@ def test_who_lends_to_whom(first: dict[str, Any], second: dict[str, Any], expect
 
 def test_cores_are_lent_inside_a_numa_node_only() -> None:
     topology = machine(packages=2, cores=4)
-    found = plan(topology, [Demand(topology.online)] * 4)
+    found = plan(topology, [Demand(topology.online, Policy(lend=Lend.AUTO))] * 4)
     assert [set(piece.reach) for piece in found.slices] == [{0, 1, 2, 3}] * 2 + [{4, 5, 6, 7}] * 2
 
 
 def test_workers_that_share_a_core_do_not_lend() -> None:
-    found = plan(machine(cores=2), [Demand(frozenset({0, 1}))] * 3)
+    found = plan(machine(cores=2), [Demand(frozenset({0, 1}), Policy(lend=Lend.AUTO))] * 3)
     assert [piece.reach for piece in found.slices if piece.cpus == (0,)] == [frozenset()] * 2
 
 
 def test_a_worker_without_a_core_of_its_own_does_not_lend() -> None:
-    allowed = frozenset({0, 1})
-    found = plan(machine(cores=2), [Demand(allowed), Demand(allowed, cores=0), Demand(allowed, cores=0)])
-    assert [piece.reach for piece in found.slices] == [allowed, frozenset(), frozenset()]
+    one = Demand(frozenset({0, 1}), Policy(lend=Lend.AUTO))
+    found = plan(machine(cores=2), [one, replace(one, cores=0), replace(one, cores=0)])
+    assert [piece.reach for piece in found.slices] == [one.allowed, frozenset(), frozenset()]

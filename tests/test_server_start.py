@@ -25,12 +25,7 @@ from ts_plugin.machine import discovery
 from ts_plugin.machine.cpulist import parse_cpulist
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
-# A request computes on its worker's slice, exactly.
-PINNED: dict[str, Property] = {
-    "plugins_path": FRONTEND,
-    "cpu_launcher_enable": True,
-    "cpu_launcher_args": "--lend never",
-}
+PINNED: dict[str, Property] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
 ALLOWED = discovery.read_allowance().cpus
 CORES = len(discovery.read_topology().cores_of(ALLOWED))
 

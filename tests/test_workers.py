@@ -29,8 +29,8 @@ from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import parse_cpulist
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
-LENDING: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
-PINNED = {**LENDING, "cpu_launcher_args": "--lend never"}  # a request computes on its worker's slice, exactly
+PINNED: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
+LENDING = {**PINNED, "cpu_launcher_args": "--lend auto"}
 CORES = len(discovery.read_topology().cores_of(os.sched_getaffinity(0)))
 
 WORKFLOW = """

@@ -230,7 +230,11 @@ class Chaos:
         self.public = Path(tempfile.mkdtemp(prefix="ts-cores-chaos-"))
         self.public.chmod(stat.S_ISVTX | 0o777)
         self.state = self.public / "state"
-        properties: dict[str, Property | None] = {"plugins_path": PLUGINS, "cpu_launcher_enable": True}
+        properties: dict[str, Property | None] = {
+            "plugins_path": PLUGINS,
+            "cpu_launcher_enable": True,
+            "cpu_launcher_args": "--lend auto",
+        }
         self.servers = [
             TorchServe(self.archives[0], workers=1, properties=properties, state_directory=self.state) for _ in range(2)
         ]

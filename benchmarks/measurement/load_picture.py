@@ -17,7 +17,7 @@ from benchmarks.measurement.results import Config, Spread
 __all__ = ["draw"]
 
 NAMES = {Config.DEFAULT: "TorchServe default", Config.LAUNCHER: "TorchServe's launcher", Config.THREADS: "threads only"}
-MARKERS = {Config.DEFAULT: "s", Config.THREADS: "^", Config.LAUNCHER: "v", Config.ALONE: "D", Config.TS_CORES: "o"}
+MARKERS = {Config.DEFAULT: "s", Config.THREADS: "^", Config.LAUNCHER: "v", Config.TS_CORES: "D", Config.LENDING: "o"}
 
 
 def draw(out: Path, samples: Sequence[Sample]) -> dict[str, str]:
@@ -70,7 +70,7 @@ def _curves(axes: Axes, samples: Sequence[Sample], figure: str) -> None:
             mine = [one for one in samples if one.config is config and one.point == point and one.latencies_ms]
             if value := pooled(mine, figure):
                 found.append((index + shift, value, any(one.saturated for one in mine)))
-        colour, main = COLOURS[config], config is Config.TS_CORES
+        colour, main = COLOURS[config], config is Config.LENDING
         axes.plot(
             [place for place, _, _ in found],
             [value.median for _, value, _ in found],

@@ -57,7 +57,7 @@ class Loads:
                 overrun: dict[Config, float] = {}  # the rate that a configuration could not keep up with
                 for point in stage.points:
                     if point.share and capacity is None:
-                        continue  # ts-cores --lend never does not run here, as its samples say: a part of what?
+                        continue  # ts-cores does not run here, as its samples say: a part of what?
                     rate = point.rate if point.share is None or capacity is None else capacity * point.share
                     for config in rotated([each for each in servers if each in point.configs], repetition):
                         if rate is not None and rate > overrun.get(config, rate):
@@ -90,13 +90,13 @@ class Loads:
         require_bound(config, server, sorted(server.workers()), self.cores)
 
     def _capacity(self, servers: dict[Config, TorchServe], stage: Stage) -> float | None:
-        """Return what ts-cores --lend never serves at full load, in requests/s; None: it does not run."""
-        server = servers.get(Config.ALONE)
+        """Return what ts-cores serves at full load, in requests/s; None: it does not run."""
+        server = servers.get(Config.TS_CORES)
         if server is None:
             return None
         full = next((point for point in stage.points if point.name == FULL), None)
         point = Point("capacity", full.seconds if full else 5.0, clients=full.clients if full else 4 * stage.workers)
-        sample = self._measure(server, stage, point, Config.ALONE, None, 0)
+        sample = self._measure(server, stage, point, Config.TS_CORES, None, 0)
         self.note(sample)
         return sample.requests_per_second
 

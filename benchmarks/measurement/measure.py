@@ -64,11 +64,11 @@ def setting(config: Config, *, workers: int, cores: int, launcher_args: str = ""
             return Setting({}, {"TS_BENCHMARK_THREADS": threads, "OMP_NUM_THREADS": threads}, Handler.THREADS)
         case Config.LAUNCHER:
             return Setting(launcher, {})
-        case Config.ALONE | Config.TS_CORES:
+        case Config.TS_CORES | Config.LENDING:
             if not list(PLUGINS.glob("*.jar")):
                 raise FileNotFoundError(f"{PLUGINS}: no plug-in jar here; build it with ./dev setup")
-            if config is Config.ALONE:
-                launcher["cpu_launcher_args"] = f"{launcher_args} --lend never".strip()
+            if config is Config.LENDING:
+                launcher["cpu_launcher_args"] = f"{launcher_args} --lend auto".strip()
             return Setting(launcher | {"plugins_path": PLUGINS}, {})
         case Config.DEFAULT:
             return Setting({}, {})
@@ -227,7 +227,7 @@ def require_bound(config: Config, server: TorchServe, pids: Sequence[int], cores
     Raises:
         UnboundError: ts-cores left a worker unbound, or TorchServe's launcher pinned none.
     """
-    if config in (Config.ALONE, Config.TS_CORES) and (unbound := server.cores()["unbound"]):
+    if config in (Config.TS_CORES, Config.LENDING) and (unbound := server.cores()["unbound"]):
         raise UnboundError(f"{len(unbound)} of {len(pids)} workers are unbound: {unbound[0]['reason']}")
     everywhere = {cpu for core in cores for cpu in core.cpus}
     if config is Config.LAUNCHER and len(pids) > 1 and all(os.sched_getaffinity(pid) == everywhere for pid in pids):

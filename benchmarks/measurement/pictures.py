@@ -26,8 +26,8 @@ COLOURS = {
     Config.DEFAULT: "#999999",
     Config.THREADS: "#E69F00",
     Config.LAUNCHER: "#56B4E9",
-    Config.ALONE: "#0072B2",
-    Config.TS_CORES: "#009E73",
+    Config.TS_CORES: "#0072B2",
+    Config.LENDING: "#009E73",
     Config.CEILING: "#000000",
 }
 WORKERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")

@@ -33,8 +33,8 @@ class Config(StrEnum):
     DEFAULT = "default"  # TorchServe as it comes
     THREADS = "threads"  # torch.set_num_threads(cores / workers), nothing pinned
     LAUNCHER = "launcher"  # TorchServe's own cpu_launcher_enable
-    ALONE = "ts-cores --lend never"  # the same property with the plug-in; a worker computes on its own slice only
-    TS_CORES = "ts-cores"  # and on slices of idle neighbours
+    TS_CORES = "ts-cores"  # the same property with the plug-in: a worker computes on its own slice
+    LENDING = "ts-cores --lend auto"  # and on slices of idle neighbours
     CEILING = "ceiling"  # the same handler in bare pinned processes: no HTTP, no Java
 
 

@@ -216,7 +216,7 @@ class Records:
 
     def slots(self) -> dict[Identity, int]:
         """Return the slot of every worker that has written a record; some have ended."""
-        found = {}
+        found: dict[Identity, int] = {}
         for slot in range(SLOTS):
             _, pid, start_time = OWNER.unpack_from(self._memory, slot * SIZE)
             if not pid:

@@ -84,7 +84,7 @@ class Policy:
     use_e_cores: bool = False
     reserve_cores: int = 0
     pin: Pin = Pin.AUTO
-    lend: Lend = Lend.AUTO
+    lend: Lend = Lend.NEVER
     memory: Memory = Memory.PREFERRED
     allocator: Allocator | None = None
     omp_runtime: OmpRuntime | None = None
@@ -329,8 +329,8 @@ OPTIONS: tuple[Option, ...] = (
         "auto|never",
         "lend",
         _member(Lend),
-        "let a request compute on the cores of idle workers of its NUMA node, too, where that makes it faster",
-        "auto",
+        "auto lets a request compute on the cores of idle workers of its NUMA node, too, where that makes it faster",
+        "never",
     ),
     Option(
         ("--memory",),
