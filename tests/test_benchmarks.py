@@ -870,7 +870,7 @@ def test_a_line_per_load_for_every_configuration_that_ran() -> None:
         [sample(Config.TS_CORES, 0, 5.0, rate=3.0), sample(Config.LENDING, 0, 4.0, rate=3.0, failed=2)]
     )
     assert "| ts-cores | 5.0 / 5.0 / 5.0 |" in found
-    assert "| ts-cores | 4.0 / 4.0 / 4.0, 2 failed |" in found
+    assert "| ts-cores --lend auto | 4.0 / 4.0 / 4.0, 2 failed |" in found
 
 
 # ---- one real run
