@@ -437,17 +437,17 @@ class Chaos:
         with subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as holder:
+            assert holder.stdin is not None
             assert holder.stdout is not None
             holder.stdout.readline()
             holder.send_signal(signal.SIGSTOP)
             self.tampered = True  # nobody can divide anything now
             ending = self.random.choice([signal.SIGCONT, signal.SIGKILL])
+            holder.stdin.close()  # it lets go of the lock when it goes on: workers wait no longer than LOCK_TIMEOUT
             releases = threading.Timer(STOPPED, holder.send_signal, [ending])
             releases.start()
             self.scale()
             releases.join()
-            assert holder.stdin is not None
-            holder.stdin.close()
         time.sleep(1)
         self.tampered = False
         return True
