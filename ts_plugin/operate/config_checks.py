@@ -63,7 +63,7 @@ def check_config(seen: Inspection) -> Iterator[Finding]:
     path, config = seen.config.path, seen.config
     for error in config.errors:
         yield Finding(Severity.ERROR, "config", f"{path}: {error}")
-    for name in ("inference_address", "management_address", "metrics_address"):
+    for name, port in PORTS.items():
         value = config.properties.get(name)
         if value is not None and not _is_address(value):
             yield Finding(
@@ -71,7 +71,7 @@ def check_config(seen: Inspection) -> Iterator[Finding]:
                 "config",
                 f"{path}: {name}={value!r} is no address that TorchServe reads",
                 "the server does not start",
-                f"{name}=http://127.0.0.1:{PORTS[name]}",
+                f"{name}=http://127.0.0.1:{port}",
             )
     if not config.get("model_store"):
         yield Finding(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology
+from ts_plugin.machine.words import listed
 from ts_plugin.planning.allotment import choose_types
 from ts_plugin.planning.core_groups import PlanError
 from ts_plugin.planning.policy import Policy
@@ -28,18 +28,18 @@ def eligible_cpus(topology: Topology, allowed: frozenset[int], policy: Policy) -
     cpus = allowed & online
     if not cpus:
         raise PlanError(
-            f"no allowed CPU is online: allowed {_listed(allowed)}, online {_listed(online)}; "
+            f"no allowed CPU is online: allowed {listed(allowed)}, online {listed(online)}; "
             "widen the cpuset or the affinity mask"
         )
     if policy.core_list is not None:
         if offline := policy.core_list - online:
             raise PlanError(
-                f"CPUs {_listed(offline)} of --core-list are not online ({_listed(online)} are); "
+                f"CPUs {listed(offline)} of --core-list are not online ({listed(online)} are); "
                 "remove them from the list"
             )
         if denied := policy.core_list - cpus:
             raise PlanError(
-                f"CPUs {_listed(denied)} of --core-list are not allowed ({_listed(cpus)} are); "
+                f"CPUs {listed(denied)} of --core-list are not allowed ({listed(cpus)} are); "
                 "remove them from the list or widen the cpuset"
             )
         cpus = policy.core_list
@@ -47,13 +47,13 @@ def eligible_cpus(topology: Topology, allowed: frozenset[int], policy: Policy) -
         there = {core.node for core in topology.cores}
         if missing := policy.node_ids - there - {node.number for node in topology.nodes}:
             raise PlanError(
-                f"NUMA node {_listed(missing)} does not exist; this machine has {_listed(there)}; change --node-id"
+                f"NUMA node {listed(missing)} does not exist; this machine has {listed(there)}; change --node-id"
             )
         within = frozenset(cpu for core in topology.cores if core.node in policy.node_ids for cpu in core.cpus)
         if not cpus & within:
             raise PlanError(
-                f"NUMA node {_listed(policy.node_ids)} has none of the CPUs {_listed(cpus)} that may be used "
-                f"(its own: {_listed(within)}); change --node-id or widen the cpuset"
+                f"NUMA node {listed(policy.node_ids)} has none of the CPUs {listed(cpus)} that may be used "
+                f"(its own: {listed(within)}); change --node-id or widen the cpuset"
             )
         cpus &= within
     if policy.core_list is None:
@@ -95,8 +95,8 @@ def fastest_cores(
         if sum(len(by_type[t]) for t in used) < workers + policy.reserve_cores:
             used.add(kind)
 
-    def listed(types: Iterable[int]) -> str:
-        return _listed(cpu for t in types for i in by_type[t] for cpu in topology.cores[i].cpus if cpu in cpus)
+    def cpus_of(types: Iterable[int]) -> str:
+        return listed(cpu for t in types for i in by_type[t] for cpu in topology.cores[i].cpus if cpu in cpus)
 
     notes = []
     unused = set(range(len(kinds))) - used
@@ -104,21 +104,17 @@ def fastest_cores(
         count = sum(len(by_type[t]) for t in unused)
         which = "the slowest" if unused == {slowest} else "another"
         notes.append(
-            f"{count} of {len(cores)} cores are left out because they are of {which} type (CPUs {listed(unused)}): "
+            f"{count} of {len(cores)} cores are left out because they are of {which} type (CPUs {cpus_of(unused)}): "
             "one slow core holds up all threads of its slice; --use-e-cores uses them"
         )
     if slowest in used:
-        faster = listed(used - {slowest})
+        faster = cpus_of(used - {slowest})
         ratio = ", ".join(f"{capacity:.2g}" for capacity in capacities)
         known = any(core.capacity for core in topology.cores)
         notes.append(
-            f"{workers} workers use the slowest cores too (CPUs {listed([slowest])}), in slices of their own: a "
+            f"{workers} workers use the slowest cores too (CPUs {cpus_of([slowest])}), in slices of their own: a "
             f"further part of the faster ones (CPUs {faster}) would have less capacity; cores count {ratio} by type, "
             f"{'as the kernel says' if known else 'assumed, the kernel does not say'}; "
             f"--core-list {faster} keeps to the faster ones, --use-e-cores treats all cores as equal"
         )
     return frozenset(i for t in used for i in by_type[t]), tuple(notes)
-
-
-def _listed(cpus: Iterable[int]) -> str:
-    return format_cpulist(cpus) or "none"

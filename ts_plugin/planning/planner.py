@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Core, Topology
+from ts_plugin.machine.words import count, listed
 from ts_plugin.planning.allotment import Taker, allot, apportion
 from ts_plugin.planning.core_groups import PlanError
 from ts_plugin.planning.eligibility import eligible_cpus, fastest_cores, mixes_types
@@ -118,14 +118,14 @@ def _lending(topology: Topology, slices: Sequence[Slice], members: Sequence[_Mem
     Slices that share cores do not lend: their workers may compute at the same time already. Nor do those that own none.
     """
     workers = Counter(cpu for piece in slices if piece.pinned for cpu in piece.cpus)
-    types = {cpu: core.kind for core in topology.cores for cpu in core.cpus}
     domains: dict[object, list[int]] = {}
     for place, (piece, member) in enumerate(zip(slices, members, strict=True)):
         policy = member.demand.policy
-        shared = piece.pinned and any(workers[cpu] > 1 for cpu in piece.cpus)
-        if policy.lend is Lend.NEVER or shared or member.demand.cores == 0:
+        if policy.lend is Lend.NEVER or member.demand.cores == 0:
             continue
-        kinds = frozenset(types[cpu] for cpu in piece.cpus)
+        if piece.pinned and any(workers[cpu] > 1 for cpu in piece.cpus):
+            continue
+        kinds = frozenset(core.kind for core in topology.cores_of(piece.cpus))
         place_of = (piece.numa_nodes, kinds, policy.logical) if piece.pinned else (member.demand.quota, policy.pin)
         domains.setdefault((member.cpus, piece.pinned, place_of), []).append(place)
     found = list(slices)
@@ -138,14 +138,6 @@ def _lending(topology: Topology, slices: Sequence[Slice], members: Sequence[_Mem
 
 def _cpus(topology: Topology, cores: Iterable[int]) -> frozenset[int]:
     return frozenset(cpu for i in cores for cpu in topology.cores[i].cpus)
-
-
-def _list(cpus: Iterable[int]) -> str:
-    return format_cpulist(cpus) or "none"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 # What each demand may use. From here on a core is its position in ``topology.cores``.
@@ -209,7 +201,9 @@ def _members(topology: Topology, demands: Sequence[Demand], notes: list[str]) ->
         if key not in eligible:
             eligible[key] = eligible_cpus(topology, demand.allowed, policy)
             if isolated := (demand.allowed & topology.isolated) - eligible[key]:
-                notes.append(f"CPUs {_list(isolated)} are isolated (isolcpus=) and left out; --core-list can name them")
+                notes.append(
+                    f"CPUs {listed(isolated)} are isolated (isolcpus=) and left out; --core-list can name them"
+                )
         cpus.append(eligible[key])
     workers = Counter(mine for mine, demand in zip(cpus, demands, strict=True) if demand.cores != 0)
     known: dict[object, frozenset[int]] = {}
@@ -218,7 +212,7 @@ def _members(topology: Topology, demands: Sequence[Demand], notes: list[str]) ->
         policy = demand.policy
         rules = mine, policy.core_list is None, policy.use_e_cores, policy.equal, policy.reserve_cores
         if rules not in known:
-            rivals = sum(count for others, count in workers.items() if not mine.isdisjoint(others))
+            rivals = sum(number for others, number in workers.items() if not mine.isdisjoint(others))
             known[rules], more = fastest_cores(topology, mine, policy, rivals)
             notes += more
         members.append(_Member(len(members), demand, mine, known[rules]))
@@ -231,13 +225,13 @@ def _reserve(topology: Topology, members: Sequence[_Member]) -> frozenset[int]:
     asked = {member.cores: 0 for member in members}
     for member in members:
         asked[member.cores] = max(asked[member.cores], member.demand.policy.reserve_cores)
-    for cores, count in sorted(asked.items(), key=lambda item: (len(item[0]), sorted(item[0]))):
-        if count and count >= len(cores):
+    for cores, kept in sorted(asked.items(), key=lambda item: (len(item[0]), sorted(item[0]))):
+        if kept and kept >= len(cores):
             raise PlanError(
-                f"--reserve-cores {count} leaves none of the {len(cores)} cores that may be used "
-                f"(CPUs {_list(_cpus(topology, cores))}); lower it to {len(cores) - 1}"
+                f"--reserve-cores {kept} leaves none of the {len(cores)} cores that may be used "
+                f"(CPUs {listed(_cpus(topology, cores))}); lower it to {len(cores) - 1}"
             )
-        while (missing := count - len(reserved & cores)) > 0:
+        while (missing := kept - len(reserved & cores)) > 0:
             nodes: dict[int, set[int]] = {}
             for i in sorted(cores - reserved):
                 nodes.setdefault(topology.cores[i].node, set()).add(i)
@@ -246,7 +240,7 @@ def _reserve(topology: Topology, members: Sequence[_Member]) -> frozenset[int]:
     return frozenset(reserved)
 
 
-# Claims that may use the same cores under the same rules form a pool.
+# Members that may use the same cores under the same rules form a pool.
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +271,7 @@ def _pools(topology: Topology, members: Sequence[_Member], reserved: frozenset[i
         cores = member.cores - reserved
         if not cores:
             raise PlanError(
-                f"all cores that may be used (CPUs {_list(_cpus(topology, member.cores))}) are reserved for another "
+                f"all cores that may be used (CPUs {listed(_cpus(topology, member.cores))}) are reserved for another "
                 "server; lower its --reserve-cores"
             )
         scarce = demand.quota is not None and demand.quota < len(cores)
@@ -327,7 +321,7 @@ def _check(topology: Topology, pool: _Pool) -> None:
     remedy = f"--ncores-per-instance to {limit // workers}" if limit >= workers else f"the number of workers to {limit}"
     raise PlanError(
         f"need {need} cores ({terms}) but {limit} are allowed "
-        f"({_list(pool.members[0].cpus & _cpus(topology, pool.cores))}); lower {remedy}"
+        f"({listed(pool.members[0].cpus & _cpus(topology, pool.cores))}); lower {remedy}"
     )
 
 
@@ -336,7 +330,7 @@ def _bound(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice
     members = pool.members
     notes.append(
         f"a CFS quota of {members[0].demand.quota:g} CPUs is below the {len(pool.cores)} cores that may be used, so "
-        f"others use them too: {_count(pool.limit, 'thread')} for {_count(len(members), 'worker')}, CPUs not pinned; "
+        f"others use them too: {count(pool.limit, 'thread')} for {count(len(members), 'worker')}, CPUs not pinned; "
         "--pin always pins all the same"
     )
     fixed = _fixed(topology, pool)
@@ -350,7 +344,7 @@ def _bound(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice
                 room -= threads[i] - 1
         for i, size in zip(fair, apportion(len(fair) + room, [members[i].demand.share for i in fair]), strict=True):
             threads[i] = size
-    return {member.place: member.unpinned(topology, count) for member, count in zip(members, threads, strict=True)}
+    return {member.place: member.unpinned(topology, number) for member, number in zip(members, threads, strict=True)}
 
 
 def _allot(topology: Topology, pools: Sequence[_Pool]) -> list[frozenset[int]]:
@@ -405,7 +399,7 @@ def _assign(
         parts = share_cores(cores or pool.cores, workers, loads.cores)
         notes.append(
             f"more workers than cores: {len(members)} on {len(cores or pool.cores)} "
-            f"(CPUs {_list(core_of)}), which they share with one thread each; use fewer workers"
+            f"(CPUs {listed(core_of)}), which they share with one thread each; use fewer workers"
         )
     else:
         parts = divide(
@@ -420,8 +414,8 @@ def _assign(
     for member, size, part in zip(members, sizes, parts, strict=True):
         if size > len(part) and not shared:
             notes.append(
-                f"worker {member.place} asks for {_count(size, 'core')} and gets {len(part)}: "
-                f"there are {len(cores)} for {_count(len(members), 'worker')}, and each needs one"
+                f"worker {member.place} asks for {count(size, 'core')} and gets {len(part)}: "
+                f"there are {len(cores)} for {count(len(members), 'worker')}, and each needs one"
             )
     slices = {}
     for member, part in zip(members, parts, strict=True):

@@ -85,10 +85,8 @@ SHARE = 1.7  # times its share of the domain that a request takes while others h
 TRAFFIC = 0.01  # a model has traffic from this utilisation of its workers together
 RATE_MEMORY = 40.0  # service times over which the rate of requests is averaged
 RATE_SECONDS = 2.0, 60.0  # and its limits
-TAIL = (
-    0.2,
-    0.6,
-)  # seconds of the mean that a second of the 99th percentile of waiting counts for: idle, and more at load
+# Seconds of the mean that a second of the 99th percentile of waiting counts for: idle, and how much more at load.
+TAIL = 0.2, 0.6
 SEEN_MEMORY = 5.0  # times that long the most requests at once are remembered
 HOLD_SECONDS = 2.0  # that a decision holds at most
 PATIENCE = 4.0  # own service times that an owner waits before it takes its slice back
@@ -273,7 +271,7 @@ def decide(domain: Mapping[int, Record], me: int, now: float) -> Decision:
     total = sum(model.cores for model in models.values())
     seen = max(model.seen for model in models.values())
     busy = [model for model in models.values() if model is mine or model.busy]
-    crowded = _crowded(models, busy)
+    crowded = _crowded(models, busy, seen)
     estimates: list[Estimate] = []
     lenders_at: dict[int, list[_Model]] = {}
     for width in widths(own.cores, total):
@@ -317,8 +315,8 @@ def traffic(domain: Mapping[int, Record], me: int, now: float) -> Traffic:
     models = _models(domain, now)
     mine = models[domain[me].model]
     busy = [model for model in models.values() if model is mine or model.busy]
-    at_once = max(model.seen for model in models.values())
-    return Traffic(mine.rate, _load(models), _crowded(models, busy), at_once)
+    seen = max(model.seen for model in models.values())
+    return Traffic(mine.rate, _load(models), _crowded(models, busy, seen), seen)
 
 
 class _Model:
@@ -403,10 +401,9 @@ def _load(models: Mapping[int, _Model]) -> float:
     return sum(min(model.load, model.workers) for model in models.values()) / workers
 
 
-def _crowded(models: Mapping[int, _Model], busy: Sequence[_Model]) -> bool:
+def _crowded(models: Mapping[int, _Model], busy: Sequence[_Model], seen: float) -> bool:
     """Whether the load is too high to borrow; a client that sends one request after the other is not many clients."""
-    at_once = max(model.seen for model in models.values())
-    return at_once >= sum(model.workers for model in busy) - 0.5 and _load(models) > CROWDED
+    return seen >= sum(model.workers for model in busy) - 0.5 and _load(models) > CROWDED
 
 
 def _cost(

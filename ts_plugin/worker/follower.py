@@ -1,8 +1,8 @@
 """Inside a worker: follows its slice while it serves.
 
 A thread waits for the death of any other worker (pidfd) and for a new ledger (one stat every half second), and binds
-this process; every few seconds it reads back whether reality agrees. The thread count belongs to the thread that
-computes, so `follow` sets it there, at request boundaries.
+this process; every few seconds it reads back whether reality agrees. What belongs to the thread that computes, such as
+its thread count, ``elastic`` sets there, at request boundaries.
 """
 
 from __future__ import annotations
