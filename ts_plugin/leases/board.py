@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ts_plugin.leases.directory import Directory, StateError
+from ts_plugin.leases.directory import Directory, StateError, holder, try_lock
 from ts_plugin.machine.process import Identity
 from ts_plugin.planning.width import Measured, Record
 
@@ -36,7 +36,6 @@ __all__ = ["Board", "Entry", "Records", "Totals", "thread_places"]
 USE, RIGHT, SLOT = 0, 1 << 24, 1 << 25  # where the bytes of each kind of lock start
 THREADS = 1 << 16  # the first place that is no CPU
 MOST_THREADS = 1 << 10  # of one worker
-FLOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, PID
 FIRST_PAUSE, LONGEST_PAUSE = 0.0001, 0.002  # seconds between two tries for a lock
 
 SLOTS = 1 << 12  # the most workers; a record that nobody has written takes no memory
@@ -101,7 +100,7 @@ class Board:
         wanted = list(_ranges(places))
         if not self._lock(USE, wanted):
             return False
-        if any(self._holder(RIGHT + start, length) for start, length in wanted):
+        if any(holder(self._file, RIGHT + start, length) for start, length in wanted):
             self._unlock(USE, wanted)
             return False
         return True
@@ -129,15 +128,13 @@ class Board:
         """Return the PIDs of the other processes that compute on some of ``places``, and on which."""
         found: dict[int, list[int]] = {}
         for place in places:
-            if pid := self._holder(USE + place, 1):
+            if pid := holder(self._file, USE + place, 1):
                 found.setdefault(pid, []).append(place)
         return {pid: tuple(held) for pid, held in found.items()}
 
     def _lock(self, kind: int, ranges: list[tuple[int, int]]) -> bool:
         for i, (start, length) in enumerate(ranges):
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, kind + start)
-            except (BlockingIOError, PermissionError):
+            if not try_lock(self._file, kind + start, length):
                 if kind == USE:  # a part is of no use; rights are kept, so that no new borrower comes
                     self._unlock(USE, ranges[:i])
                 return False
@@ -146,12 +143,6 @@ class Board:
     def _unlock(self, kind: int, ranges: Iterable[tuple[int, int]]) -> None:
         for start, length in ranges:
             fcntl.lockf(self._file, fcntl.LOCK_UN, length, kind + start)
-
-    def _holder(self, start: int, length: int) -> int:
-        """Return the PID of another process that holds one of the bytes, or 0."""
-        question = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-        kind, _, _, _, pid = FLOCK.unpack(fcntl.fcntl(self._file, fcntl.F_GETLK, question))
-        return 0 if kind == fcntl.F_UNLCK else int(pid)
 
 
 def _ranges(places: Iterable[int]) -> Iterator[tuple[int, int]]:

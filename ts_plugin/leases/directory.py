@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["Directory", "StateError", "state_directory"]
+__all__ = ["Directory", "StateError", "holder", "state_directory", "try_lock"]
 
 LOCK_TIMEOUT = 20.0  # seconds; TorchServe gives a worker 120 to start
+FLOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, PID
 NAMES = 64  # directory names that are tried where other users have taken the first ones
 YOURS = "set TS_CORES_STATE_DIR to a directory that is yours alone, the same for all your servers"
 
@@ -134,9 +135,9 @@ class Directory:
         while True:
             lock = self.open(name, os.O_RDWR | os.O_CREAT)
             try:
-                while not _try(lock):
+                while not try_lock(lock):
                     if time.monotonic() > deadline:
-                        raise self._held(name, f"process {_holder(lock)}")
+                        raise self._held(name, f"process {holder(lock)}")
                     time.sleep(0.002)
                 if self._lies_there(name, lock):
                     return lock
@@ -179,17 +180,17 @@ def _enter(path: str, *, create: bool) -> int:
     return directory
 
 
-def _try(lock: int) -> bool:
+def try_lock(file: int, start: int = 0, length: int = 0) -> bool:
+    """Take the record lock on ``length`` bytes, 0 for all that follow, if no other process holds one there."""
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except (BlockingIOError, PermissionError):  # POSIX allows either
         return False
     return True
 
 
-def _holder(lock: int) -> int:
-    """Return the PID of the process that holds the lock; 0 where it has just been released."""
-    layout = "hhqqi"  # struct flock: type, whence, start, length, PID
-    answer = fcntl.fcntl(lock, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    pid: int = struct.unpack(layout, answer)[-1]
-    return pid
+def holder(file: int, start: int = 0, length: int = 0) -> int:
+    """Return the PID of another process that holds a record lock on some of the bytes, or 0."""
+    question = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    kind, _, _, _, pid = FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, question))
+    return 0 if kind == fcntl.F_UNLCK else int(pid)
