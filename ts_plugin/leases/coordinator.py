@@ -96,8 +96,7 @@ def join(ledger: Ledger, applicant: Applicant) -> Lease:
         after = division.apply(_allowing(others, lease))
         after, refused = _commit(ledger, state, replace(after, leases=(*after.leases, lease)))
         if error := refused.get(lease.pid):
-            rest = _without(after, lease.pid)
-            _commit(ledger, after, _divide(topology, rest.leases).apply(rest))
+            _settle(ledger, topology, after, _without(after, lease.pid))
             cpus = format_cpulist(lease.slice.cpus)
             raise CannotBind(
                 f"CPUs {cpus}: sched_setaffinity: {error.strerror}; a seccomp filter must let it pass, "
@@ -115,7 +114,7 @@ def restore(ledger: Ledger, lease: Lease) -> State:
     topology = discovery.read_topology()
     with ledger.locked() as state:
         wanted = replace(state, leases=(*_without(state, lease.pid).leases, lease))
-        return _commit(ledger, state, _divide(topology, wanted.leases).apply(wanted))[0]
+        return _settle(ledger, topology, state, wanted)[0]
 
 
 def replan(ledger: Ledger) -> tuple[State, dict[int, OSError]]:
@@ -126,7 +125,7 @@ def replan(ledger: Ledger) -> tuple[State, dict[int, OSError]]:
     """
     topology = discovery.read_topology()
     with ledger.locked() as state:
-        return _commit(ledger, state, _divide(topology, state.leases).apply(state))
+        return _settle(ledger, topology, state, state)
 
 
 def leave(ledger: Ledger, pid: int, reason: str | None = None) -> None:
@@ -141,7 +140,7 @@ def leave(ledger: Ledger, pid: int, reason: str | None = None) -> None:
         if reason is not None and (identity := process.identify(pid)):
             refusal = Refusal(pid, identity.start_time, reason)
             wanted = replace(wanted, refusals=(*wanted.refusals, refusal))
-        _commit(ledger, state, _divide(topology, wanted.leases).apply(wanted))
+        _settle(ledger, topology, state, wanted)
 
 
 def update_demand(ledger: Ledger, corrected: Lease) -> None:
@@ -158,8 +157,7 @@ def update_demand(ledger: Ledger, corrected: Lease) -> None:
             else lease
             for lease in state.leases
         )
-        wanted = _allowing(replace(state, leases=leases), corrected)
-        _commit(ledger, state, _divide(topology, leases).apply(wanted))
+        _settle(ledger, topology, state, _allowing(replace(state, leases=leases), corrected))
 
 
 def register_server(ledger: Ledger, server: Server) -> None:
@@ -282,6 +280,11 @@ def _planned(topology: Topology, asking: Sequence[_Asking]) -> _Division:
 
 def _held(lease: Lease) -> frozenset[int]:
     return frozenset(lease.slice.cpus) if lease.slice.pinned else frozenset()
+
+
+def _settle(ledger: Ledger, topology: Topology, before: State, wanted: State) -> tuple[State, dict[int, OSError]]:
+    """Divide the machine among the workers of ``wanted``; see ``_commit``."""
+    return _commit(ledger, before, _divide(topology, wanted.leases).apply(wanted))
 
 
 def _commit(ledger: Ledger, before: State, after: State) -> tuple[State, dict[int, OSError]]:

@@ -40,14 +40,24 @@ LEASE_VARIABLE = "TS_CORES_LEASE"  # in the environment of every worker that the
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
+class _OfProcess:
+    """An entry that ends with its process."""
+
+    pid: int
+    start_time: int
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.pid, self.start_time)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease(_OfProcess):
     """A worker owns a slice. ``moves`` counts how often it had to leave all its NUMA nodes.
 
     ``limit`` are the CPUs that taskset, say, holds it to; None if it may use whatever its cpuset has, now and later.
     """
 
-    pid: int
-    start_time: int
     model: str
     version: str
     worker_id: str
@@ -58,16 +68,12 @@ class Lease:
     notes: tuple[str, ...] = ()
     limit: frozenset[int] | None = None
 
-    @property
-    def identity(self) -> Identity:
-        return Identity(self.pid, self.start_time)
-
     def __str__(self) -> str:
         return f"worker {self.worker_id} of {self.model} {self.version}"
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class Server(_OfProcess):
     """A TorchServe frontend and what its config.properties asks for.
 
     ``allowed`` are the CPUs that it and its workers may use: the frontend itself may be moved aside.
@@ -75,29 +81,17 @@ class Server:
     ``error`` says why its workers must serve unbound, a typo in ``cpu_launcher_args`` for example.
     """
 
-    pid: int
-    start_time: int
     policy: Policy
     allowed: frozenset[int]
     error: str | None = None
     limit: frozenset[int] | None = None
 
-    @property
-    def identity(self) -> Identity:
-        return Identity(self.pid, self.start_time)
-
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(_OfProcess):
     """Why a worker serves unbound; one that was started past the launcher cannot say so in its environment."""
 
-    pid: int
-    start_time: int
     reason: str
-
-    @property
-    def identity(self) -> Identity:
-        return Identity(self.pid, self.start_time)
 
 
 @dataclass(frozen=True, slots=True)

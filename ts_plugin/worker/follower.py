@@ -126,7 +126,8 @@ class Follower(hooks.Hook):
         reading = self._readback.read(self._lease, self.elastic, thorough=self._looks % THOROUGH == 1)
         for problem in reading.problems:
             self._report(problem)
-        self._bind(refused=reading.refusal)
+        if reading.refusal is not None or any(note.startswith(NOT_BOUND) for note in self._lease.notes):
+            self._bind(refused=reading.refusal)  # else the look has bound what there is to bind
         if self._metrics is None:
             return
         export = readback.exporter(self._metrics, self._lease)
