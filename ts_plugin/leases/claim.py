@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ts_plugin.leases import coordinator
-from ts_plugin.leases.coordinator import Applicant
+from ts_plugin.leases import coordinator, registration
+from ts_plugin.leases.coordinator import Applicant, NotRegistered
 from ts_plugin.leases.environment import collapsing
 from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.machine import discovery, process
@@ -36,11 +36,13 @@ class Archive:
     notes: tuple[str, ...] = ()
 
 
-def claim(ledger: Ledger, *, archive: Archive, worker: str) -> Lease:
+def claim(ledger: Ledger, *, archive: Archive, worker: str, hooked: bool = False) -> Lease:
     """Enter this process into the ledger, which binds it, and return its lease.
 
+    ``hooked``: see ``Applicant``; a frontend whose entry is gone is asked for it.
+
     Raises:
-        CannotBind, LedgerError, PlanError: see ``coordinator.join``.
+        CannotBind, NotRegistered, LedgerError, PlanError: see ``coordinator.join``.
     """
     pid = os.getpid()
     identity = process.identify(pid)
@@ -56,8 +58,13 @@ def claim(ledger: Ledger, *, archive: Archive, worker: str) -> Lease:
         cores=archive.cores,
         share=archive.share,
         notes=archive.notes,
+        hooked=hooked,
     )
-    return coordinator.join(ledger, applicant)
+    try:
+        return coordinator.join(ledger, applicant)
+    except NotRegistered:
+        registration.ensure_registered(ledger)
+        return coordinator.join(ledger, applicant)
 
 
 def own_limit(bounds: Allowance) -> frozenset[int] | None:

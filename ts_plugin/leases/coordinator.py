@@ -21,6 +21,7 @@ from ts_plugin.planning.policy import Policy
 __all__ = [
     "Applicant",
     "CannotBind",
+    "NotRegistered",
     "join",
     "leave",
     "register_server",
@@ -35,12 +36,17 @@ class CannotBind(RuntimeError):
     """This worker must serve unbound; the message is the reason and the remedy."""
 
 
+class NotRegistered(RuntimeError):
+    """Nobody knows what the server of this worker asks for; the message is the reason and the remedy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Applicant:
     """A worker that asks for a slice.
 
     ``bounds`` is what its cgroups let it use, ``limit`` the CPUs that its own mask held it to when it started, or None;
-    its server's limit goes before that. ``cores`` and ``share`` are what its archive asks for.
+    its server's limit goes before that. ``cores`` and ``share`` are what its archive asks for. ``hooked``: its frontend
+    has our hook, and so an entry, without which nobody knows which cores its config.properties allows.
     """
 
     pid: int
@@ -53,6 +59,7 @@ class Applicant:
     cores: int | None = None
     share: float = 1.0
     notes: tuple[str, ...] = ()
+    hooked: bool = False
 
 
 def join(ledger: Ledger, applicant: Applicant) -> Lease:
@@ -62,12 +69,15 @@ def join(ledger: Ledger, applicant: Applicant) -> Lease:
 
     Raises:
         CannotBind: the frontend's config.properties has an error, or the kernel does not bind this process.
+        NotRegistered: the frontend of a hooked worker has no entry.
         LedgerError: the ledger cannot be used. PlanError: no plan exists with this worker in it.
         In all cases the others have, or get back, what they had.
     """
     topology = discovery.read_topology()  # takes milliseconds, so before the lock that all workers share
     with ledger.locked() as state:
         server = server_of(state, applicant.pid)
+        if server is None and applicant.hooked:
+            raise NotRegistered(f"{ledger.path}: no entry of the frontend of process {applicant.pid}")
         if server is not None and server.error is not None:
             raise CannotBind(server.error)
         limit = applicant.limit if server is None else server.limit

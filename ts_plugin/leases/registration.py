@@ -11,16 +11,13 @@ import os
 import time
 
 from ts_plugin.leases import coordinator
+from ts_plugin.leases.coordinator import NotRegistered
 from ts_plugin.leases.ledger import Ledger, Server
 from ts_plugin.machine import process
 
 __all__ = ["NotRegistered", "ensure_registered", "mark", "register"]
 
 LOOK_SECONDS = 0.05
-
-
-class NotRegistered(RuntimeError):
-    """Nobody knows what the server of this worker asks for; the message is the reason and the remedy."""
 
 
 def mark(ledger: Ledger, server_pid: int) -> str:

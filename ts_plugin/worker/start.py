@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ts_plugin.leases import binding, claim, coordinator, masks, registration
+from ts_plugin.leases import binding, claim, coordinator, masks
 from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.worker.log import say
 
@@ -31,10 +31,7 @@ def start(*, worker: str, archive: str, prepare: Callable[[Lease], list[str]], h
     """
     had = os.sched_getaffinity(0)
     try:
-        ledger = Ledger()
-        if hooked:
-            registration.ensure_registered(ledger)
-        lease = claim.claim(ledger, archive=claim.read_archive(archive), worker=worker)
+        lease = claim.claim(Ledger(), archive=claim.read_archive(archive), worker=worker, hooked=hooked)
         policy = lease.demand.policy
         notes = [*lease.notes, *policy.notes]
         if lease.slice.pinned and (note := binding.bind_memory(policy.memory, lease.slice.numa_nodes)):
