@@ -92,8 +92,7 @@ class Exchange:
         """Take the own slice and idle neighbours' for one request; return the CPUs and the number of threads."""
         own = ground.own
         arrived = time.monotonic()
-        idle_since = {slot: self._records.idle_since(slot) for slot in self._lenders}
-        busy = sum(since is None for since in idle_since.values())
+        busy = sum(self._records.idle_since(slot) is None for slot in self._lenders)
         self._record = width.arrived(replace(self._record, cores=own.threads), arrived, busy)
         self._publish()
         self.take_own(ground, width.patience(self._record))
@@ -104,6 +103,8 @@ class Exchange:
         if decision is None or now >= decision.until:
             decision = self._decision = self._decide(ground, now)
         slices, borrowed = [own.threads], list[Sequence[int]]()
+        # Read after the wait: whoever was waited for is idle now, and lends.
+        idle_since = {slot: self._records.idle_since(slot) for slot in self._lenders}
         cap, lenders = width.offers(decision, {self._slot: None, **idle_since})
         for lender in lenders:
             if sum(slices) >= cap:
