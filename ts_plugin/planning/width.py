@@ -13,10 +13,11 @@ The estimate. Requests of a model arrive at rate l and take S(g) seconds on g co
 The longer of the two waits counts. R(g) = service + wait; W99(g) is the wait of one request in a hundred. The cap is
 the g for which R(g) + heed W99(g) is least, as part of S(own slice) and averaged over all requests of the domain: it
 counts what a wide request costs the neighbours, and a short request's time as much as a long one's. ``heed`` grows with
-load from 0.2 to 0.8. The estimate of W99 is high: so the 99th percentile grows by no more than the mean falls.
+load from 0.2 to 0.8: so the 99th percentile grows by no more than the mean falls.
 
 A wait is Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation u = l S / n
-and v the squared coefficient of variation of the service times: exact for one server. If every width saturates
+and v the squared coefficient of variation of the service times: exact for one server. Longer waits are rarer
+exponentially; ``_tail`` says how fast. If every width saturates
 (u >= 0.97, and so many requests at once that some may queue), the cap is the width with the least utilisation.
 
 Example. 8 slices of 4 cores, S(g) = 0.4 s (0.03 + 0.97 / g), 22 requests/s (0.3 of what slices alone can serve):
@@ -26,7 +27,7 @@ Example. 8 slices of 4 cores, S(g) = 0.4 s (0.03 + 0.97 / g), 22 requests/s (0.3
     n                    8      4      2      1
     u                 0.30   0.33   0.40   0.53
     R(g), ms           109     63     47     55
-    cost              1.03   0.67   0.61   0.86   <- with 16 cores, 4 slices, it is least
+    cost              1.02   0.64   0.56   0.79   <- with 16 cores, 4 slices, it is least
 
 At twice the rate u is 1.06 with 32 cores, more than there is, and 8 cores cost least.
 
@@ -457,7 +458,7 @@ def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: 
     """Return the part of the customers that wait in M/G/n, the mean wait of all, and the wait of one in a hundred.
 
     Never longer than ``ahead`` customers at once can make each other wait.
-    Source: Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)"; waits are taken as exponential.
+    Source: Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)".
     """
     bound = max(0.0, ahead - servers) * seconds / servers
     if not bound:
@@ -466,9 +467,26 @@ def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: 
     if used >= SATURATED and bound == math.inf:
         return 1.0, bound, bound
     late = 1.0 if used >= SATURATED else used ** (math.sqrt(2 * (servers + 1)) - 1)
-    each = (1 + variation) / 2 * seconds / (servers * (1 - min(used, SATURATED)))  # of those that wait
-    mean = bound if used >= SATURATED else min(bound, late * each)
-    return late, mean, each * math.log(max(1.0, 100 * late))
+    used = min(used, SATURATED)
+    step = seconds / servers
+    mean = bound if late == 1.0 else min(bound, late * (1 + variation) / 2 * step / (1 - used))
+    rare = _tail(used, variation) * step * math.log(100 * late) if late > 0.01 else 0.0
+    return late, mean, min(bound, rare)
+
+
+def _tail(used: float, variation: float) -> float:
+    """Return after how long a wait is e times as rare, in service times per server.
+
+    Exact for M/M/n (variation 1): 1 / (1 - used), and for M/D/n (0): 1 / x with exp(x) = 1 + x / used. Between them it
+    is interpolated.
+    Source: the root of Lundberg's equation, Asmussen (2003), "Applied Probability and Queues", XIII.5.
+    """
+    root = -2 * math.log(used)  # never less than the root, from where Newton's steps do not overshoot
+    for _ in range(4):
+        power = math.exp(root)
+        root -= (power - 1 - root / used) / (power - 1 / used)
+    part = min(1.0, variation)
+    return (1 - part) / root + part / (1 - used)
 
 
 def _rate_memory(record: Record) -> float:
