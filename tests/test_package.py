@@ -36,28 +36,28 @@ def build(source: Path, out: Path, target: str, **environment: str) -> subproces
     )
 
 
-@pytest.fixture(scope="session")
-def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("sdist")
-    done = build(checkout, out, "sdist")
+def built(source: Path, out: Path, target: str) -> Path:
+    done = build(source, out, target)
     assert done.returncode == 0, done.stderr
     (file,) = out.iterdir()
     return file
+
+
+@pytest.fixture(scope="session")
+def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(checkout, tmp_path_factory.mktemp("sdist"), "sdist")
 
 
 @pytest.fixture(scope="session")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel as a release has it: built from the source distribution, which has all that it needs."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source")
     with tarfile.open(sdist) as archive:
         if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on; without it, 3.12 warns
             archive.extraction_filter = tarfile.data_filter
         archive.extractall(source)
     (unpacked,) = source.iterdir()
-    done = build(unpacked, out, "wheel")
-    assert done.returncode == 0, done.stderr
-    (file,) = out.iterdir()
-    return file
+    return built(unpacked, tmp_path_factory.mktemp("wheel"), "wheel")
 
 
 @pytest.fixture(scope="session")

@@ -298,3 +298,19 @@ def test_an_owner_is_patient_for_a_few_of_its_own_requests() -> None:
         record = served(record, 1, seconds, NOW)
     assert patience(record) == 2.0
     assert patience(new_record(0, 1, 0.0)) == 0.1
+
+
+def test_a_client_that_waits_is_told_from_many_that_do_not() -> None:
+    """At full load several requests are seen at once; arrivals that find nobody at work for long say it is over."""
+    record = replace(new_record(1, cores=1, now=0.0), measured=(Measured(1, 0.1, 32.0),))
+    for i in range(100):
+        record = arrived(record, i / 10, others=1)
+    assert record.seen == 2
+    alone = 0
+    while record.seen > 1:
+        alone += 1
+        record = arrived(record, 10 + alone / 5, others=0)
+    assert 2 <= alone <= 20, "a run that chance gives once in a thousand, at half of the time busy"
+    for i in range(100):
+        record = arrived(record, 40 + i / 5, others=int(i % 5 == 0))
+        assert record.seen > 1.5, "who meets others now and then is not alone"

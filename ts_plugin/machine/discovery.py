@@ -83,7 +83,7 @@ def read_allowance(root: str = "/", affinity: Iterable[int] | None = None) -> Al
         cpuset.cpus.effective), Documentation/scheduler/sched-bwc.rst; man 5 proc (/proc/pid/mountinfo), man 7 cgroups.
     """
     tree = Tree(root)
-    mask = frozenset(affinity) if affinity is not None else _own_mask(tree) or _online(tree)
+    mask = frozenset(affinity) if affinity is not None else _own_mask(tree)
     bounds = _bounds(tree, mask)
     return replace(bounds, cpus=bounds.cpus & mask)
 
@@ -94,7 +94,7 @@ def read_bounds(root: str = "/") -> Allowance:
     Source: see ``read_allowance``.
     """
     tree = Tree(root)
-    return _bounds(tree, _own_mask(tree) or _online(tree))
+    return _bounds(tree, _own_mask(tree))
 
 
 def read_mask(pid: int, root: str = "/") -> frozenset[int] | None:
@@ -102,7 +102,7 @@ def read_mask(pid: int, root: str = "/") -> frozenset[int] | None:
 
     Source: man 5 proc, /proc/pid/status, Cpus_allowed_list.
     """
-    return _captured_mask(Tree(root), str(pid))
+    return _mask_of(Tree(root), str(pid))
 
 
 def memory_nodes(root: str = "/") -> frozenset[int]:
@@ -129,11 +129,12 @@ def _bounds(tree: Tree, mask: frozenset[int]) -> Allowance:
     return Allowance(cpus=cpus, quota=cgroups.quota(), notes=tuple(tree.notes))
 
 
-def _own_mask(tree: Tree) -> frozenset[int] | None:
-    return frozenset(os.sched_getaffinity(0)) if tree.base == "/" else _captured_mask(tree, "self")
+def _own_mask(tree: Tree) -> frozenset[int]:
+    """Return the mask of who asks; all CPUs where a captured tree does not say."""
+    return frozenset(os.sched_getaffinity(0)) if tree.base == "/" else _mask_of(tree, "self") or _online(tree)
 
 
-def _captured_mask(tree: Tree, pid: str) -> frozenset[int] | None:
+def _mask_of(tree: Tree, pid: str) -> frozenset[int] | None:
     path = f"proc/{pid}/status"
     for line in (tree.text(path) or "").splitlines():
         if line.startswith("Cpus_allowed_list:"):

@@ -89,6 +89,8 @@ RATE_SECONDS = 2.0, 60.0  # and its limits
 # Seconds of the mean that a second of the 99th percentile of waiting counts for: idle, and how much more at load.
 TAIL = 0.2, 0.6
 SEEN_MEMORY = 5.0  # times that long the most requests at once are remembered
+CHANCE = 1e-3  # of a run of arrivals that find no neighbour at work, from which it is none: their client waits
+MOST_BUSY = 0.9  # part of its time that a worker is taken to compute at most
 HOLD_SECONDS = 2.0  # that a decision holds at most
 PATIENCE = 4.0  # own service times that an owner waits before it takes its slice back
 PATIENCE_SECONDS = 0.1  # and at least so long
@@ -120,6 +122,7 @@ class Record:
     at: float = 0.0  # its latest request arrived
     born: float = 0.0  # it was made
     idle_since: float | None = 0.0  # its latest request ended; None while it has one, waiting for its slice included
+    lone: int = 0  # its latest arrivals that found no neighbour with a request; not published
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +178,18 @@ def new_record(model: int, cores: int, now: float) -> Record:
 
 
 def arrived(record: Record, now: float, others: int) -> Record:
-    """Return ``record`` after a request arrived, while ``others`` neighbours have one (``idle_since`` is None)."""
+    """Return ``record`` after a request arrived, while ``others`` neighbours have one (``idle_since`` is None).
+
+    If neighbours compute as much as this worker does, a long run of arrivals that find none of them at work is no
+    chance: there is one client now that waits for its answers, whatever was seen before.
+    """
     memory = _rate_memory(record)
     past = min(0.0, record.at - now) / memory
     rate = record.rate * math.exp(past) + 1 / memory
-    seen = max(record.seen * math.exp(past / SEEN_MEMORY), 1.0 + others)
-    return replace(record, rate=rate, seen=seen, at=now, idle_since=None)
+    lone = 0 if others else record.lone + 1
+    busy = min(MOST_BUSY, rate * _own_seconds(record))
+    seen = 1.0 if (1 - busy) ** lone < CHANCE else record.seen * math.exp(past / SEEN_MEMORY)
+    return replace(record, rate=rate, seen=max(seen, 1.0 + others), at=now, lone=lone, idle_since=None)
 
 
 def served(record: Record, cores: int, seconds: float, now: float) -> Record:
