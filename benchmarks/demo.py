@@ -96,7 +96,7 @@ def build() -> Path:
     store.mkdir(exist_ok=True)
     archive = store / made.name
     shutil.copyfile(made, archive)
-    kind = "pretrained weights" if weights else "random weights from a fixed seed (no hub in reach), so its labels lie"
+    kind = "pretrained weights" if weights else "random weights from a fixed seed (no model hub in reach), so its labels mean nothing"
     print(f"{archive.relative_to(CHECKOUT)}: ResNet-18 with handlers/image_classifier.py and {kind}")
     return archive
 

@@ -305,7 +305,7 @@ NOTES = [
         SMALL, [Demand(SMALL.online, cores=4), *wants(SMALL)], "worker 0 asks for 4 cores and gets 2", id="not granted"
     ),
     pytest.param(
-        SMALL, wants(SMALL, 2, latency=True), "8 cores asked for, 4 there: 2 workers share them equally", id="latency"
+        SMALL, wants(SMALL, 2, latency=True), "8 cores asked for, 4 there: 2 workers divide them as if none had asked", id="latency"
     ),
     pytest.param(grouped((0, 0, 0, 0, 4), isolated=[1]), wants(SMALL), "CPUs 1 are isolated", id="isolated"),
 ]  # fmt: skip

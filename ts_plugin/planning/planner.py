@@ -387,7 +387,8 @@ def _assign(
     if sum(sizes) > len(cores) and (policy.latency or policy.cores_per_worker):
         sizes = tuple(member.demand.cores or 0 for member in members)
         notes.append(
-            f"{sum(pool.fixed)} cores asked for, {len(cores)} there: {len(members)} workers share them equally"
+            f"{sum(pool.fixed)} cores asked for, {len(cores)} there: "
+            f"{len(members)} workers divide them as if none had asked"
         )
     core_of = {cpu: i for i in cores or pool.cores for cpu in topology.cores[i].cpus}
     workers = [
