@@ -143,7 +143,7 @@ def test_nothing_served_yet() -> None:
 @pytest.mark.parametrize(
     ("record", "demands", "words"),
     [
-        pytest.param(RECORD, [replace(TWO[0], policy=Policy(lend=Lend.NEVER))] * 2, "--lend never says so", id="never"),
+        pytest.param(RECORD, [replace(TWO[0], policy=Policy(lend=Lend.NEVER))] * 2, "lending is off", id="never"),
         pytest.param(RECORD, TWO[:1], "there is no worker to lend to", id="alone"),
         pytest.param(RECORD, TWO[:1] * 9, "workers that share cores may compute at the same time", id="crowd"),
         pytest.param(

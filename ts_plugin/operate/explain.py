@@ -138,7 +138,7 @@ def _place(lease: Lease, topology: Topology) -> Iterator[str]:
         if lease.demand.cores == 0:
             return
         if policy.pin is Pin.NEVER:
-            yield "not pinned because --pin never says so"
+            yield "not pinned: --pin never is set"
         elif lease.demand.quota is not None:
             yield "not pinned: a CFS quota means CPUs that other containers use too (--pin always pins all the same)"
         return
@@ -184,7 +184,7 @@ def _width(lease: Lease, state: State, learned: Learned | None) -> Iterator[tupl
 def _alone(lease: Lease, state: State) -> str:
     policy, own = lease.demand.policy, lease.slice
     if policy.lend is Lend.NEVER:
-        return "--lend never says so"
+        return "lending is off; --lend auto in cpu_launcher_args turns it on"
     if own.pinned and any(
         other.pid != lease.pid and other.slice.pinned and not set(own.cpus).isdisjoint(other.slice.cpus)
         for other in state.leases

@@ -330,8 +330,8 @@ def _bound(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice
     members = pool.members
     notes.append(
         f"a CFS quota of {members[0].demand.quota:g} CPUs is below the {len(pool.cores)} cores that may be used, so "
-        f"others use them too: {count(pool.limit, 'thread')} for {count(len(members), 'worker')}, CPUs not pinned; "
-        "--pin always pins all the same"
+        f"other programs use them too: {count(pool.limit, 'thread')} for {count(len(members), 'worker')}, CPUs not "
+        "pinned; --pin always pins all the same"
     )
     fixed = _fixed(topology, pool)
     fair = [i for i, size in enumerate(fixed) if not size]
