@@ -70,8 +70,8 @@ class Policy:
 
     ``node_ids`` and ``core_list`` (CPU numbers) narrow the allowed CPUs; None means no narrowing.
     ``cores_per_worker`` is one number for all workers or one per worker in order of arrival.
-    ``logical`` gives a slice both SMT siblings of its cores. ``allocator`` and ``omp_runtime`` are None where nobody
-    asked. ``notes`` say which words were accepted without effect.
+    ``logical`` gives a slice both SMT siblings of its cores. ``allocator`` and ``omp_runtime`` are None where no
+    option asks. ``notes`` say which words were accepted without effect.
     """
 
     node_ids: frozenset[int] | None = None
