@@ -1,4 +1,4 @@
-"""Who gets which cores: topology and demands in, one disjoint slice per worker out. Pure: no I/O, no clock, no chance.
+"""Who gets which cores: topology and demands in, one disjoint slice per worker out. Pure, and always the same.
 
 Demands that may use the same cores under the same rules form a pool. Overlapping pools divide the cores first
 (``allotment``), then every pool is divided among its workers (``pool``): it is cut into local parts (``partition``), or
