@@ -159,10 +159,10 @@ def named(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_options_exist(path: Path, checkout: Path) -> None:
     known = OF_OTHERS.union(*(option.names for option in OPTIONS))
-    for file in (checkout / "ts_plugin/operate/arguments.py", *(checkout / "benchmarks").rglob("*.py")):
-        known |= set(re.findall(r"\(\s*\"(--[a-z-]+)\"", file.read_text(encoding="utf-8")))
+    for file in (*(checkout / "ts_plugin").rglob("*.py"), *(checkout / "benchmarks").rglob("*.py")):
+        known |= set(re.findall(r"\(\s*\"(--[a-z0-9-]+)\"", file.read_text(encoding="utf-8")))
     for code in named(path):
-        words = {word.replace("_", "-") for word in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", code)}
+        words = {word.replace("_", "-") for word in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", code)}
         assert words <= known, code
 
 
@@ -256,6 +256,34 @@ def test_sizes_are_what_the_planner_gives(topology: Topology, workers: int, size
         wanted = [int(part[-1]) for part in parts for _ in range(number[part[0]] if len(part) > 1 else 1)]
         given = [piece.threads for piece in planned(topology, workers, arguments).slices]
         assert sorted(given, reverse=True) == wanted
+
+
+@pytest.mark.parametrize(
+    ("topology", "demands", "threads", "words"),
+    [
+        pytest.param(machine(cores=36), [{"cores": 30}] * 2, [30, 6], "the first gets 30 and the second 6", id="cores"),
+        pytest.param(
+            machine(cores=36),
+            [{"share": 2}, {}],
+            [24, 12],
+            "On 36 cores in one node, shares 2 and 1 get 24 and 12",
+            id="share",
+        ),
+        pytest.param(
+            machine(packages=2, cores=28),
+            [{"share": 2}, {}],
+            [28, 28],
+            "two nodes of 28 cores they get 28 and 28",
+            id="nodes",
+        ),
+    ],
+)
+def test_what_a_model_asks_for_is_what_the_planner_gives(
+    topology: Topology, demands: list[dict[str, int]], threads: list[int], words: str
+) -> None:
+    assert words in " ".join((DOCS / "handlers.md").read_text(encoding="utf-8").split())
+    slices = plan(topology, [Demand(topology.online, **asked) for asked in demands]).slices
+    assert [piece.threads for piece in slices] == threads
 
 
 def test_the_sample_of_the_core_map_has_the_fields_of_the_code() -> None:
