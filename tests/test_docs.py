@@ -30,6 +30,7 @@ from ts_plugin.worker.readback import METRICS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FILES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*FILES, *(DOCS.parent / name for name in ("CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"))]
 BLOCK = re.compile(r"^```(\w*)[ ]?(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -119,11 +120,15 @@ def test_other_blocks_can_be_read(path: Path, checkout: Path) -> None:
                 pytest.fail(f"a block in {block.language!r}, which nothing checks")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS.parent)))
 def test_links_lead_somewhere(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        assert (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", file.read_text(encoding="utf-8")), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}, anchor
 
 
 def test_every_option_is_documented() -> None:
@@ -156,7 +161,7 @@ def named(path: Path) -> list[str]:
     return CODE.findall(BLOCK.sub("", text)) + lines
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS.parent)))
 def test_options_exist(path: Path, checkout: Path) -> None:
     known = OF_OTHERS.union(*(option.names for option in OPTIONS))
     for file in (*(checkout / "ts_plugin").rglob("*.py"), *(checkout / "benchmarks").rglob("*.py")):
@@ -166,7 +171,7 @@ def test_options_exist(path: Path, checkout: Path) -> None:
         assert words <= known, code
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS.parent)))
 def test_commands_and_files_exist(path: Path, checkout: Path) -> None:
     development = set(re.findall(r"^\./dev (\w+)", (checkout / "dev").read_text(), re.MULTILINE))
     for code in named(path):
