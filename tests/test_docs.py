@@ -264,30 +264,24 @@ def test_sizes_are_what_the_planner_gives(topology: Topology, workers: int, size
 
 
 @pytest.mark.parametrize(
-    ("topology", "demands", "threads", "words"),
+    ("topology", "asked", "threads", "words"),
     [
-        pytest.param(machine(cores=36), [{"cores": 30}] * 2, [30, 6], "the first gets 30 and the second 6", id="cores"),
-        pytest.param(
-            machine(cores=36),
-            [{"share": 2}, {}],
-            [24, 12],
-            "On 36 cores in one node, shares 2 and 1 get 24 and 12",
-            id="share",
-        ),
+        pytest.param(machine(cores=36), [(30, 1), (30, 1)], [30, 6], "the first gets 30 and the second 6", id="cores"),
+        pytest.param(machine(cores=36), [(None, 2), (None, 1)], [24, 12], "shares 2 and 1 get 24 and 12", id="share"),
         pytest.param(
             machine(packages=2, cores=28),
-            [{"share": 2}, {}],
+            [(None, 2), (None, 1)],
             [28, 28],
             "two nodes of 28 cores they get 28 and 28",
-            id="nodes",
+            id="two nodes",
         ),
     ],
 )
 def test_what_a_model_asks_for_is_what_the_planner_gives(
-    topology: Topology, demands: list[dict[str, int]], threads: list[int], words: str
+    topology: Topology, asked: list[tuple[int | None, float]], threads: list[int], words: str
 ) -> None:
     assert words in " ".join((DOCS / "handlers.md").read_text(encoding="utf-8").split())
-    slices = plan(topology, [Demand(topology.online, **asked) for asked in demands]).slices
+    slices = plan(topology, [Demand(topology.online, cores=cores, share=share) for cores, share in asked]).slices
     assert [piece.threads for piece in slices] == threads
 
 
