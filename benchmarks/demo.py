@@ -96,7 +96,8 @@ def build() -> Path:
     store.mkdir(exist_ok=True)
     archive = store / made.name
     shutil.copyfile(made, archive)
-    kind = "pretrained weights" if weights else "random weights from a fixed seed (no hub in reach), so its labels lie"
+    random = "random weights from a fixed seed (no model hub in reach), so its labels mean nothing"
+    kind = "pretrained weights" if weights else random
     print(f"{archive.relative_to(CHECKOUT)}: ResNet-18 with handlers/image_classifier.py and {kind}")
     return archive
 

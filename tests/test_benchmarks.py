@@ -580,7 +580,6 @@ def measured(tmp_path: Path) -> Path:
     trace = {
         "times": [0.1, 0.3, 0.5],
         "usage": {"0": [0.5, 1.0, 1.0], "1": [0.1, 0.0, 0.9]},
-        "where": [[7, 7, [[0, 0.2], None, [1, 0.1]]], [8, 8, [[1, 0.2], [1, 0.2], [1, 0.2]]]],
     }
     traces = [
         {
@@ -625,14 +624,14 @@ def test_report_files(measured: Path) -> None:
     made = {file.name for file in report.write(measured)}
     assert made == {file.name for file in measured.iterdir()} - {"traces.json"}
     drawn = [file for file in measured.iterdir() if file.suffix == ".png"]
-    assert len(drawn) == 7
+    assert len(drawn) == 6
     for file in drawn:
         head = file.read_bytes()[:24]
         assert head[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
         assert (width, height > 100) == (pictures.WIDTH * pictures.DPI, True)
     page = (measured / "report.html").read_text()
-    assert page.count("src='data:image/png;base64,") == 7
+    assert page.count("src='data:image/png;base64,") == 6
     assert not re.search(r"\b(src|href)=(?!'data:)", page)
     assert "workers keep dying &lt;&amp;&gt;" in page
     text = (measured / "results.md").read_text()

@@ -63,7 +63,7 @@ def test_wrong_wishes_become_a_note_and_an_equal_share(archive: Path, config: st
     assert (found.model, found.cores, found.share) == ("resnet", None, 1.0)
     (note,) = found.notes
     assert complaint in note
-    assert note.endswith("; the worker gets an equal share")
+    assert note.endswith("; the section has no effect")
 
 
 @pytest.mark.parametrize("manifest", [None, "{", "[]", '{"model": {}}', '{"model": null}'])

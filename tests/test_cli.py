@@ -124,6 +124,20 @@ def test_plan_reports_idle_cpus_and_why(tree: Path) -> None:
     assert set(parse_launcher_args("--ninstances 4").notes) <= set(noted["notes"])
 
 
+@pytest.mark.parametrize(
+    ("workers", "words", "said"),
+    [
+        pytest.param("3", "", True, id="4 + 2 + 2"),
+        pytest.param("3", "--equal", False, id="3 + 3 + 2"),
+        pytest.param("3", "--ncores-per-instance 4,1,1", False, id="asked for"),
+        pytest.param("2", "", False, id="4 + 4"),
+    ],
+)
+def test_plan_says_why_equal_workers_get_unequal_slices(tree: Path, workers: str, words: str, said: bool) -> None:
+    notes = answer("plan", "--workers", workers, "--sys-root", tree, "--launcher-args", words)["notes"]
+    assert any(note.endswith("--equal makes them equal") for note in notes) is said
+
+
 def test_plan_for_several_models(tree: Path) -> None:
     models = ("bert=1:share=3", "tiny=2:cores=1", "rest=1")
     words = ["plan", "--sys-root", str(tree), *(word for model in models for word in ("--model", model))]

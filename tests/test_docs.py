@@ -1,4 +1,4 @@
-"""Every code block of the documents: run where it can run, parsed where it cannot."""
+"""The documents: their code blocks run where they can, and what they name and show is what the code has and prints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,22 @@ import pytest
 import yaml
 
 from benchmarks.harness.torchserve import free_ports
-from ts_plugin.planning.policy import option_reference, parse_launcher_args
+from tests.machines import machine
+from ts_plugin.leases.environment import COLLAPSING, THREAD_COUNTS
+from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.leases.unbound import PAST_LAUNCHER
+from ts_plugin.machine.topology import Topology
+from ts_plugin.operate.cli import COMMANDS
+from ts_plugin.operate.core_map import core_map
+from ts_plugin.operate.svg import svg
+from ts_plugin.operate.view import of_plan, tag
+from ts_plugin.planning.planner import Demand, Plan, plan
+from ts_plugin.planning.policy import OPTIONS, option_reference, parse_launcher_args
+from ts_plugin.worker.readback import METRICS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FILES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*FILES, *(DOCS.parent / name for name in ("CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"))]
 BLOCK = re.compile(r"^```(\w*)[ ]?(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -108,11 +120,15 @@ def test_other_blocks_can_be_read(path: Path, checkout: Path) -> None:
                 pytest.fail(f"a block in {block.language!r}, which nothing checks")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS.parent)))
 def test_links_lead_somewhere(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        assert (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", file.read_text(encoding="utf-8")), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}, anchor
 
 
 def test_every_option_is_documented() -> None:
@@ -125,3 +141,156 @@ def test_every_option_is_documented() -> None:
         row = [text.replace("|", r"\|") for text in (words, meaning, default)]
         expected.append(f"| {' | '.join(row)} |")
     assert [line.rstrip() for line in table[1:]] == [line.rstrip() for line in expected]
+
+
+# ---- what the documents name ------------------------------------------------------------------------------------
+
+CODE = re.compile(r"`([^`\n]+)`")
+OF_OTHERS = {  # options of torchserve, torch-model-archiver, pip, docker, systemd and PyTorch's launchers' documents
+    *("--start", "--stop", "--ncs", "--ts-config", "--models", "--model-store", "--plugins-path", "--foreground"),
+    *("--disable-token-auth", "--model-name", "--version", "--model-file", "--serialized-file", "--config-file"),
+    *("--export-path", "--requirements-file", "--force", "--handler", "--no-deps", "--cpuset-cpus", "--cpus"),
+    *("--build-arg", "--help"),
+}
+
+
+def named(path: Path) -> list[str]:
+    """Return what stands in ``path`` as code: inline, and line by line in blocks that are not output."""
+    text = path.read_text(encoding="utf-8")
+    lines = [line for block in blocks(path) if block.language for line in block.text.splitlines()]
+    return CODE.findall(BLOCK.sub("", text)) + lines
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS.parent)))
+def test_options_exist(path: Path, checkout: Path) -> None:
+    known = OF_OTHERS.union(*(option.names for option in OPTIONS))
+    for file in (*(checkout / "ts_plugin").rglob("*.py"), *(checkout / "benchmarks").rglob("*.py")):
+        known |= set(re.findall(r"\(\s*\"(--[a-z0-9-]+)\"", file.read_text(encoding="utf-8")))
+    for code in named(path):
+        words = {word.replace("_", "-") for word in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", code)}
+        assert words <= known, code
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS.parent)))
+def test_commands_and_files_exist(path: Path, checkout: Path) -> None:
+    development = set(re.findall(r"^\./dev (\w+)", (checkout / "dev").read_text(), re.MULTILINE))
+    for code in named(path):
+        assert set(re.findall(r"(?<![\w/.=-])ts-cores ([a-z][a-z-]*)", code)) <= COMMANDS.keys(), code
+        assert set(re.findall(r"\./dev (\w+)", code)) <= development, code
+        for file in re.findall(r"(?<![\w/.])((?:config|docs|ts_plugin|handlers|benchmarks)/[\w./-]*\w)", code):
+            assert (checkout / file).exists(), file
+
+
+def test_environment_variables_exist(checkout: Path) -> None:
+    source = "".join(file.read_text(encoding="utf-8") for file in sorted((checkout / "ts_plugin").rglob("*.py")))
+    section = (DOCS / "knobs.md").read_text(encoding="utf-8").partition("## Environment")[2]
+    names = set(re.findall(r"`([A-Z][A-Z_]+)`", section))
+    assert {*COLLAPSING, *THREAD_COUNTS, "TS_CORES_STATE_DIR"} <= names
+    for path in FILES:
+        names |= set(re.findall(r"TS_CORES_\w+", path.read_text(encoding="utf-8")))
+    assert not [name for name in names if f'"{name}"' not in source]
+
+
+def test_metrics_are_those_of_the_code() -> None:
+    text = (DOCS / "operating.md").read_text(encoding="utf-8").partition("## Metrics")[2]
+    documented = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.MULTILINE))
+    assert documented == {name: kind for name, (_, kind) in METRICS.items()}
+    rules = (DOCS / "installing.md").read_text(encoding="utf-8").partition("## Alerts")[2]
+    used = set(re.findall(r"expr:.*\((\w+)[)\[]", rules))
+    assert used
+    assert used <= METRICS.keys()
+
+
+def test_lines_of_the_log_are_in_the_code(checkout: Path) -> None:
+    files = [*(checkout / "ts_plugin").rglob("*.py"), *(checkout / "ts_plugin").rglob("*.java")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    section = (
+        (DOCS / "installing.md").read_text(encoding="utf-8").partition("## Lines to know")[2].partition("\n## ")[0]
+    )
+    lines = re.findall(r"^\| `([^`]+)` \| (?:INFO|WARN|ERROR)", section, re.MULTILINE)
+    assert len(lines) > 4
+    for line in lines:
+        # What is left between the values that the code fills in.
+        pieces = re.split(r"worker 9000|of MODEL VERSION|REASON|\.\.\.|[:,;]|--\w+|OMP_PROC_BIND|\d[\d-]*", line)
+        for piece in filter(None, map(str.strip, pieces)):
+            assert piece in source, (line, piece)
+
+
+# ---- what the documents show ------------------------------------------------------------------------------------
+
+
+def planned(topology: Topology, workers: int, launcher_args: str = "") -> Plan:
+    return plan(topology, [Demand(topology.online, parse_launcher_args(launcher_args))] * workers)
+
+
+def test_the_core_map_is_what_plan_draws() -> None:
+    topology = machine(packages=2, cores=28, smt=2)
+    result = planned(topology, 3)
+    drawn = svg(of_plan(topology, result, topology.online, result.notes))
+    assert (DOCS / "core-map.svg").read_text(encoding="utf-8") == drawn
+
+
+def test_the_picture_of_how_it_works_shows_a_real_plan() -> None:
+    picture = (DOCS / "how-it-works.svg").read_text(encoding="utf-8")
+    slices = planned(machine(packages=2, cores=8), 3).slices
+    owner = {cpu: tag(n) for n, piece in enumerate(slices) for cpu in piece.cpus}
+    assert re.findall(r'class="t"[^>]*>(\w)<', picture) == [owner[cpu] for cpu in range(16)]
+    assert re.findall(r'<rect class="([abc])"', picture) == [owner[cpu].lower() for cpu in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("topology", "workers", "sizes", "equal"),
+    [
+        pytest.param(machine(packages=2, cores=8), 3, "8, 4, 4", "6, 5, 5", id="16"),
+        pytest.param(machine(packages=2, cores=28, smt=2), 3, "28, 14, 14", "19, 19, 18", id="56"),
+        pytest.param(
+            machine(packages=2, l3=12, cores=8, smt=2),
+            20,
+            "four of 16, sixteen of 8",
+            "twelve of 10, eight of 9",
+            id="192",
+        ),
+    ],
+)
+def test_sizes_are_what_the_planner_gives(topology: Topology, workers: int, sizes: str, equal: str) -> None:
+    number = {"four": 4, "eight": 8, "twelve": 12, "sixteen": 16}
+    text = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
+    assert f"| {workers} | {sizes} | {equal}; " in text
+    for words, arguments in ((sizes, ""), (equal, "--equal")):
+        parts = [part.split(" of ") for part in words.split(", ")]
+        wanted = [int(part[-1]) for part in parts for _ in range(number[part[0]] if len(part) > 1 else 1)]
+        given = [piece.threads for piece in planned(topology, workers, arguments).slices]
+        assert sorted(given, reverse=True) == wanted
+
+
+@pytest.mark.parametrize(
+    ("topology", "asked", "threads", "words"),
+    [
+        pytest.param(machine(cores=36), [(30, 1), (30, 1)], [30, 6], "the first gets 30 and the second 6", id="cores"),
+        pytest.param(machine(cores=36), [(None, 2), (None, 1)], [24, 12], "shares 2 and 1 get 24 and 12", id="share"),
+        pytest.param(
+            machine(packages=2, cores=28),
+            [(None, 2), (None, 1)],
+            [28, 28],
+            "two nodes of 28 cores they get 28 and 28",
+            id="two nodes",
+        ),
+    ],
+)
+def test_what_a_model_asks_for_is_what_the_planner_gives(
+    topology: Topology, asked: list[tuple[int | None, float]], threads: list[int], words: str
+) -> None:
+    assert words in " ".join((DOCS / "handlers.md").read_text(encoding="utf-8").split())
+    slices = plan(topology, [Demand(topology.online, cores=cores, share=share) for cores, share in asked]).slices
+    assert [piece.threads for piece in slices] == threads
+
+
+def test_the_sample_of_the_core_map_has_the_fields_of_the_code() -> None:
+    (sample,) = (json.loads(block.text) for block in blocks(DOCS / "operating.md") if block.language == "json")
+    (piece,) = planned(machine(cores=2), 1).slices
+    lease = Lease(4711, 1, "resnet18", "1.0", "9000", 4690, Demand(frozenset({0, 1})), piece)
+    document = core_map(State(leases=(lease,)))
+    assert [*sample] == ["enabled", *document]
+    assert [*sample["slices"][0]] == [*document["slices"][0]]
+    assert PAST_LAUNCHER.startswith(sample["unbound"][0]["reason"])
+    assert sample["elsewhere"][0].keys() == {"pid", "whose"}

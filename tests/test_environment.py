@@ -99,7 +99,7 @@ def test_a_missing_allocator_is_a_note(prefix: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "listdir", lambda path: [])
     environment: dict[str, str] = {}
     notes = prepare_environment(environment, THREE, Policy(allocator=Allocator.TCMALLOC), library_roots=())
-    assert notes == ["libtcmalloc.so not found: glibc's allocator serves; install it or drop the option"]
+    assert notes == ["libtcmalloc.so not found: glibc's allocator is used; install it or drop the option"]
     assert "LD_PRELOAD" not in environment
 
 

@@ -39,7 +39,8 @@ ALL = Demand(EIGHT.online)
     ("demands", "words"),
     [
         pytest.param([ALL], "no other worker is alive", id="alone"),
-        pytest.param([ALL, ALL], "its part of 8 cores is 4; ", id="halves"),
+        pytest.param([ALL, ALL], "its share of 8 cores is 4", id="halves"),
+        pytest.param([ALL, ALL, ALL], "it has 4, because ", id="larger than its share"),
         pytest.param([ALL, ALL], "inside one NUMA node and one L3 domain", id="local"),
         pytest.param([ALL], "it spans 2 NUMA nodes", id="spans"),
         pytest.param([ALL], "SMT siblings 8-15 stay free", id="siblings"),
@@ -54,7 +55,7 @@ ALL = Demand(EIGHT.online)
         pytest.param([replace(ALL, quota=2.0)], "not pinned: a CFS quota", id="quota"),
         pytest.param([replace(ALL, cores=0), ALL], "a function of a workflow owns no core", id="function"),
         pytest.param([ALL, replace(ALL, cores=0)], "no other worker is alive", id="beside a function"),
-        pytest.param([ALL, ALL, replace(ALL, cores=0)], "its part of 8 cores is 4; ", id="halves beside a function"),
+        pytest.param([ALL, ALL, replace(ALL, cores=0)], "its share of 8 cores is 4", id="halves beside a function"),
     ],
 )
 def test_reasons(demands: list[Demand], words: str) -> None:
@@ -90,7 +91,7 @@ def test_widths_that_were_measured() -> None:
     assert said["load"].endswith("2 requests at once lately")
     assert re.match(r"\d\.\d requests/s for its model; all models of these slices take \d+%", said["load"])
     assert re.match(r"from arrival to answer: \d+\.\d ms on 2, \d+\.\d ms on 4", said["expected"])
-    assert said["cap"] == "at most 4 cores a request: its requests are answered soonest so"
+    assert said["cap"] == "at most 4 cores a request: its requests are answered soonest with that"
     assert said["so far"] == (
         "50 requests, 20 of them wide: 2.5 core-seconds on borrowed cores; 0.3 s of waiting for its own slice"
     )
@@ -104,7 +105,7 @@ def test_widths_that_were_measured() -> None:
         ),
         pytest.param(
             replace(RECORD, rate=40.0, width=2),
-            "at most 2 cores a request: nobody borrows from a load of 85%",
+            "at most 2 cores a request: no worker borrows from a load of 85%",
             id="full",
         ),
     ],
@@ -116,7 +117,7 @@ def test_why_the_present_cap(record: Record, why: str) -> None:
 def test_a_width_that_does_not_pay() -> None:
     slower = (Measured(2, 0.1, 20.0), Measured(4, 0.2, 20.0))
     said = widths(replace(RECORD, measured=slower, width=2), other=replace(RECORD, measured=slower, width=2))
-    assert said["cap"] == "at most 2 cores a request: its requests are answered soonest so"
+    assert said["cap"] == "at most 2 cores a request: its requests are answered soonest with that"
 
 
 def test_a_width_that_is_only_guessed() -> None:
@@ -142,8 +143,8 @@ def test_nothing_served_yet() -> None:
 @pytest.mark.parametrize(
     ("record", "demands", "words"),
     [
-        pytest.param(RECORD, [replace(TWO[0], policy=Policy(lend=Lend.NEVER))] * 2, "--lend never says so", id="never"),
-        pytest.param(RECORD, TWO[:1], "there is nobody to lend to", id="alone"),
+        pytest.param(RECORD, [replace(TWO[0], policy=Policy(lend=Lend.NEVER))] * 2, "lending is off", id="never"),
+        pytest.param(RECORD, TWO[:1], "there is no worker to lend to", id="alone"),
         pytest.param(RECORD, TWO[:1] * 9, "workers that share cores may compute at the same time", id="crowd"),
         pytest.param(
             replace(RECORD, cores=0), TWO, "(asyncCommunication, torchrun, MicroBatching), or a GPU", id="keeps"

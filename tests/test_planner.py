@@ -99,7 +99,7 @@ TABLE = [
     # Core types
     pytest.param(HYBRID, wants(HYBRID, 1), "0-3", id="hybrid: fast cores only"),
     pytest.param(HYBRID, wants(HYBRID, 2), "0-3 4-11", id="... until whole slices of slow ones have more capacity"),
-    pytest.param(HYBRID, wants(HYBRID, 3), "0-3 4-7 8-11", id="... than a further part of the fast ones"),
+    pytest.param(HYBRID, wants(HYBRID, 3), "0-3 4-7 8-11", id="... than a further slice of the fast ones"),
     pytest.param(HYBRID, wants(HYBRID, 6), "0-1 2 3 4-6 7-9 10-11", id="... or fast cores would have to be shared"),
     pytest.param(HYBRID, wants(HYBRID, 2, equal=True), "0-1 2-3", id="hybrid: equal sizes on equal cores"),
     pytest.param(HYBRID, wants(HYBRID, 5, equal=True), "0-1 2-3 4-6 7-9 10-11", id="... as long as there are enough"),
@@ -294,9 +294,9 @@ NOTES = [
     ),
     pytest.param(
         HYBRID, wants(HYBRID, 2),
-        "2 workers use the slowest cores too (CPUs 4-11), in slices of their own: a further part of the faster ones "
-        "(CPUs 0-3) would have less capacity; cores count 1, 0.5 by type, assumed, the kernel does not say; "
-        "--core-list 0-3 keeps to the faster ones, --use-e-cores treats all cores as equal",
+        "2 workers use the slowest cores too (CPUs 4-11), in slices of their own: a further slice of the faster ones "
+        "(CPUs 0-3) would have less capacity; cores count 1, 0.5 by type (assumed: the kernel does not say); "
+        "--core-list 0-3 uses the faster ones alone, --use-e-cores treats all cores alike",
         id="slow cores in use",
     ),
     pytest.param(PHONE, wants(PHONE), "5 of 8 cores are left out because they are of another type", id="three types"),
@@ -305,7 +305,10 @@ NOTES = [
         SMALL, [Demand(SMALL.online, cores=4), *wants(SMALL)], "worker 0 asks for 4 cores and gets 2", id="not granted"
     ),
     pytest.param(
-        SMALL, wants(SMALL, 2, latency=True), "8 cores asked for, 4 there: 2 workers share them equally", id="latency"
+        SMALL,
+        wants(SMALL, 2, latency=True),
+        "8 cores asked for, 4 there: 2 workers divide them as if none had asked",
+        id="latency",
     ),
     pytest.param(grouped((0, 0, 0, 0, 4), isolated=[1]), wants(SMALL), "CPUs 1 are isolated", id="isolated"),
 ]  # fmt: skip

@@ -168,11 +168,6 @@ def _trace(job: Job, found: Observed, node_of: dict[int, int]) -> dict[str, Any]
         pid: binding | {"node_seconds": found.trace.node_seconds(int(pid), node_of)}
         for pid, binding in found.bindings.items()
     }
-    where = [
-        (pid, thread, [place and (place[0], round(place[1], 2)) for place in places])
-        for (pid, thread), places in found.trace.where.items()
-        if any(places)
-    ]
     return {
         "config": str(job.config),
         "model": job.scenario.model,
@@ -182,7 +177,6 @@ def _trace(job: Job, found: Observed, node_of: dict[int, int]) -> dict[str, Any]
         "trace": {
             "times": [round(moment, 2) for moment in found.trace.times],
             "usage": {cpu: [round(share, 2) for share in shares] for cpu, shares in found.trace.usage.items()},
-            "where": where,
         },
     }
 

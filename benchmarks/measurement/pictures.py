@@ -64,11 +64,6 @@ def draw(out: Path, rows: Sequence[Row], traces: Traces, scaling: Sequence[dict[
             lambda: cpu_usage(traces),
         ),
         (
-            "threads.png",
-            "Where the two busiest threads of each worker ran: a pinned thread is a flat line.",
-            lambda: thread_ways(traces),
-        ),
-        (
             "memory_nodes.png",
             "Each worker's memory by NUMA node, local or remote to where the worker ran.",
             lambda: memory_nodes(traces),
@@ -116,7 +111,6 @@ def same_length(traces: Traces) -> Traces:
             "trace": {
                 "times": one["trace"]["times"][:number],
                 "usage": {cpu: shares[:number] for cpu, shares in one["trace"]["usage"].items()},
-                "where": [(pid, thread, places[:number]) for pid, thread, places in one["trace"]["where"]],
             }
         }
         for one in traces
@@ -208,37 +202,6 @@ def cpu_usage(traces: Traces) -> Figure | None:
     if image is not None:
         bar = figure.colorbar(image, ax=panels, label="busy", fraction=0.03, pad=0.01)
         bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
-    return figure
-
-
-def thread_ways(traces: Traces) -> Figure | None:
-    if not traces:
-        return None
-    cpus = len(traces[0]["trace"]["usage"])
-    figure, panels = _panels(len(traces), height=0.75 + min(0.25 * cpus, 2.5))
-    for axes, one in zip(panels, traces, strict=True):
-        trace = one["trace"]
-        workers = sorted({pid for pid, _, _ in trace["where"]})
-        for worker, pid in enumerate(workers):
-            mine = [places for owner, _, places in trace["where"] if owner == pid]
-            mine.sort(key=lambda places: -sum(place[1] for place in places if place))
-            for rank, places in enumerate(mine[:2]):
-                # A small shift keeps threads on the same CPU apart.
-                shift = ((worker + 0.5) / len(workers) - 0.5) * 0.5 + 0.06 * rank
-                axes.plot(
-                    trace["times"],
-                    [place[0] + shift if place else float("nan") for place in places],
-                    drawstyle="steps-mid",
-                    color=WORKERS[worker % len(WORKERS)],
-                    linewidth=1.6 if rank == 0 else 0.9,
-                    alpha=0.95 if rank == 0 else 0.7,
-                    label=f"worker {worker + 1}" if rank == 0 else None,
-                )
-        axes.set_ylim(cpus - 0.5, -0.5)
-        _cpu_axis(axes, sorted(trace["usage"], key=int))
-        axes.set_title(_title_of(one), loc="left")
-    panels[0].legend(ncols=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, fontsize=9)
-    panels[-1].set_xlabel("seconds of load")
     return figure
 
 

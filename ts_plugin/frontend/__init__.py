@@ -1,1 +1,1 @@
-"""Both sides of the door into TorchServe's frontend: the Java hook, and the Python that answers it."""
+"""The plug-in in TorchServe's frontend: the Java hook, and the Python program that answers it."""

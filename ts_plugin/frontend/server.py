@@ -25,7 +25,7 @@ LAUNCHER_SECONDS = 10  # a Python starts in a tenth of a second
 
 
 class LauncherError(RuntimeError):
-    """Workers cannot be started through the launcher; the message says why and how to mend it."""
+    """Workers cannot be started through the launcher; the message says why, and the remedy."""
 
 
 def main(arguments: list[str]) -> int:

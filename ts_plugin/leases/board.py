@@ -4,9 +4,9 @@
 the start of a request to its end. The kernel releases them when the process ends, whatever ended it, and a forked
 child does not hold them: nothing is left to recover.
 
-A CPU has two bytes. ``USE`` is held by whoever computes there. ``RIGHT`` is held by the owner from the moment it wants
-to compute until it is done. Nobody borrows a CPU while its owner holds the right to it: an owner waits for one borrower
-at most, and an owner that took its CPUs back by force is safe from the next one.
+A CPU has two bytes. ``USE`` is held by the worker that computes there. ``RIGHT`` is held by the owner from the moment
+it wants to compute until it is done. No CPU is borrowed while its owner holds the right to it: an owner waits for one
+borrower at most, and an owner that took its CPUs back by force is safe from the next one.
 
 Places behind those of the CPUs stand for threads. Where a CFS quota bounds threads and CPUs are not pinned, a worker's
 threads are lent like cores (``thread_places``).
@@ -78,9 +78,9 @@ class Board:
         os.close(self._file)
 
     def take(self, places: Iterable[int], *, patience: float) -> bool:
-        """Take one's own ``places``; wait at most ``patience`` seconds for whoever computes there.
+        """Take this worker's own ``places``; wait at most ``patience`` seconds for another one that computes there.
 
-        Returns False where somebody still does. The right to the places is held in any case, so that nobody else
+        Returns False where it still does. The right to the places is held in any case, so that no other worker
         borrows them.
         """
         own = list(_ranges(places))
@@ -96,7 +96,7 @@ class Board:
         return True
 
     def borrow(self, places: Iterable[int]) -> bool:
-        """Take ``places`` of somebody else, if nobody computes there and their owner does not want them."""
+        """Take another worker's ``places``, if none computes there and their owner does not want them."""
         wanted = list(_ranges(places))
         if not self._lock(USE, wanted):
             return False

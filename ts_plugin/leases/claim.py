@@ -123,7 +123,7 @@ def _read_workflow(directory: str) -> Archive:
 
 def _wishes(path: str, *, unasked: int | None = None) -> tuple[int | None, float, tuple[str, ...]]:
     """Return (cores, share, notes) from the ``cpu:`` section of a YAML file; ``unasked`` are the cores without one."""
-    otherwise = "the worker gets an equal share" if unasked is None else "the function owns no core"
+    otherwise = "the section has no effect" if unasked is None else "the function owns no core"
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()

@@ -37,7 +37,7 @@ class CannotBind(RuntimeError):
 
 
 class NotRegistered(RuntimeError):
-    """Nobody knows what the server of this worker asks for; the message is the reason and the remedy."""
+    """The ledger does not say what this worker's server asks for; the message is the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Applicant:
 
     ``bounds`` is what its cgroups let it use, ``limit`` the CPUs that its own mask held it to when it started, or None;
     its server's limit goes before that. ``cores`` and ``share`` are what its archive asks for. ``hooked``: its frontend
-    has our hook, and so an entry, without which nobody knows which cores its config.properties allows.
+    has our hook, and so an entry, which says which cores its config.properties allows.
     """
 
     pid: int
@@ -116,7 +116,7 @@ def join(ledger: Ledger, applicant: Applicant) -> Lease:
 
 
 def restore(ledger: Ledger, lease: Lease) -> State:
-    """Enter a lease again that somebody deleted with the ledger; return the state that holds now.
+    """Enter a lease again after the ledger was deleted; return the state that holds now.
 
     Raises:
         LedgerError: the ledger cannot be used.
@@ -128,7 +128,7 @@ def restore(ledger: Ledger, lease: Lease) -> State:
 
 
 def replan(ledger: Ledger) -> tuple[State, dict[int, OSError]]:
-    """Divide the machine anew among those who live; return the state that holds now, and whom the kernel did not bind.
+    """Plan again for all living workers; return the state that holds now, and which of them the kernel did not bind.
 
     Raises:
         LedgerError: the ledger cannot be used.

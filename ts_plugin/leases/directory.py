@@ -1,4 +1,4 @@
-"""Where the state of all servers of this user lies: a directory that nobody else can enter, and the locks in it."""
+"""Where the state of all servers of this user lies: a directory that no other user can enter, and the locks in it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Directory:
         return state_directory() if self._path is None else self._path
 
     def open(self, name: str, flags: int) -> int:
-        """Open a file in the directory, without following a link that somebody planted; return its descriptor.
+        """Open a file in the directory, without following symbolic links; return its descriptor.
 
         Raises:
             FileNotFoundError: no such file, and ``flags`` do not say to make it.
@@ -110,12 +110,12 @@ class Directory:
 
         It is a record lock, which belongs to this process. A child that is forked meanwhile, in whatever way, does not
         share it, as it would share one of flock(2): it cannot keep the lock after its parent has let go of it or died.
-        The process would lose the lock with any other descriptor of the file that it closes, so nothing else opens it.
+        Closing any other descriptor of the file would release the lock, so nothing else in this process opens it.
 
         Source: man 2 fcntl_locking, "Advisory record locking".
 
         Raises:
-            StateError: the directory cannot be used, or somebody else held the lock for LOCK_TIMEOUT seconds.
+            StateError: the directory cannot be used, or another process held the lock for LOCK_TIMEOUT seconds.
         """
         deadline = time.monotonic() + LOCK_TIMEOUT
         mutex = _mutexes.setdefault(f"{self.path}/{name}", threading.Lock())

@@ -79,7 +79,7 @@ def _allocator(
         return None, [left_out] if policy.allocator is not None else []
     found = own or _library(name, environment, roots)
     if found is None:
-        missing = f"{name}.so not found: glibc's allocator serves; install it or drop the option"
+        missing = f"{name}.so not found: glibc's allocator is used; install it or drop the option"
         return None, [missing] if policy.allocator is not None else []
     if kind is Allocator.JEMALLOC:
         environment.setdefault("MALLOC_CONF", "oversize_threshold:1,background_thread:true,metadata_thp:auto")
@@ -96,7 +96,7 @@ def _openmp_runtime(
         return None, [f"libiomp5 not preloaded: this torch brings {bundled}, and two runtimes in one process clash"]
     if found := _library("libiomp5", environment, roots):
         return found, []
-    return None, ["libiomp5.so not found: torch's own runtime serves; install intel-openmp or drop the option"]
+    return None, ["libiomp5.so not found: torch's own runtime is used; install intel-openmp or drop the option"]
 
 
 def _library(name: str, environment: Mapping[str, str], roots: tuple[str, ...]) -> str | None:

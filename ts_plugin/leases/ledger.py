@@ -55,7 +55,7 @@ class _OfProcess:
 class Lease(_OfProcess):
     """A worker owns a slice. ``moves`` counts how often it had to leave all its NUMA nodes.
 
-    ``limit`` are the CPUs that taskset, say, holds it to; None if it may use whatever its cpuset has, now and later.
+    ``limit`` are the CPUs that taskset, for example, restricts it to; None if it may use all that its cpuset has.
     """
 
     model: str
@@ -176,12 +176,12 @@ class Ledger:
 
     @contextmanager
     def locked(self) -> Iterator[State]:
-        """Yield the living part of the ledger while nobody else can change it.
+        """Yield the living part of the ledger while no other process can change it.
 
         A missing or damaged ledger is rebuilt from the environments of the workers that run.
 
         Raises:
-            LedgerError: the directory cannot be used, or somebody else holds the lock for too long.
+            LedgerError: the directory cannot be used, or another process holds the lock for too long.
         """
         with self._directory.locked(f"{self._name}.lock"):
             written = self._load()

@@ -1,10 +1,10 @@
-"""The only place that sets affinity masks. Who may set whose:
+"""The only place that sets affinity masks. Who may set which:
 
 - Who holds the ledger's lock binds newcomers to their slice, keeps everybody else inside what the new plan lets it
   reach, and moves the frontends aside.
 - Inside that, a worker binds its own process: to its slice, and the thread that runs a request (``bind_thread``), whose
   threads inherit its mask, to what that request computes on.
-- An owner that has waited too long for its slice takes it back from whoever computes there (``evict``).
+- An owner that has waited too long for its slice takes it back from the worker that computes there (``evict``).
 """
 
 from __future__ import annotations

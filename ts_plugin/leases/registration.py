@@ -44,8 +44,8 @@ def register(ledger: Ledger, server: Server) -> None:
 def ensure_registered(ledger: Ledger, *, timeout: float = 10.0) -> None:
     """Return once the frontend that started this process, its parent, is in the ledger; ask it to register if need be.
 
-    For workers that the launcher starts: only a frontend with the hook starts them so, and without its entry nobody
-    knows which cores its config.properties allows. ``timeout`` is in seconds.
+    For workers that the launcher starts: only a frontend with the hook starts them so, and its entry alone says
+    which cores its config.properties allows. ``timeout`` is in seconds.
 
     Raises:
         NotRegistered: the frontend did not register in time. LedgerError: the ledger cannot be used.

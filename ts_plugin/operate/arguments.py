@@ -1,4 +1,4 @@
-"""What may be written behind `ts-cores`: words in, checked options out."""
+"""The command line of `ts-cores`: words in, checked options out."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ def _join_values(words: Sequence[str]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ts-cores", description="One slice of physical cores for every TorchServe worker."
+        prog="ts-cores",
+        description="One slice of physical cores for every TorchServe worker.",
+        epilog="examples:\n  ts-cores init\n  ts-cores doctor\n  ts-cores plan --workers 4\n  ts-cores show\n"
+        "`ts-cores COMMAND --help` has the options of a command, and examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ts-cores {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
@@ -74,65 +78,86 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = command(
         "plan",
-        "who would get what: on this machine or on a captured one",
+        "show which cores workers would get, on this machine or on a captured one",
         "ts-cores plan --workers 4",
         'ts-cores plan --workers 4 --launcher-args "--reserve-cores 1" --svg plan.svg',
         "ts-cores plan --model bert=2:share=3 --model resnet18=4:cores=1 --quota 6",
     )
-    plan.add_argument("--workers", type=_number(MOST_WORKERS), metavar="N", help="so many workers, all alike")
+    plan.add_argument(
+        "--workers", type=_number(MOST_WORKERS), metavar="N", help="plan for N workers that ask for the same"
+    )
     plan.add_argument(
         "--model",
         type=_model,
         action="append",
         metavar="NAME=N[:cores=C|:share=S]",
-        help="N workers of a model, with the wishes of its cpu: section; may be repeated",
+        help="N workers of a model, with the cpu: section of its archive; may be repeated",
     )
-    plan.add_argument("--launcher-args", default="", metavar='"..."', help="as in cpu_launcher_args")
-    plan.add_argument("--quota", type=_above_nought, metavar="CPUS", help="as under a CFS quota of so many CPUs")
-    plan.add_argument("--sys-root", type=_file, metavar="DIR", help="read DIR/sys and DIR/proc, not this machine's")
-    plan.add_argument("--svg", type=_file, metavar="FILE", help="write the picture for a document")
-    plan.add_argument("--json", action="store_true", help="print a document for programs")
+    plan.add_argument("--launcher-args", default="", metavar='"..."', help="the value of cpu_launcher_args")
+    plan.add_argument("--quota", type=_above_nought, metavar="CPUS", help="plan as under a CFS quota of so many CPUs")
+    plan.add_argument(
+        "--sys-root", type=_file, metavar="DIR", help="read DIR/sys and DIR/proc instead of this machine's"
+    )
+    plan.add_argument("--svg", type=_file, metavar="FILE", help="write the picture to FILE")
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
     show = command(
         "show",
-        "who holds what now",
+        "show which cores each worker has now",
         "ts-cores show",
+        "ts-cores show --watch",
         "ts-cores show --json",
         "ts-cores show --html cores.html --watch",
     )
-    show.add_argument("--server", type=_number(sys.maxsize), metavar="PID", help="only this frontend's workers")
+    show.add_argument(
+        "--server", type=_number(sys.maxsize), metavar="PID", help="only the workers of this TorchServe frontend"
+    )
     show.add_argument("--watch", action="store_true", help="live, with the utilisation of every CPU; Ctrl-C ends it")
-    show.add_argument("--svg", type=_file, metavar="FILE", help="write the picture for a document")
-    show.add_argument("--html", type=_file, metavar="FILE", help="write a page; --watch keeps it up to date")
-    show.add_argument("--json", action="store_true", help="print a document for programs")
+    show.add_argument("--svg", type=_file, metavar="FILE", help="write the picture to FILE")
+    show.add_argument(
+        "--html", type=_file, metavar="FILE", help="write a web page to FILE; --watch keeps it up to date"
+    )
+    show.add_argument("--json", action="store_true", help="print JSON")
 
     explain = command(
         "explain",
-        "why a worker has the cores that it has",
+        "say why a worker has the cores that it has",
         "ts-cores explain resnet18",
         "ts-cores explain resnet18:1.0",
         "ts-cores explain 4711 --json",
     )
-    explain.add_argument("who", metavar="PID|MODEL[:VERSION]")
-    explain.add_argument("--json", action="store_true", help="print a document for programs")
+    explain.add_argument("who", metavar="PID|MODEL[:VERSION]", help="a worker, or all workers of a model")
+    explain.add_argument("--json", action="store_true", help="print JSON")
 
     doctor = command(
         "doctor",
-        "what is wrong here, why it matters, and the line to change",
+        "find what is wrong here, why it matters, and the line to change",
         "ts-cores doctor",
         "ts-cores doctor --config config.properties && torchserve --ts-config config.properties",
     )
-    doctor.add_argument("--config", type=_file, metavar="FILE", help="default: what torchserve started here would read")
-    doctor.add_argument("--json", action="store_true", help="print a document for programs")
+    doctor.add_argument(
+        "--config",
+        type=_file,
+        metavar="FILE",
+        help="the file to examine; default: the one that a torchserve started here would read",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
 
     init = command(
         "init", "write a config.properties for a server of your own", "ts-cores init", "ts-cores init /etc/torchserve"
     )
-    init.add_argument("path", nargs="?", type=_file, default=Path("config.properties"), metavar="FILE|DIR")
+    init.add_argument(
+        "path",
+        nargs="?",
+        type=_file,
+        default=Path("config.properties"),
+        metavar="FILE|DIR",
+        help="where to write it, with a directory model_store beside it; default: config.properties",
+    )
 
     command(
         "plugin-path",
-        "print the directory for plugins_path",
+        "print the directory of the plug-in, the value of plugins_path",
         'torchserve --plugins-path "$(ts-cores plugin-path)" --ts-config config.properties',
     )
     return parser

@@ -1,4 +1,4 @@
-"""The command `ts-cores`: what is planned, what is held, why, and what is wrong. JSON on stdout, trouble on stderr."""
+"""The command `ts-cores`: what is planned, what is held, why, and what is wrong. JSON on stdout, errors on stderr."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -22,11 +22,11 @@ from ts_plugin.machine import cpu_time, discovery
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.machine.topology import Allowance, Topology
 from ts_plugin.operate import view
-from ts_plugin.operate.arguments import parse_arguments
+from ts_plugin.operate.arguments import PlannedModel, parse_arguments
 from ts_plugin.operate.core_map import core_map, lease_document, slice_document
 from ts_plugin.operate.lending import computing, entries, learned, learned_document
-from ts_plugin.planning.planner import Demand, PlanError, plan
-from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
+from ts_plugin.planning.planner import Demand, Plan, PlanError, plan
+from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,7 +94,8 @@ def _plan(options: argparse.Namespace) -> int:
     quota = allowance.quota if options.quota is None else options.quota
     models = [model for model in options.models for _ in range(model.workers)]
     result = plan(topology, [Demand(allowance.cpus, policy, quota, model.cores, model.share) for model in models])
-    notes = tuple(dict.fromkeys((*topology.notes, *allowance.notes, *policy.notes, *result.notes)))
+    said = (*topology.notes, *allowance.notes, *policy.notes, *result.notes, *_uneven(models, policy, result))
+    notes = tuple(dict.fromkeys(said))
     names = [model.name for model in models]
     planned = view.of_plan(topology, result, allowance.cpus, notes, names)
     if options.svg:
@@ -112,6 +113,18 @@ def _plan(options: argparse.Namespace) -> int:
 
         _console().print(Map(planned))
     return 0
+
+
+def _uneven(models: Sequence[PlannedModel], policy: Policy, planned: Plan) -> Iterator[str]:
+    """Say that workers which ask for the same get slices of different sizes, and which option changes that."""
+    if len(set(models)) > 1 or policy.cores_per_worker:
+        return
+    threads = [piece.threads for piece in planned.slices]
+    if max(threads) - min(threads) > 1:
+        yield (
+            f"workers that ask for the same get {min(threads)} to {max(threads)} threads: slices that stay inside NUMA "
+            "nodes, L3 domains and core types go before equal sizes; --equal makes them equal"
+        )
 
 
 def _machine(root: Path | None) -> tuple[Topology, Allowance]:

@@ -185,15 +185,15 @@ def check_token(seen: Inspection) -> Iterator[Finding]:
         yield Finding(
             Severity.NOTE,
             "token",
-            f"GET /cores wants the management key of key_file.json, which expires after {minutes} minutes",
-            "TorchServe 0.12 guards all its APIs so; `ts-cores show` needs no key",
+            f"GET /cores needs the management key in key_file.json, which expires after {minutes} minutes",
+            "TorchServe 0.12 protects all its APIs with keys; `ts-cores show` needs none",
         )
     elif not _loopback(address):
         yield Finding(
             Severity.WARNING,
             "token",
             f"disable_token_authorization=true and management_address={address}",
-            "whoever reaches that port can load models, which is to run programs here",
+            "anyone who reaches that port can load models, and so run programs here",
             "management_address=http://127.0.0.1:8081",
         )
 

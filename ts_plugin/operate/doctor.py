@@ -187,7 +187,7 @@ def _workers(seen: Inspection) -> Iterator[Finding]:
             Severity.ERROR,
             "worker",
             f"{count(len(pids), 'worker')} unbound (pid {', '.join(pids)}): {reason}",
-            "they run on everybody's cores with as many threads as the machine has cores",
+            "they run on all workers' cores, with as many threads as the machine has cores",
         )
     for note in not_judged(seen.unbound):
         yield Finding(Severity.NOTE, "worker", note)

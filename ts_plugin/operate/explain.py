@@ -60,7 +60,7 @@ def _threads(lease: Lease, topology: Topology) -> str:
     text = f"{piece.threads} intra-op"
     if not piece.pinned:
         if lease.demand.cores == 0:
-            return f"{text}: a function hardly computes"
+            return f"{text}: a workflow's function needs little computing"
         return f"{text}: bounded, so that all workers together do not exceed what the CPUs can do"
     if piece.threads == len(cores):
         text += ": one per core"
@@ -86,9 +86,9 @@ def _allowed(lease: Lease, topology: Topology) -> Iterator[str]:
     if len(kinds) > 1 and not policy.use_e_cores:
         fastest = all(core.kind == min(kinds) for core in topology.cores_of(lease.slice.cpus))
         which = "the fastest core type" if fastest else "one core type, not the fastest"
-        yield f"only {which}: a slow core would hold up every fast one (--use-e-cores changes that)"
+        yield f"only {which}: one slow core holds up all threads of its slice (--use-e-cores changes that)"
     if demand.quota is not None:
-        yield f"{demand.quota:g} CPUs' worth of time: the CFS quota of its cgroup"
+        yield f"the CPU time of {demand.quota:g} CPUs: the CFS quota of its cgroup"
 
 
 def _size(lease: Lease, state: State, topology: Topology) -> Iterator[str]:
@@ -120,9 +120,16 @@ def _share(lease: Lease, rivals: Sequence[Lease], topology: Topology) -> Iterato
     cores -= lease.demand.policy.reserve_cores
     part = cores * lease.demand.share / weights
     weight = "" if lease.demand.share == 1 else f" (cpu: share {lease.demand.share:g} of {weights:g})"
-    yield f"its part of {count(cores, 'core')} is {part:.3g}{weight}; cores stay whole, locality goes first"
+    yield f"its share of {count(cores, 'core')} is {part:.3g}{weight}"
+    own = len(topology.cores_of(lease.slice.cpus))
     if part < 1:
         yield "there are more workers than cores, so cores are shared, one thread each; use fewer workers"
+    elif lease.slice.pinned and abs(own - part) >= 1:
+        alike = len({other.demand.share for other in rivals if other.demand.cores is None}) == 1
+        yield (
+            f"it has {own}, because slices that stay inside NUMA nodes, L3 domains and core types go before equal "
+            f"sizes{' (--equal changes that)' if alike else ''}"
+        )
 
 
 def _place(lease: Lease, topology: Topology) -> Iterator[str]:
@@ -131,7 +138,7 @@ def _place(lease: Lease, topology: Topology) -> Iterator[str]:
         if lease.demand.cores == 0:
             return
         if policy.pin is Pin.NEVER:
-            yield "not pinned because --pin never says so"
+            yield "not pinned: --pin never is set"
         elif lease.demand.quota is not None:
             yield "not pinned: a CFS quota means CPUs that other containers use too (--pin always pins all the same)"
         return
@@ -177,13 +184,15 @@ def _width(lease: Lease, state: State, learned: Learned | None) -> Iterator[tupl
 def _alone(lease: Lease, state: State) -> str:
     policy, own = lease.demand.policy, lease.slice
     if policy.lend is Lend.NEVER:
-        return "--lend never says so"
+        return "lending is off; --lend auto in cpu_launcher_args turns it on"
     if own.pinned and any(
         other.pid != lease.pid and other.slice.pinned and not set(own.cpus).isdisjoint(other.slice.cpus)
         for other in state.leases
     ):
         return "workers that share cores may compute at the same time already, so they do not lend"
-    return "there is nobody to lend to or to borrow from: no other slice on its NUMA node, of its core type and options"
+    return (
+        "there is no worker to lend to or borrow from: no other slice on its NUMA node with its core type and options"
+    )
 
 
 def _cap(learned: Learned, traffic: Traffic, decision: Decision) -> Iterator[tuple[str, str]]:
@@ -204,7 +213,7 @@ def _cap(learned: Learned, traffic: Traffic, decision: Decision) -> Iterator[tup
         yield "expected", f"from arrival to answer: {', '.join(expected)}"
     cap = f"at most {count(record.width, 'core')} a request"
     if traffic.crowded:
-        why = f"nobody borrows from a load of {width.CROWDED:.0%} on"
+        why = f"no worker borrows from a load of {width.CROWDED:.0%} on"
     elif estimates[0].weight < width.KNOWN:
         why = "it borrows when it knows how long its requests take on its slice"
     elif len(estimates) < 2:
@@ -212,9 +221,9 @@ def _cap(learned: Learned, traffic: Traffic, decision: Decision) -> Iterator[tup
     elif decision.width != record.width:
         why = f"its next request would have {decision.width}"
     elif decision.width == min(estimates, key=lambda one: one.response).cores:
-        why = "its requests are answered soonest so"
+        why = "its requests are answered soonest with that"
     else:
-        why = "what a wider request wins is less than what the others wait for it"
+        why = "a wider request would save less time than the others would lose by waiting for it"
     yield "cap", f"{cap}: {why}"
 
 

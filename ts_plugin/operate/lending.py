@@ -1,6 +1,6 @@
 """What a reader can know of lending: who computes where now, and what the workers have learned of their requests.
 
-Readers make nothing and change nothing; where there is nothing to read, nothing is known.
+Readers create no file and change nothing. What cannot be read is None or empty.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def computing(ledger: Ledger, state: State) -> dict[int, int] | None:
 
 
 def computes_on(pid: int | None, own: Slice, users: Mapping[int, int] | None) -> list[int] | None:
-    """Return the CPUs that the owner of a slice computes on now; None where it does not say: it does not lend."""
+    """Return the CPUs that the owner of a slice computes on now; None where that is not known: it does not lend."""
     if users is None or not own.pinned or not own.reach:
         return None
     return sorted(cpu for cpu, user in users.items() if user == pid)

@@ -29,7 +29,7 @@ STYLES = {
     Use.RESERVED: ("R", "white on #5a6675"),
     Use.BARRED: ("x", "dim strike"),
 }
-WIDEST = 160  # columns that the map takes at most, where nobody says how wide a line may be
+WIDEST = 160  # columns that the map takes at most, where nothing says how wide a line may be
 DETAILED = 64  # cores up to which every tile carries its CPU numbers
 
 
@@ -126,7 +126,7 @@ class Map:
         return tile.append(" ")
 
     def _borrower(self, core: Core) -> tuple[str, str | None]:
-        """Return the mark of whoever computes on a core without owning it, and its style."""
+        """Return the mark of the worker that computes on a core without owning it, and its style."""
         guest = self._view.borrower(core)
         if guest is None:
             return "", None
@@ -150,7 +150,7 @@ class Map:
         ):
             key.append("dim number", "dim").append(" SMT sibling kept free   ", "dim")
         if any(self._view.borrower(core) is not None for core in self._view.topology.cores):
-            words = "B computes on A's core" if self._detailed else "the colour tells who computes there"
+            words = "B computes on A's core" if self._detailed else "the colour shows who computes there"
             key.append(" A←B " if self._detailed else " A ", "reverse").append(f" borrowed: {words} now", "dim")
         if key:
             yield key

@@ -1,4 +1,4 @@
-"""The core map as a value: what a picture shows, whoever draws it."""
+"""The core map as a value: what a picture shows, in whatever form it is drawn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Use(StrEnum):
-    """What a core does, from its owner's side."""
+    """What a core is used for."""
 
     OWNED = "owned"
     SHARED = "shared"  # its CPUs are open to workers whose threads are bounded but not pinned
@@ -74,7 +74,7 @@ class View:
 
     ``elsewhere`` are the CPUs in slices of workers that the picture leaves out, ``unbound`` the PIDs of workers without
     a slice, each with the reason. ``ledger`` is the file that was read, ``server_pid`` the one frontend that is shown.
-    ``users`` are the PIDs of those who compute now, by CPU; None where that is not known.
+    ``users`` are the PIDs of the workers that compute now, by CPU; None where that is not known.
     """
 
     topology: Topology
@@ -121,7 +121,7 @@ class View:
         return Use.SHARED if any(not set(cpus).isdisjoint(core.cpus) for cpus in threads_only) else Use.IDLE
 
     def borrower(self, core: Core) -> int | Use | None:
-        """Return the position in ``workers`` of whoever computes on ``core`` now without owning it.
+        """Return the position in ``workers`` of the one that computes on ``core`` now without owning it.
 
         Use.ELSEWHERE is a worker that the picture leaves out, on a core of one that it shows.
         """
@@ -143,7 +143,7 @@ class View:
         return tuple(cpu for cpu in now if cpu in piece.cpus), tuple(cpu for cpu in now if cpu not in piece.cpus)
 
     def idle(self) -> frozenset[int]:
-        """Return the allowed CPUs of the cores that no worker uses and nobody keeps free."""
+        """Return the allowed CPUs of the cores that no worker uses and no option keeps free."""
         idle = {cpu for core in self.topology.cores if self.use(core) is Use.IDLE for cpu in core.cpus}
         return self.allowed & idle
 

@@ -77,7 +77,7 @@ def fastest_cores(
     """The cores of ``cpus`` that so many workers use, and notes.
 
     On a machine of one type, with --use-e-cores and with a core list these are all cores. Else the slowest type is
-    left out, as long as whole slices of it have less capacity than a further part of the faster cores.
+    left out, as long as whole slices of it have less capacity than a further slice of the faster cores.
     """
     cores = {i for i, core in enumerate(topology.cores) if not cpus.isdisjoint(core.cpus)}
     kinds = sorted({topology.cores[i].kind for i in cores})
@@ -113,8 +113,8 @@ def fastest_cores(
         known = any(core.capacity for core in topology.cores)
         notes.append(
             f"{workers} workers use the slowest cores too (CPUs {cpus_of([slowest])}), in slices of their own: a "
-            f"further part of the faster ones (CPUs {faster}) would have less capacity; cores count {ratio} by type, "
-            f"{'as the kernel says' if known else 'assumed, the kernel does not say'}; "
-            f"--core-list {faster} keeps to the faster ones, --use-e-cores treats all cores as equal"
+            f"further slice of the faster ones (CPUs {faster}) would have less capacity; cores count {ratio} by type "
+            f"({'as the kernel says' if known else 'assumed: the kernel does not say'}); "
+            f"--core-list {faster} uses the faster ones alone, --use-e-cores treats all cores alike"
         )
     return frozenset(i for t in used for i in by_type[t]), tuple(notes)

@@ -1,4 +1,4 @@
-"""Who gets which cores: topology and demands in, one disjoint slice per worker out. Pure: no I/O, no clock, no chance.
+"""Who gets which cores: topology and demands in, one disjoint slice per worker out. Pure, and always the same.
 
 Demands that may use the same cores under the same rules form a pool. Overlapping pools divide the cores first
 (``allotment``), then every pool is divided among its workers (``pool``): it is cut into local parts (``partition``), or
@@ -330,8 +330,8 @@ def _bound(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice
     members = pool.members
     notes.append(
         f"a CFS quota of {members[0].demand.quota:g} CPUs is below the {len(pool.cores)} cores that may be used, so "
-        f"others use them too: {count(pool.limit, 'thread')} for {count(len(members), 'worker')}, CPUs not pinned; "
-        "--pin always pins all the same"
+        f"other programs use them too: {count(pool.limit, 'thread')} for {count(len(members), 'worker')}, CPUs not "
+        "pinned; --pin always pins all the same"
     )
     fixed = _fixed(topology, pool)
     fair = [i for i, size in enumerate(fixed) if not size]
@@ -387,7 +387,8 @@ def _assign(
     if sum(sizes) > len(cores) and (policy.latency or policy.cores_per_worker):
         sizes = tuple(member.demand.cores or 0 for member in members)
         notes.append(
-            f"{sum(pool.fixed)} cores asked for, {len(cores)} there: {len(members)} workers share them equally"
+            f"{sum(pool.fixed)} cores asked for, {len(cores)} there: "
+            f"{len(members)} workers divide them as if none had asked"
         )
     core_of = {cpu: i for i in cores or pool.cores for cpu in topology.cores[i].cpus}
     workers = [

@@ -36,13 +36,13 @@ class LauncherArgsError(ValueError):
 
 
 class Pin(StrEnum):
-    AUTO = "auto"  # pin unless a CFS quota says that the CPUs are shared with strangers
+    AUTO = "auto"  # pin unless a CFS quota says that other containers use the CPUs too
     ALWAYS = "always"
     NEVER = "never"
 
 
 class Lend(StrEnum):
-    AUTO = "auto"  # idle cores compute for whoever has a request, as wide as pays
+    AUTO = "auto"  # requests also compute on the slices of idle workers
     NEVER = "never"
 
 
@@ -70,8 +70,8 @@ class Policy:
 
     ``node_ids`` and ``core_list`` (CPU numbers) narrow the allowed CPUs; None means no narrowing.
     ``cores_per_worker`` is one number for all workers or one per worker in order of arrival.
-    ``logical`` gives a slice both SMT siblings of its cores. ``allocator`` and ``omp_runtime`` are None where nobody
-    asked. ``notes`` say which words were accepted without effect.
+    ``logical`` gives a slice both SMT siblings of its cores. ``allocator`` and ``omp_runtime`` are None where no
+    option asks. ``notes`` say which words were accepted without effect.
     """
 
     node_ids: frozenset[int] | None = None
@@ -293,7 +293,7 @@ OPTIONS: tuple[Option, ...] = (
         "cores_per_worker",
         _sizes,
         "cores of one worker: one number for all, or one per worker in order of arrival, such as 4,2",
-        "an equal share",
+        "shares of about equal size",
     ),
     Option(
         ("--use-logical-core", "--use-logical-cores"),
@@ -309,13 +309,22 @@ OPTIONS: tuple[Option, ...] = (
         "skip_cross_node_cores",
         _flag(True),
         "no slice crosses a NUMA node, even if cores stay idle for it",
-        "nothing idle",
+        "off",
     ),
     Option(("--latency-mode",), "", "mode", _flag("--latency-mode"), "4 cores per worker", "off"),
     Option(("--throughput-mode",), "", "mode", _flag("--throughput-mode"), "a NUMA node at most per worker", "off"),
-    Option(("--equal",), "", "equal", _flag(True), "equal sizes, even if a slice crosses a NUMA node for it", "off"),
+    Option(
+        ("--equal",), "", "equal", _flag(True), "equal sizes within one core, even if slices cross NUMA nodes", "off"
+    ),
     Option(("--reserve-cores",), "N", "reserve_cores", _count, "keep N cores free of workers", "0"),
-    Option(("--use-e-cores",), "", "use_e_cores", _flag(True), "treat all cores of a hybrid processor as equal", "off"),
+    Option(
+        ("--use-e-cores",),
+        "",
+        "use_e_cores",
+        _flag(True),
+        "treat all cores of a hybrid processor alike, E-cores included",
+        "E-cores may stay idle",
+    ),
     Option(
         ("--pin",),
         "auto|always|never",
@@ -329,7 +338,7 @@ OPTIONS: tuple[Option, ...] = (
         "auto|never",
         "lend",
         _member(Lend),
-        "auto lets a request compute on the cores of idle workers of its NUMA node, too, where that makes it faster",
+        "auto lets a request also compute on the cores of idle workers of its NUMA node, where that makes it faster",
         "never",
     ),
     Option(
@@ -360,7 +369,13 @@ OPTIONS: tuple[Option, ...] = (
         "auto",
     ),
     Option(("--disable-iomp",), "", "omp_runtime", _flag(OmpRuntime.DEFAULT), "as --omp-runtime default"),
-    Option(("--strategy",), "scatter|close", "", _choice("scatter", "close"), "a slice lies where it crosses least"),
+    Option(
+        ("--strategy",),
+        "scatter|close",
+        "",
+        _choice("scatter", "close"),
+        "a slice lies where it crosses the fewest boundaries",
+    ),
     Option(("--ninstances",), "N", "", _integer, _EVERY_WORKER),
     Option(("--rank",), "N", "", _integer, _EVERY_WORKER),
     Option(("--instance-idx",), "LIST", "", _numbers, _EVERY_WORKER),
@@ -372,7 +387,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(("--no-python",), "", "", _flag(None), _IN_PLACE),
     Option(("--log-path", "--log-dir"), "DIR", "", str, _IN_LOG),
     Option(("--log-file-prefix",), "NAME", "", str, _IN_LOG),
-    Option(("--benchmark",), "", "", _flag(None), "it tunes jemalloc, whose settings stay yours: MALLOC_CONF"),
+    Option(("--benchmark",), "", "", _flag(None), "it tunes jemalloc; set MALLOC_CONF yourself for that"),
     Option(("--auto-ipex",), "", "", _flag(None), _NO_IPEX),
     Option(("--auto-ipex-verbose",), "", "", _flag(None), _NO_IPEX),
     Option(("--disable-ipex-graph-mode",), "", "", _flag(None), _NO_IPEX),

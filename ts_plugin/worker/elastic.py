@@ -2,7 +2,7 @@
 
 Between requests a worker computes on nothing, and its slice may be borrowed. A request waits for the worker's own
 slice, takes idle neighbours' slices up to the width that pays (``planning.width``), computes, and gives all of it back.
-Nobody computes on a core that somebody else computes on: the board's locks say who does, and end with their process.
+Two workers never compute on one core at the same time: the board's locks say who does, and end with their process.
 
 A worker whose requests have no clear boundaries (asynchronous handlers, torchrun, threads of its own) keeps its slice.
 """

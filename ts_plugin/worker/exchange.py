@@ -80,7 +80,7 @@ class Exchange:
         self._publish()
 
     def take_own(self, ground: Ground, patience: float) -> None:
-        """Take the worker's own slice, by force where somebody computes there for longer than ``patience`` seconds."""
+        """Take the worker's own slice, by force where another computes there for longer than ``patience`` seconds."""
         self.reopen()
         own = ground.own
         places = _places(self._slot, own)

@@ -19,7 +19,7 @@ __all__ = ["Hook", "install"]
 
 
 class Hook:
-    """What wants to know; a method that is not overridden does nothing.
+    """What ``install`` calls; a method that is not overridden does nothing.
 
     An exception is logged once and never reaches TorchServe.
     """

@@ -1,4 +1,4 @@
-"""Read-back: does reality agree with the slice? Repairs what is safe to repair and counts the rest."""
+"""Read-back: checks masks, memory and libraries against the slice, repairs what is safe to repair, counts the rest."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ReadBack:
         self._crowded = 0
 
     def read(self, lease: Lease, elastic: Elastic, *, thorough: bool) -> Reading:
-        """Let ``elastic`` put masks right, and look what this process does on the slice of ``lease``.
+        """Let ``elastic`` correct the masks, and check what this process does on the slice of ``lease``.
 
         ``thorough`` also looks at memory and libraries.
 
