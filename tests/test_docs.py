@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.harness.torchserve import free_ports
 from ts_plugin.planning.policy import option_reference, parse_launcher_args
+from ts_plugin.tune.torchserve import free_ports
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FILES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.properties import Property
+from ts_plugin.tune.properties import Property
 
 __all__ = ["Client", "RequestError", "TorchServeError", "model_path"]
 
