@@ -111,7 +111,9 @@ class Answer:
         return self.due + self.latency
 
 
-def take_turns(url: str, body: bytes, *, clients: int, seconds: float) -> list[Answer]:
+def take_turns(
+    url: str, body: bytes, *, clients: int, seconds: float, content_type: str = CONTENT_TYPE
+) -> list[Answer]:
     """Send for that long from kept-alive connections, each its next request when it has the answer to the one before.
 
     Return every answer in the order of sending, those that came after the end too.
@@ -126,7 +128,7 @@ def take_turns(url: str, body: bytes, *, clients: int, seconds: float) -> list[A
             while (due := time.monotonic() - began) < seconds:
                 good = False
                 try:
-                    connection.request("POST", target.path, body, {"Content-Type": CONTENT_TYPE})
+                    connection.request("POST", target.path, body, {"Content-Type": content_type})
                     answer = connection.getresponse()
                     answer.read()
                     good = 200 <= answer.status < 300
@@ -168,6 +170,7 @@ class OpenLoop:
         rate: float | None = None,
         arrivals: Iterable[float] | None = None,
         patience: float = 60.0,
+        content_type: str = CONTENT_TYPE,
     ) -> None:
         if (rate is None) == (arrivals is None):
             raise ValueError(f"rate {rate} and arrivals {arrivals}: give one of them")
@@ -176,7 +179,7 @@ class OpenLoop:
         self.patience = patience
         self._address = str(target.hostname), target.port
         self._request = (
-            f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: {CONTENT_TYPE}\r\n"
+            f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: {content_type}\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         ).encode() + body
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []

@@ -1,0 +1,310 @@
+"""The best choices on the real server, beside TorchServe's default and what the user runs now.
+
+All servers stand side by side, if memory allows, and get each load in turn; an idle one costs next to nothing. Every
+other round goes backwards. Full load: clients that send their next request when they have an answer, always more than
+the workers can take. Open loop: independent users, at the same rate for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ts_plugin.tune.archive import Archive, copy_with
+from ts_plugin.tune.load import Answer, OpenLoop, percentile, poisson, take_turns
+from ts_plugin.tune.measure import Body, Tell
+from ts_plugin.tune.profile import Choice, Target
+from ts_plugin.tune.properties import Property
+from ts_plugin.tune.store import Store
+from ts_plugin.tune.torchserve import TorchServe, TorchServeError
+
+__all__ = ["FRONTEND", "Candidate", "Confirmed", "Model", "confirm", "pick", "plugins", "settings"]
+
+FRONTEND = 600 << 20  # bytes: a TorchServe frontend, which is a JVM
+LEAD_IN = 1.5  # seconds of every load that do not count
+FULL = 5.0  # seconds of full load in one round, at least
+OPEN = 7.0  # seconds of open loop
+START = 15.0  # seconds that a server takes to start
+ROUNDS = 3
+MOST_CLIENTS = 96  # TorchServe refuses the 101st request in its queue
+SHARE = 0.7  # of the throughput: the rate of the open loop, unless one is wanted
+SAME = 0.03  # throughputs that differ by less are the same
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One archive, what its requests send, and what is wanted of it."""
+
+    archive: Archive
+    body: Body
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A server: ``choices`` per model, or None for archives as they are; ``memory`` in bytes, its frontend included."""
+
+    title: str
+    choices: tuple[Choice, ...] | None
+    properties: Mapping[str, Property | None]
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """What a candidate did, per model. ``throughput`` and ``rate`` in requests/s, ``p99`` in seconds at that rate.
+
+    ``spread`` is half the range of the throughput over all rounds, as a part of it; ``failed`` requests of all loads.
+    """
+
+    title: str
+    choices: tuple[Choice, ...] | None
+    throughput: tuple[float, ...]
+    spread: tuple[float, ...]
+    rate: tuple[float, ...]
+    p99: tuple[float, ...]
+    failed: int
+
+
+def settings(choice: Choice) -> dict[str, Any]:
+    """Return what a choice means in the archive's model-config.yaml."""
+    return {
+        "minWorkers": choice.workers,
+        "maxWorkers": choice.workers,
+        "batchSize": choice.batch,
+        "maxBatchDelay": max(choice.batch_delay_ms, 1),
+        "cpu": {"cores": choice.threads},
+    }
+
+
+def plugins() -> Path:
+    """Return the directory of the frontend hook."""
+    return Path(str(resources.files("ts_plugin"))).resolve() / "frontend"
+
+
+def confirm(
+    models: Sequence[Model],
+    candidates: Sequence[Candidate],
+    *,
+    store: Store,
+    seconds: float,
+    memory: int,
+    tell: Tell = lambda what, left: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> list[Confirmed]:
+    """Measure every candidate and return those that could be, in their order.
+
+    ``seconds`` is the budget, ``memory`` what all servers together may take; a candidate that needs more by itself is
+    left out, and ``note`` says so.
+
+    Raises:
+        TorchServeError: no choice could be served.
+    """
+    end = time.monotonic() + seconds
+    clients = _clients(models, candidates)
+    length = _length(models, candidates)
+    groups: list[list[Candidate]] = []
+    room = 0
+    for one in candidates:
+        if one.memory > memory:
+            note(f"{one.title}: not measured, it needs {one.memory >> 20} MiB and {memory >> 20} may be used")
+            continue
+        if not groups or one.memory > room:
+            groups.append([])
+            room = memory
+        groups[-1].append(one)
+        room -= one.memory
+    rates: list[float] = []
+    trouble: list[str] = []
+    for number, group in enumerate(groups):
+        left = (end - time.monotonic()) / (len(groups) - number)
+        with contextlib.ExitStack() as stack:
+            servers: dict[str, TorchServe] = {}
+            for at, one in enumerate(group):
+                if len(store.rounds(_key(one))) >= ROUNDS:
+                    continue
+                tell(f"starting the server: {one.title}", left - START * at)
+                try:
+                    servers[one.title] = stack.enter_context(_server(models, one, stack))
+                    _warm_up(models, servers[one.title], clients)
+                except TorchServeError as error:
+                    servers.pop(one.title, None)
+                    trouble.append(f"{one.title}: {str(error).partition(chr(10))[0]}")
+                    note(trouble[-1])
+            deadline = min(end, time.monotonic() + max(left - START * len(group), 0))
+            took = 0.0
+            for turn in range(ROUNDS):
+                began = time.monotonic()
+                if turn and began + 0.8 * took > deadline:
+                    break
+                for at, one in enumerate(group[:: -1 if turn % 2 else 1]):
+                    if one.title not in servers or len(store.rounds(_key(one))) > turn:
+                        continue
+                    going = min(ROUNDS - turn, max((deadline - began) // (len(group) * (length + OPEN)), 1))
+                    tell(f"{one.title}: full load", (going * len(group) - at) * (length + OPEN))
+                    full, failed = _full(models, servers[one.title], clients, length)
+                    if not rates and not (rates := store.get("rates", [])):
+                        rates = [model.target.rate or SHARE * rate for model, rate in zip(models, full, strict=True)]
+                        store.set("rates", rates)
+                    tell(
+                        f"{one.title}: " + ", ".join(f"{rate:.3g}" for rate in rates) + " requests/s",
+                        (going * len(group) - at - 0.5) * (length + OPEN),
+                    )
+                    latencies, more = _open(models, servers[one.title], rates, turn)
+                    store.add(_key(one), {"full": full, "latencies": latencies, "failed": failed + more})
+                took = time.monotonic() - began
+    rates = rates or store.get("rates", [])
+    found = [_confirmed(one, store.rounds(_key(one)), rates) for one in candidates if store.rounds(_key(one))]
+    if not any(one.choices for one in found):
+        raise TorchServeError("; ".join(trouble) or "no server could be measured")
+    return found
+
+
+def pick(found: Sequence[Confirmed], targets: Sequence[Target]) -> int:
+    """Return the place of the best choice, as measured: those that are within all targets first.
+
+    Of these with a rate the first (the chooser's order), otherwise the one with the most throughput; throughputs that
+    differ by less than 3 % are the same. If none is within, the nearest: by the 99th percentile, or the rate served.
+    """
+    best, best_key = -1, (False, 0.0)
+    for place, one in enumerate(found):
+        if one.choices is None:
+            continue
+        nearness = min(_nearness(target, *of) for target, *of in zip(targets, one.throughput, one.p99, strict=True))
+        inside = nearness >= 1
+        if not inside:
+            value = nearness
+        elif all(target.rate is not None for target in targets):
+            value = 1.0
+        else:
+            value = min(one.throughput) if len(targets) == 1 else nearness
+        if best < 0 or inside > best_key[0] or (inside == best_key[0] and value > best_key[1] * (1 + SAME)):
+            best, best_key = place, (inside, value)
+    return best
+
+
+def _nearness(target: Target, throughput: float, p99: float) -> float:
+    """Return 1 or more where the target is met, less where not: how much of it is reached."""
+    reached = [1.0]
+    if target.rate is not None:
+        reached.append(throughput / target.rate)
+    if target.p99 is not None:
+        reached.append(target.p99 / max(p99, 1e-9))
+    return min(reached)
+
+
+def _key(one: Candidate) -> str:
+    choices = one.choices and [settings(choice) for choice in one.choices]
+    return f"real {json.dumps([choices, {name: str(value) for name, value in one.properties.items()}])}"
+
+
+def _clients(models: Sequence[Model], candidates: Sequence[Candidate]) -> list[int]:
+    """Return the clients of each model under full load: twice what any choice can have in its workers."""
+    most = [4] * len(models)
+    for one in candidates:
+        for at, choice in enumerate(one.choices or ()):
+            most[at] = max(most[at], 2 * choice.workers * choice.batch)
+    return [min(clients, max(MOST_CLIENTS // len(models), 4)) for clients in most]
+
+
+def _length(models: Sequence[Model], candidates: Sequence[Candidate]) -> float:
+    """Return the seconds of full load: several batches of every choice."""
+    slowest = max(
+        (choice.workers * choice.batch / choice.throughput for one in candidates for choice in one.choices or ()),
+        default=0.0,
+    )
+    return max(FULL, LEAD_IN + 5 * slowest)
+
+
+def _server(models: Sequence[Model], one: Candidate, stack: contextlib.ExitStack) -> TorchServe:
+    archives = [model.archive.path for model in models]
+    if one.choices is not None:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ts-cores-")))
+        archives = [
+            copy_with(model.archive, directory / model.archive.path.name, settings(choice))
+            for model, choice in zip(models, one.choices, strict=True)
+        ]
+    return TorchServe(*archives, workers=None, properties=dict(one.properties))
+
+
+def _warm_up(models: Sequence[Model], server: TorchServe, clients: Sequence[int]) -> None:
+    """Let every worker see its batches: TorchScript and oneDNN prepare themselves."""
+    for model in models:
+        server.predict(model.archive.name, model.body.content, content_type=model.body.type)
+    _at_once(models, server, lambda url, at: _turns(models[at], url, clients[at], 3.0))
+
+
+def _full(
+    models: Sequence[Model], server: TorchServe, clients: Sequence[int], length: float
+) -> tuple[list[float], int]:
+    """Return the throughput of each model, and the requests that failed."""
+    found = _at_once(models, server, lambda url, at: _turns(models[at], url, clients[at], length))
+    good = [[one for one in answers if one.good and LEAD_IN < one.at <= length] for answers in found]
+    failed = sum(not one.good for answers in found for one in answers)
+    return [len(answers) / (length - LEAD_IN) for answers in good], failed
+
+
+def _turns(model: Model, url: str, clients: int, seconds: float) -> list[Answer]:
+    return take_turns(url, model.body.content, clients=clients, seconds=seconds, content_type=model.body.type)
+
+
+def _open(
+    models: Sequence[Model], server: TorchServe, rates: Sequence[float], turn: int
+) -> tuple[list[list[float]], int]:
+    """Return the latencies of each model, in seconds, and the requests that failed."""
+
+    def users(url: str, at: int) -> list[Answer]:
+        arrivals = poisson(rates[at], OPEN, seed=turn)
+        loop = OpenLoop(url, models[at].body.content, arrivals=arrivals, content_type=models[at].body.type)
+        return loop.run(OPEN)
+
+    found = _at_once(models, server, users)
+    latencies = [[one.latency for one in answers if one.good and one.due > LEAD_IN] for answers in found]
+    return latencies, sum(not one.good for answers in found for one in answers)
+
+
+def _at_once(
+    models: Sequence[Model], server: TorchServe, work: Callable[[str, int], list[Answer]]
+) -> list[list[Answer]]:
+    found: list[list[Answer]] = [[] for _ in models]
+
+    def one(at: int) -> None:
+        found[at] = work(server.prediction_url(models[at].archive.name), at)
+
+    threads = [threading.Thread(target=one, args=(at,), daemon=True) for at in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def _confirmed(one: Candidate, rounds: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> Confirmed:
+    full = list(zip(*(each["full"] for each in rounds), strict=True))
+    medians = [statistics.median(values) for values in full]
+    latencies = [[value for each in rounds for value in each["latencies"][at]] for at in range(len(full))]
+    return Confirmed(
+        title=one.title,
+        choices=one.choices,
+        throughput=tuple(medians),
+        spread=tuple(
+            (max(values) - min(values)) / 2 / max(median, 1e-9) for values, median in zip(full, medians, strict=True)
+        ),
+        rate=tuple(rates),
+        p99=tuple(percentile(values, 99) if values else float("inf") for values in latencies),
+        failed=sum(each["failed"] for each in rounds),
+    )
+
+
+def document(one: Confirmed) -> dict[str, Any]:
+    """Return it as JSON values."""
+    return asdict(one)
