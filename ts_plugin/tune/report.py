@@ -1,115 +1,28 @@
-"""What tune found, for people and for scripts: a table, a sentence, a picture, the lines to paste, JSON."""
+"""What tune found, for people and for scripts: a table, a sentence, a picture, JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import javaproperties
-import yaml
 from rich.box import SIMPLE
 from rich.table import Table
 
 from ts_plugin.machine.words import count
-from ts_plugin.tune.choose import LOAD, met
-from ts_plugin.tune.profile import Choice, Profile, Target
+from ts_plugin.tune.answer import DEFAULT, Answer
+from ts_plugin.tune.choose import LOAD
+from ts_plugin.tune.profile import Choice
+from ts_plugin.tune.settings import Lines
 
-__all__ = [
-    "DEFAULT",
-    "NOW",
-    "Advice",
-    "Answer",
-    "Confirmed",
-    "Lines",
-    "lines",
-    "markdown",
-    "name_of",
-    "picture",
-    "sentence",
-    "table",
-    "to_json",
-    "write",
-]
+__all__ = ["markdown", "name_of", "picture", "sentence", "table", "to_json"]
 
-DEFAULT = "TorchServe's default"
-NOW = "what runs now"
-KEPT = ".before-tune"  # the end of an old file's name
-OWN_CORES = re.compile(r"\s*--ncores?[-_]per[-_]instance(\s+|=)\S+")
 HEADS = ("", "requests/s", "+/-", "p50 ms", "p99 ms", "failed", "memory MB")
 BATCHES = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#D55E00")  # Okabe and Ito's colours
 DRAWN = 10  # divisions in the picture at most
-
-
-@dataclass(frozen=True, slots=True)
-class Confirmed:
-    """What the real server did with ``choice``, or with settings that are no choice of ours.
-
-    ``throughput`` in requests/s at full load, ``spread`` half of what lies between its lowest and highest repetition.
-    ``p50`` and ``p99`` in seconds, at the rate that all rows had. ``failed`` requests of all.
-    """
-
-    name: str
-    choice: Choice | None
-    throughput: float
-    spread: float
-    p50: float
-    p99: float
-    failed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """Something outside of slices that was measured: requests/s ``before`` and ``after``, and ``how`` to get it."""
-
-    what: str
-    before: float
-    after: float
-    how: str
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """All that is known of one model; ``name`` and ``version`` are its manifest's, ``choice`` is what tune advises."""
-
-    name: str
-    version: str
-    profile: Profile
-    target: Target
-    choices: tuple[Choice, ...]
-    choice: Choice
-    confirmed: tuple[Confirmed, ...] = ()
-    advice: tuple[Advice, ...] = ()
-
-    @property
-    def measured(self) -> Confirmed | None:
-        """What the server did with the choice, if it was confirmed."""
-        return next((row for row in self.confirmed if row.choice == self.choice), None)
-
-    @property
-    def met(self) -> bool:
-        """Whether the target is met, by what was measured if anything was."""
-        row, target = self.measured, self.target
-        if row is None:
-            return met(self.choice, target)
-        served = target.rate is None or target.rate <= LOAD * row.throughput
-        return served and (target.p99 is None or row.p99 <= target.p99)
-
-
-@dataclass(frozen=True, slots=True)
-class Lines:
-    """``properties`` for config.properties, and for each archive, by file name, the text of its model-config.yaml."""
-
-    properties: Mapping[str, str]
-    archives: Mapping[str, str]
 
 
 def name_of(choice: Choice) -> str:
@@ -219,84 +132,15 @@ def picture(path: Path, answer: Answer) -> str:
     return f"picture: {path}"
 
 
-def lines(answers: Sequence[Answer], present: Mapping[str, str] = MappingProxyType({})) -> Lines:
-    """Return what to set, merged with ``present``, the properties of the file that it is meant for.
-
-    A batch of 1 has no delay. Where an archive has a model-config.yaml of its own, that one wins over ``models``. Cores
-    of several models can be told apart by their archives alone.
-
-    Raises:
-        ValueError: ``models`` in the file is no JSON object.
-    """
-    try:
-        models = json.loads(present.get("models", "{}"))
-        for answer in answers:
-            version = models.setdefault(answer.name, {}).setdefault(answer.version, {})
-            version |= {"marName": answer.profile.archive} | _settings(answer.choice)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"models: not the JSON object that TorchServe reads: {error}; correct that line") from error
-    arguments = OWN_CORES.sub("", present.get("cpu_launcher_args", ""))
-    if len(answers) == 1:
-        arguments += f" --ncores-per-instance {answers[0].choice.threads}"
-    properties = {
-        "cpu_launcher_enable": "true",
-        "cpu_launcher_args": arguments.strip(),
-        "models": json.dumps(models),
-    }
-    if not properties["cpu_launcher_args"] and "cpu_launcher_args" not in present:
-        del properties["cpu_launcher_args"]
-    archives = {
-        answer.profile.archive: yaml.safe_dump(
-            _settings(answer.choice) | {"cpu": {"cores": answer.choice.threads}}, sort_keys=False
-        )
-        for answer in answers
-    }
-    return Lines(properties, archives)
-
-
-def write(path: Path, lines: Lines) -> Path | None:
-    """Set the properties in the file at ``path`` and return where the old file is kept; None: there was nothing to keep.
-
-    All other lines stay as they are. The file changes at once or not at all.
-
-    Raises:
-        OSError: it cannot be read, kept or written; it is then as it was.
-    """
-    path = path.resolve()  # a link stays one
-    draft, kept = path.with_name(f".{path.name}.{os.getpid()}"), None
-    try:
-        old = path.read_bytes() if path.exists() else None
-        new = _merged(old or b"", lines.properties)
-        if new == old:
-            return None
-        with draft.open("xb") as file:
-            file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
-        if old is not None:
-            shutil.copymode(path, draft)
-            kept = _keep(path)
-        os.replace(draft, path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        if kept:
-            kept.unlink()
-        raise OSError(
-            f"{path}: not written, it is as it was: {error.strerror}; paste the lines, or name another file"
-        ) from error
-    return kept
-
-
-def to_json(answers: Sequence[Answer]) -> str:
-    """Return everything as JSON; what is endless is null."""
+def to_json(answers: Sequence[Answer], lines: Lines) -> str:
+    """Return everything as JSON, ``lines`` included; what is endless is null."""
     told = [
         {"model": answer.name, "met": answer.met, "sentence": sentence(answer)}
         | {key: value for key, value in asdict(answer).items() if key not in ("name", "choices", "profile")}
         | {"archive": answer.profile.archive, "alternatives": [asdict(one) for one in answer.choices[:5]]}
         for answer in answers
     ]
-    return json.dumps({"models": _finite(told), "lines": _finite(asdict(lines(answers)))}, indent=2)
+    return json.dumps({"models": _finite(told), "lines": _finite(asdict(lines))}, indent=2)
 
 
 def _rows(answer: Answer) -> Iterator[tuple[tuple[str, ...], bool]]:
@@ -331,41 +175,6 @@ def _division(choice: Choice, *, short: bool = False) -> str:
     if short:
         return f"{choice.workers} x {choice.threads}"
     return f"{count(choice.workers, 'worker')} x {count(choice.threads, 'core')}"
-
-
-def _settings(choice: Choice) -> dict[str, int]:
-    settings = {"minWorkers": choice.workers, "maxWorkers": choice.workers, "batchSize": choice.batch}
-    return settings | ({"maxBatchDelay": choice.batch_delay_ms} if choice.batch > 1 else {})
-
-
-def _merged(old: bytes, properties: Mapping[str, str]) -> bytes:
-    """Return the file with ``properties`` set: in their old place, else at the end."""
-    text = old.decode("latin-1")  # as Java reads it; every byte comes back as it was
-    end = "\r\n" if "\r\n" in text else "\n"
-    left = {key: f"{key}={value.replace(chr(92), chr(92) * 2)}{end}" for key, value in properties.items()}
-    ready, result = dict(left), []
-    for key, _, source in javaproperties.parse(text):
-        result.append(source if key not in ready else ready[key])
-        left.pop(key or "", None)
-    if result and left and not result[-1].endswith(("\r", "\n")):
-        result.append(end)
-    return "".join([*result, *left.values()]).encode("latin-1")
-
-
-def _keep(path: Path) -> Path:
-    """Copy a file beside itself under a name that is free."""
-    number = 1
-    while True:
-        kept = path.with_name(path.name + KEPT + (f"-{number}" if number > 1 else ""))
-        try:
-            with kept.open("xb") as file:
-                file.write(path.read_bytes())
-                return kept
-        except FileExistsError:
-            number += 1
-        except OSError:
-            kept.unlink(missing_ok=True)
-            raise
 
 
 def _figure(value: float) -> str:
