@@ -51,6 +51,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ts_plugin.planning.queueing import waits
+
 __all__ = [
     "Decision",
     "Estimate",
@@ -70,7 +72,6 @@ __all__ = [
     "widths",
 ]
 
-SATURATED = 0.97  # utilisation from which a queue counts as endless
 WORTH = 0.08  # what borrowing must gain at least, as part of the cost
 STAY = 0.04  # what a change from one borrowing width to another must gain
 MEMORY = 32.0  # requests over which a service time is averaged
@@ -428,13 +429,13 @@ def _cost(
         return alone, alone / (mine.alone or 1.0), 0.0
     variation = max(0.0, squares / flow * (rate / flow) - 1)
     slices = max(1.0, pool.cores * flow / wide)
-    late, wait, tail = _wait(rate, flow / rate, variation, slices, _ahead(seen, workers))
+    late, wait, tail = waits(rate, flow / rate, variation, slices, _ahead(seen, workers))
     narrow = late * max(0.0, 1 - 2 / workers) / 2
     heed = TAIL[0] + TAIL[1] * min(1.0, sum(model.load for model in pool.models) / workers)
     arrivals = sum(model.rate for model in busy)
     cost = own = response = worst = 0.0
     for model, seconds in zip(busy, times, strict=True):
-        _, queue, longest = _wait(model.rate, seconds, 0.0, model.workers, _ahead(seen, model.workers))
+        _, queue, longest = waits(model.rate, seconds, 0.0, model.workers, _ahead(seen, model.workers))
         inside = model in pool.models
         wait_here = max(wait, queue) if inside else queue
         if wait_here == math.inf:
@@ -451,24 +452,6 @@ def _cost(
 def _ahead(seen: float, workers: int) -> float:
     """Return how many requests there may be at once: any number if all workers are busy, for some may queue."""
     return math.inf if seen >= workers - 0.5 else seen
-
-
-def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: float) -> tuple[float, float, float]:
-    """Return the part of the customers that wait in M/G/n, the mean wait of all, and the wait of one in a hundred.
-
-    Never longer than ``ahead`` customers at once can make each other wait.
-    Source: Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)"; waits are taken as exponential.
-    """
-    bound = max(0.0, ahead - servers) * seconds / servers
-    if not bound:
-        return 0.0, 0.0, 0.0
-    used = rate * seconds / servers
-    if used >= SATURATED and bound == math.inf:
-        return 1.0, bound, bound
-    late = 1.0 if used >= SATURATED else used ** (math.sqrt(2 * (servers + 1)) - 1)
-    each = (1 + variation) / 2 * seconds / (servers * (1 - min(used, SATURATED)))  # of those that wait
-    mean = bound if used >= SATURATED else min(bound, late * each)
-    return late, mean, each * math.log(max(1.0, 100 * late))
 
 
 def _rate_memory(record: Record) -> float:
