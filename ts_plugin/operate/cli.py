@@ -309,6 +309,15 @@ def _init(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(options: argparse.Namespace) -> int:
+    from ts_plugin.tune.command import TuneError, tune
+
+    try:
+        return tune(options)
+    except TuneError as error:
+        raise CommandError(str(error)) from error
+
+
 def _plugin_path(options: argparse.Namespace) -> int:
     print(_plugins())
     return 0
@@ -337,4 +346,5 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "init": _init,
     "plugin-path": _plugin_path,
+    "tune": _tune,
 }

@@ -18,7 +18,7 @@ class Confirmed:
     """What the real server did with ``choice``, or with settings that are no choice of ours.
 
     ``throughput`` in requests/s at full load, ``spread`` half of what lies between its lowest and highest repetition.
-    ``p50`` and ``p99`` in seconds, at the rate that all rows had. ``failed`` requests of all.
+    ``p50`` and ``p99`` in seconds, at ``rate`` requests/s, which all rows had. ``failed`` requests of all.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Confirmed:
     p50: float
     p99: float
     failed: int
+    rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,10 @@ def _is_torchscript(parts: zipfile.ZipFile, name: str) -> bool:
 
 
 def config_text(archive: Archive, settings: Mapping[str, Any]) -> str:
-    """Return the archive's model-config.yaml with ``settings`` in it; a section such as ``cpu`` is merged, None removes."""
+    """Return the archive's model-config.yaml with ``settings`` in it.
+
+    A section such as ``cpu`` is merged; None removes a key.
+    """
     merged = dict(archive.settings)
     for key, value in settings.items():
         before = merged.pop(key, None)

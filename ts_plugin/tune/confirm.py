@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ts_plugin.tune.answer import Confirmed
 from ts_plugin.tune.archive import Archive, copy_with
+from ts_plugin.tune.choose import LOAD
 from ts_plugin.tune.load import Answer, OpenLoop, percentile, poisson, take_turns
 from ts_plugin.tune.measure import Body, Tell
 from ts_plugin.tune.profile import Choice, Target
@@ -27,7 +30,7 @@ from ts_plugin.tune.properties import Property
 from ts_plugin.tune.store import Store
 from ts_plugin.tune.torchserve import TorchServe, TorchServeError
 
-__all__ = ["FRONTEND", "Candidate", "Confirmed", "Model", "confirm", "pick", "plugins", "settings"]
+__all__ = ["FRONTEND", "Candidate", "Model", "Served", "confirm", "pick", "plugins", "settings"]
 
 FRONTEND = 600 << 20  # bytes: a TorchServe frontend, which is a JVM
 LEAD_IN = 1.5  # seconds of every load that do not count
@@ -36,7 +39,6 @@ OPEN = 7.0  # seconds of open loop
 START = 15.0  # seconds that a server takes to start
 ROUNDS = 3
 MOST_CLIENTS = 96  # TorchServe refuses the 101st request in its queue
-SHARE = 0.7  # of the throughput: the rate of the open loop, unless one is wanted
 SAME = 0.03  # throughputs that differ by less are the same
 
 
@@ -60,19 +62,11 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Confirmed:
-    """What a candidate did, per model. ``throughput`` and ``rate`` in requests/s, ``p99`` in seconds at that rate.
+class Served:
+    """What a candidate did: a row per model."""
 
-    ``spread`` is half the range of the throughput over all rounds, as a part of it; ``failed`` requests of all loads.
-    """
-
-    title: str
-    choices: tuple[Choice, ...] | None
-    throughput: tuple[float, ...]
-    spread: tuple[float, ...]
-    rate: tuple[float, ...]
-    p99: tuple[float, ...]
-    failed: int
+    candidate: Candidate
+    rows: tuple[Confirmed, ...]
 
 
 def settings(choice: Choice) -> dict[str, Any]:
@@ -100,7 +94,7 @@ def confirm(
     memory: int,
     tell: Tell = lambda what, left: None,
     note: Callable[[str], None] = lambda text: None,
-) -> list[Confirmed]:
+) -> list[Served]:
     """Measure every candidate and return those that could be, in their order.
 
     ``seconds`` is the budget, ``memory`` what all servers together may take; a candidate that needs more by itself is
@@ -153,7 +147,7 @@ def confirm(
                     tell(f"{one.title}: full load", (going * len(group) - at) * (length + OPEN))
                     full, failed = _full(models, servers[one.title], clients, length)
                     if not rates and not (rates := store.get("rates", [])):
-                        rates = [model.target.rate or SHARE * rate for model, rate in zip(models, full, strict=True)]
+                        rates = [model.target.rate or LOAD * rate for model, rate in zip(models, full, strict=True)]
                         store.set("rates", rates)
                     tell(
                         f"{one.title}: " + ", ".join(f"{rate:.3g}" for rate in rates) + " requests/s",
@@ -163,13 +157,13 @@ def confirm(
                     store.add(_key(one), {"full": full, "latencies": latencies, "failed": failed + more})
                 took = time.monotonic() - began
     rates = rates or store.get("rates", [])
-    found = [_confirmed(one, store.rounds(_key(one)), rates) for one in candidates if store.rounds(_key(one))]
-    if not any(one.choices for one in found):
+    found = [_served(one, store.rounds(_key(one)), rates) for one in candidates if store.rounds(_key(one))]
+    if not any(one.candidate.choices for one in found):
         raise TorchServeError("; ".join(trouble) or "no server could be measured")
     return found
 
 
-def pick(found: Sequence[Confirmed], targets: Sequence[Target]) -> int:
+def pick(found: Sequence[Served], targets: Sequence[Target]) -> int:
     """Return the place of the best choice, as measured: those that are within all targets first.
 
     Of these with a rate the first (the chooser's order), otherwise the one with the most throughput; throughputs that
@@ -177,28 +171,28 @@ def pick(found: Sequence[Confirmed], targets: Sequence[Target]) -> int:
     """
     best, best_key = -1, (False, 0.0)
     for place, one in enumerate(found):
-        if one.choices is None:
+        if one.candidate.choices is None:
             continue
-        nearness = min(_nearness(target, *of) for target, *of in zip(targets, one.throughput, one.p99, strict=True))
+        nearness = min(_nearness(target, row) for target, row in zip(targets, one.rows, strict=True))
         inside = nearness >= 1
         if not inside:
             value = nearness
         elif all(target.rate is not None for target in targets):
             value = 1.0
         else:
-            value = min(one.throughput) if len(targets) == 1 else nearness
+            value = math.prod(row.throughput for row in one.rows)
         if best < 0 or inside > best_key[0] or (inside == best_key[0] and value > best_key[1] * (1 + SAME)):
             best, best_key = place, (inside, value)
     return best
 
 
-def _nearness(target: Target, throughput: float, p99: float) -> float:
-    """Return 1 or more where the target is met, less where not: how much of it is reached."""
+def _nearness(target: Target, row: Confirmed) -> float:
+    """Return 1 where the target is met, less where not: how much of it is reached."""
     reached = [1.0]
     if target.rate is not None:
-        reached.append(throughput / target.rate)
+        reached.append(LOAD * row.throughput / target.rate)
     if target.p99 is not None:
-        reached.append(target.p99 / max(p99, 1e-9))
+        reached.append(target.p99 / row.p99)
     return min(reached)
 
 
@@ -288,23 +282,21 @@ def _at_once(
     return found
 
 
-def _confirmed(one: Candidate, rounds: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> Confirmed:
-    full = list(zip(*(each["full"] for each in rounds), strict=True))
-    medians = [statistics.median(values) for values in full]
-    latencies = [[value for each in rounds for value in each["latencies"][at]] for at in range(len(full))]
-    return Confirmed(
-        title=one.title,
-        choices=one.choices,
-        throughput=tuple(medians),
-        spread=tuple(
-            (max(values) - min(values)) / 2 / max(median, 1e-9) for values, median in zip(full, medians, strict=True)
-        ),
-        rate=tuple(rates),
-        p99=tuple(percentile(values, 99) if values else float("inf") for values in latencies),
-        failed=sum(each["failed"] for each in rounds),
-    )
-
-
-def document(one: Confirmed) -> dict[str, Any]:
-    """Return it as JSON values."""
-    return asdict(one)
+def _served(one: Candidate, rounds: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> Served:
+    rows = []
+    for at, rate in enumerate(rates):
+        full = [each["full"][at] for each in rounds]
+        latencies = [value for each in rounds for value in each["latencies"][at]] or [math.inf]
+        rows.append(
+            Confirmed(
+                name=one.title,
+                choice=one.choices[at] if one.choices else None,
+                throughput=statistics.median(full),
+                spread=(max(full) - min(full)) / 2,
+                p50=percentile(latencies, 50),
+                p99=percentile(latencies, 99),
+                failed=sum(each["failed"] for each in rounds),
+                rate=rate,
+            )
+        )
+    return Served(one, tuple(rows))

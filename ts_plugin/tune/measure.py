@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ts_plugin.leases.environment import prepare_environment
 from ts_plugin.machine import discovery, process
+from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Policy
 from ts_plugin.tune.archive import Archive
 from ts_plugin.tune.bare import Bare, BareError, Binding
@@ -28,7 +29,7 @@ from ts_plugin.tune.profile import Cell, Profile
 from ts_plugin.tune.room import Room, RoomError
 from ts_plugin.tune.store import Store
 
-__all__ = ["Body", "Tell", "bare", "measure", "thread_counts", "unpacked"]
+__all__ = ["Body", "Tell", "allocator", "bare", "measure", "thread_counts", "unpacked"]
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ALWAYS = 8  # batches up to this size are measured even if a smaller one was as good
@@ -100,6 +101,14 @@ def bare(
     prepare_environment(environment, slices[0], policy, library_roots=(sys.prefix,))
     bindings = [Binding(one.cpus if one.pinned else tuple(sorted(room.cpus)), one.threads) for one in slices]
     return Bare(model, body.content, bindings, content_type=body.type, environment=environment, change=change)
+
+
+def allocator(policy: Policy) -> str:
+    """Return the LD_PRELOAD of a worker with this policy."""
+    environment = dict(os.environ)
+    nothing = Slice(cpus=(), threads=1, numa_nodes=(), l3_domains=(), packages=())
+    prepare_environment(environment, nothing, policy, library_roots=(sys.prefix,))
+    return environment.get("LD_PRELOAD", "")
 
 
 @contextlib.contextmanager

@@ -42,13 +42,13 @@ class TorchServe(Client):
         with TorchServe(mar, workers=2, properties={"cpu_launcher_enable": True, "plugins_path": plugins}) as server:
             server.predict("resnet18", photograph)
 
-    ``workers`` is the number per archive; None leaves it to the archives and to TorchServe. ``properties`` are lines of config.properties and win over the defaults
-    below; a value of None removes a default. ``environment`` is added to this process's. ``state_directory`` is the
-    TS_CORES_STATE_DIR, by default the server's own, so that it meets no other server; share one to make them meet.
-    ``model_store`` is by default an own directory with links to the archives. ``snapshot`` starts from that file as it
-    is (a file of ``snapshots()``, say) instead of writing config.properties; relative paths in it are looked up from
-    ``working_directory``, by default the server's own. ``keep`` leaves the directory in place.
-    ``timeout`` bounds every wait for workers, in seconds.
+    ``workers`` is the number per archive; None leaves it to the archives and to TorchServe. ``properties`` are lines of
+    config.properties and win over the defaults below; a value of None removes a default. ``environment`` is added to
+    this process's. ``state_directory`` is the TS_CORES_STATE_DIR, by default the server's own, so that it meets no
+    other server; share one to make them meet. ``model_store`` is by default an own directory with links to the
+    archives. ``snapshot`` starts from that file as it is (a file of ``snapshots()``, say) instead of writing
+    config.properties; relative paths in it are looked up from ``working_directory``, by default the server's own.
+    ``keep`` leaves the directory in place. ``timeout`` bounds every wait for workers, in seconds.
     """
 
     def __init__(
