@@ -93,8 +93,8 @@ def write(path: Path, lines: Lines) -> Path | None:
     except OSError as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        if kept:
-            kept.unlink()
+            if kept:
+                kept.unlink()
         raise OSError(
             f"{path}: not written, it is as it was: {error.strerror}; paste the lines, or name another file"
         ) from error
