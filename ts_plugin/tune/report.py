@@ -146,13 +146,13 @@ def to_json(answers: Sequence[Answer], lines: Lines) -> str:
 def _rows(answer: Answer) -> Iterator[tuple[tuple[str, ...], bool]]:
     """Yield cells, and whether the row is the advised one."""
     for row in answer.confirmed:
-        cells = (_figure(row.throughput), _figure(row.spread), _ms(row.p50), _ms(row.p99), str(row.failed))
-        memory = f"{row.choice.memory / 1e6:.0f}" if row.choice else ""
-        yield (row.name, *cells, memory), row.choice == answer.choice
+        memory = _megabytes(row.choice) if row.choice else ""
+        figures = _figure(row.throughput), _figure(row.spread), _ms(row.p50), _ms(row.p99), str(row.failed), memory
+        yield (row.name, *figures), answer.measured is row
     if answer.measured is None:
         one = answer.choice
-        cells = (_figure(one.throughput), "", "", _ms(one.p99), "", f"{one.memory / 1e6:.0f}")
-        yield (f"{name_of(one)} (expected)", *cells), True
+        expected = f"{name_of(one)} (expected)"
+        yield (expected, _figure(one.throughput), "", "", _ms(one.p99), "", _megabytes(one)), True
     for advice in answer.advice:
         gain = f"{advice.after / advice.before - 1:+.0%}"
         yield (f"{advice.what}, one process alone: {advice.how}", gain, "", "", "", "", ""), False
@@ -175,6 +175,10 @@ def _division(choice: Choice, *, short: bool = False) -> str:
     if short:
         return f"{choice.workers} x {choice.threads}"
     return f"{count(choice.workers, 'worker')} x {count(choice.threads, 'core')}"
+
+
+def _megabytes(choice: Choice) -> str:
+    return f"{choice.memory / 1e6:.0f}"
 
 
 def _figure(value: float) -> str:

@@ -93,8 +93,8 @@ def write(path: Path, lines: Lines) -> Path | None:
     except OSError as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        if kept:
-            kept.unlink()
+            if kept:
+                kept.unlink()
         raise OSError(
             f"{path}: not written, it is as it was: {error.strerror}; paste the lines, or name another file"
         ) from error
@@ -112,9 +112,10 @@ def _merged(old: bytes, properties: Mapping[str, str]) -> bytes:
     end = "\r\n" if "\r\n" in text else "\n"
     left = {key: f"{key}={value.replace(chr(92), chr(92) * 2)}{end}" for key, value in properties.items()}
     ready, result = dict(left), []
-    for key, _, source in javaproperties.parse(text):
-        result.append(ready.get(key or "", source))
-        left.pop(key or "", None)
+    for element in javaproperties.parse(text):
+        key = element.key if isinstance(element, javaproperties.KeyValue) else ""
+        result.append(ready.get(key, element.source))
+        left.pop(key, None)
     if result and left and not result[-1].endswith(("\r", "\n")):
         result.append(end)
     return "".join([*result, *left.values()]).encode("latin-1")
