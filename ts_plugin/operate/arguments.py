@@ -138,10 +138,9 @@ def _parser() -> argparse.ArgumentParser:
         "ts-cores tune a.mar b.mar --body a=photo.jpg --body b=text.json --rate a=20 --rate b=2",
     )
     tune.add_argument("archives", type=_file, nargs="+", metavar="ARCHIVE")
-    each = {"action": "append", "default": []}
-    tune.add_argument("--body", metavar="[NAME=]FILE", help="what a request sends; JSON is sent as such", **each)
-    tune.add_argument("--p99", metavar="[NAME=]TIME", help="99 of 100 answers within it: 200ms, 0.2s", **each)
-    tune.add_argument("--rate", metavar="[NAME=]N", help="requests/s to serve; default: the most", **each)
+    tune.add_argument("--body", action="append", metavar="[NAME=]FILE", help="what a request sends; JSON as such")
+    tune.add_argument("--p99", action="append", metavar="[NAME=]TIME", help="99 of 100 answers within it: 200ms, 0.2s")
+    tune.add_argument("--rate", action="append", metavar="[NAME=]N", help="requests/s to serve (default: the most)")
     tune.add_argument("--config", type=_file, metavar="FILE", help="what you run now, to compare with")
     tune.add_argument(
         "--write", type=_file, metavar="FILE", help="set the answer there; the old file is kept beside it"

@@ -170,10 +170,8 @@ def shortlist(ranked: Sequence[Sequence[Choice]]) -> list[tuple[Choice, ...]]:
     found = [tuple(first)]
     same = (one for one in ranked[1:] if division(one) == division(first))
     other = (one for one in ranked[1:] if division(one) != division(first))
-    for rest in (same, other):
-        if (following := next(rest, None)) is not None:
-            found.append(tuple(following))
-    return found
+    following = (next(rest, None) for rest in (same, other))
+    return found + [tuple(one) for one in following if one is not None]
 
 
 def candidates(
@@ -202,8 +200,8 @@ def explained(archive: Archive, error: BareError) -> str:
     lower = reason.lower()
     if any(word in lower for word in ("cuda", "nvidia", "gpu_id", "hip ")):
         return (
-            f"{archive.path}: its handler needs a GPU ({reason}); tune divides CPU cores, and serves without a GPU: let "
-            "the handler take device 'cpu' when system_properties has no gpu_id"
+            f"{archive.path}: its handler needs a GPU ({reason}); tune divides CPU cores, and serves without a GPU: "
+            "let the handler take device 'cpu' when system_properties has no gpu_id"
         )
     if error.stage == "load":
         missing = reason.startswith(("ModuleNotFoundError", "ImportError"))
@@ -403,9 +401,8 @@ def _report(models: Sequence[Model], answers: Sequence[Answer], options: argpars
     say = sys.stderr if options.json else sys.stdout
     if options.picture:
         for number, answer in enumerate(answers):
-            file = (
-                options.picture if number == 0 else options.picture.with_stem(f"{options.picture.stem}-{answer.name}")
-            )
+            stem = options.picture.stem + (f"-{answer.name}" if number else "")
+            file = options.picture.with_stem(stem)
             print(picture(file, answer), file=say)
     if options.write and not met:
         print(f"{options.write}: left as it is, since the target is not met", file=say)

@@ -1,4 +1,4 @@
-"""What an archive's handler costs, as measured without a server: plain data between measuring, choosing and reporting."""
+"""What an archive's handler costs, measured without a server: plain data between measuring, choosing and reporting."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is wanted: ``p99`` in seconds at most, or None; ``rate`` in requests/s that must be served, or None: the most."""
+    """What is wanted: ``p99`` in seconds at most, or None; ``rate`` in requests/s to be served, or None: the most."""
 
     p99: float | None = None
     rate: float | None = None
