@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from ts_plugin import __version__
-from ts_plugin.leases.ledger import LedgerError
 from ts_plugin.machine.words import count
 from ts_plugin.operate.config import Config, read_config
 from ts_plugin.tune.advise import advise
@@ -29,9 +29,9 @@ from ts_plugin.tune.answer import DEFAULT, NOW, Answer
 from ts_plugin.tune.archive import Archive, ArchiveError, copy_with, read_archive
 from ts_plugin.tune.bare import BareError
 from ts_plugin.tune.choose import choose, share
-from ts_plugin.tune.confirm import FRONTEND, Candidate, Model, Served, confirm, pick, plugins, settings
+from ts_plugin.tune.confirm import Candidate, Model, Served, confirm, pick, plugins, settings
 from ts_plugin.tune.load import CONTENT_TYPE
-from ts_plugin.tune.measure import Body, measure
+from ts_plugin.tune.measure import FRONTEND, Body, measure
 from ts_plugin.tune.profile import Choice, Profile, Target
 from ts_plugin.tune.properties import Property
 from ts_plugin.tune.report import name_of, picture, sentence, table, to_json
@@ -75,16 +75,15 @@ def tune(options: argparse.Namespace) -> int:
     models = _models(options)
     config = _config(options.config)
     with _alone() as cache:
-        room = find_room(anyway=options.anyway)
-        os.sched_setaffinity(0, room.cpus)  # what we start inherits it
-        stores = [Store(cache / f"{key(_depends(model, room, options))}.json", fresh=options.fresh) for model in models]
         try:
-            with _Show(len(models), options.minutes * 60, quiet=options.json) as show:
-                answers = _tuned(models, room, config, stores, options, show)
+            room = find_room(anyway=options.anyway)
+            os.sched_setaffinity(0, room.cpus)  # what we start inherits it
+            with _Show(len(models), options.minutes * 60) as show:
+                answers = _tuned(models, room, config, _stores(cache, models, room, options), options, show)
         except KeyboardInterrupt:
             print("ts-cores: interrupted; the same command goes on from here", file=sys.stderr)
             raise
-        except (RoomError, LedgerError) as error:
+        except RoomError as error:
             raise TuneError(str(error)) from error
         except TorchServeError as error:
             raise TuneError(f"the real server does not serve: {error}") from error
@@ -100,6 +99,7 @@ def _tuned(
     show: _Show,
 ) -> list[Answer]:
     profiles = []
+    *stores, of_servers = stores
     for model, store in zip(models, stores, strict=True):
         with show.stage(f"profiling {model.archive.path.name}", PROFILING / len(models)) as stage:
             try:
@@ -131,9 +131,9 @@ def _tuned(
         found = confirm(
             models,
             candidates(chosen, profiles, room, config),
-            store=stores[0],
+            store=of_servers,
             seconds=stage.seconds,
-            memory=memory,
+            memory=memory + FRONTEND,
             tell=stage.tell,
             note=show.note,
         )
@@ -288,24 +288,25 @@ def _config(path: Path | None) -> Config | None:
         raise TuneError(f"{path}: {error.strerror}") from error
 
 
-def _depends(model: Model, room: Room, options: argparse.Namespace) -> list[object]:
-    """Return all that the measurements of a model depend on."""
-    import torch
+def _stores(cache: Path, models: Sequence[Model], room: Room, options: argparse.Namespace) -> list[Store]:
+    """Return where each model's profile is kept, and what servers of all of them did.
 
-    return [
+    The names have in them all that measurements depend on.
+    """
+    machine = [
         __version__,
-        torch.__version__,
-        platform.processor() or platform.machine(),
+        metadata.version("torch"),
         platform.node(),
-        model.archive.path.name,
-        model.archive.digest,
-        model.body,
-        model.target,
+        platform.machine(),
         sorted(room.cpus),
         room.quota,
         options.memory,
         options.minutes,
-        [path.name for path in options.archives],
+    ]
+    each = [[model.archive.path.name, model.archive.digest, model.body] for model in models]
+    return [
+        Store(cache / f"{key([*machine, *one])}.json", fresh=options.fresh)
+        for one in (*each, ["servers", *(part for one in each for part in one)])
     ]
 
 
@@ -324,10 +325,13 @@ def _alone() -> Iterator[Path]:
         except BlockingIOError:
             raise TuneError(f"another `ts-cores tune` measures here ({cache}/lock); wait for its end") from None
         mark = f"{MARK}={cache}".encode()
+        left = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
                 if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
                     process.kill()
+                    left.append(process)
+        psutil.wait_procs(left, timeout=10)
         mask, marked = os.sched_getaffinity(0), os.environ.get(MARK)
         os.environ[MARK] = str(cache)
         before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -449,7 +453,7 @@ class _Stage:
 class _Show:
     """The progress, on stderr: a bar where that is a terminal, else a line per stage."""
 
-    def __init__(self, models: int, seconds: float, *, quiet: bool) -> None:
+    def __init__(self, models: int, seconds: float) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._budget = models * seconds
         self._planned = 1.0  # of the budget, for what has not begun

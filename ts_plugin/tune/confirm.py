@@ -30,9 +30,8 @@ from ts_plugin.tune.properties import Property
 from ts_plugin.tune.store import Store
 from ts_plugin.tune.torchserve import TorchServe, TorchServeError
 
-__all__ = ["FRONTEND", "Candidate", "Model", "Served", "confirm", "pick", "plugins", "settings"]
+__all__ = ["Candidate", "Model", "Served", "confirm", "pick", "plugins", "settings"]
 
-FRONTEND = 600 << 20  # bytes: a TorchServe frontend, which is a JVM
 LEAD_IN = 1.5  # seconds of every load that do not count
 FULL = 5.0  # seconds of full load in one round, at least
 OPEN = 7.0  # seconds of open loop
@@ -117,14 +116,16 @@ def confirm(
             room = memory
         groups[-1].append(one)
         room -= one.memory
-    rates: list[float] = []
+    wanted = f"rates {[model.target.rate for model in models]}"
+    rates: list[float] = store.get(wanted, [])
     trouble: list[str] = []
     for number, group in enumerate(groups):
         left = (end - time.monotonic()) / (len(groups) - number)
+        deadline = time.monotonic() + left
         with contextlib.ExitStack() as stack:
             servers: dict[str, TorchServe] = {}
             for at, one in enumerate(group):
-                if len(store.rounds(_key(one))) >= ROUNDS:
+                if len(store.rounds(_key(one, models))) >= ROUNDS:
                     continue
                 tell(f"starting the server: {one.title}", left - START * at)
                 try:
@@ -134,30 +135,30 @@ def confirm(
                     servers.pop(one.title, None)
                     trouble.append(f"{one.title}: {str(error).partition(chr(10))[0]}")
                     note(trouble[-1])
-            deadline = min(end, time.monotonic() + max(left - START * len(group), 0))
             took = 0.0
             for turn in range(ROUNDS):
                 began = time.monotonic()
                 if turn and began + 0.8 * took > deadline:
                     break
                 for at, one in enumerate(group[:: -1 if turn % 2 else 1]):
-                    if one.title not in servers or len(store.rounds(_key(one))) > turn:
+                    if one.title not in servers or len(store.rounds(_key(one, models))) > turn:
                         continue
                     going = min(ROUNDS - turn, max((deadline - began) // (len(group) * (length + OPEN)), 1))
                     tell(f"{one.title}: full load", (going * len(group) - at) * (length + OPEN))
                     full, failed = _full(models, servers[one.title], clients, length)
-                    if not rates and not (rates := store.get("rates", [])):
-                        rates = [model.target.rate or LOAD * rate for model, rate in zip(models, full, strict=True)]
-                        store.set("rates", rates)
+                    if not rates:
+                        rates = [model.target.rate or LOAD * most for model, most in zip(models, full, strict=True)]
+                        store.set(wanted, rates)
                     tell(
                         f"{one.title}: " + ", ".join(f"{rate:.3g}" for rate in rates) + " requests/s",
                         (going * len(group) - at - 0.5) * (length + OPEN),
                     )
                     latencies, more = _open(models, servers[one.title], rates, turn)
-                    store.add(_key(one), {"full": full, "latencies": latencies, "failed": failed + more})
+                    store.add(_key(one, models), {"full": full, "latencies": latencies, "failed": failed + more})
                 took = time.monotonic() - began
-    rates = rates or store.get("rates", [])
-    found = [_served(one, store.rounds(_key(one)), rates) for one in candidates if store.rounds(_key(one))]
+    found = [
+        _served(one, store.rounds(_key(one, models)), rates) for one in candidates if store.rounds(_key(one, models))
+    ]
     if not any(one.candidate.choices for one in found):
         raise TorchServeError("; ".join(trouble) or "no server could be measured")
     return found
@@ -196,9 +197,10 @@ def _nearness(target: Target, row: Confirmed) -> float:
     return min(reached)
 
 
-def _key(one: Candidate) -> str:
+def _key(one: Candidate, models: Sequence[Model]) -> str:
     choices = one.choices and [settings(choice) for choice in one.choices]
-    return f"real {json.dumps([choices, {name: str(value) for name, value in one.properties.items()}])}"
+    properties = {name: str(value) for name, value in one.properties.items()}
+    return f"real {json.dumps([choices, properties, [model.target.rate for model in models]])}"
 
 
 def _clients(models: Sequence[Model], candidates: Sequence[Candidate]) -> list[int]:

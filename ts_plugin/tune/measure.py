@@ -29,7 +29,7 @@ from ts_plugin.tune.profile import Cell, Profile
 from ts_plugin.tune.room import Room, RoomError
 from ts_plugin.tune.store import Store
 
-__all__ = ["Body", "Tell", "allocator", "bare", "measure", "thread_counts", "unpacked"]
+__all__ = ["FRONTEND", "Body", "Tell", "allocator", "bare", "measure", "thread_counts", "unpacked"]
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ALWAYS = 8  # batches up to this size are measured even if a smaller one was as good
@@ -39,6 +39,7 @@ PIECE = 0.5  # seconds of a cell in one round, at least
 FEWEST = 3  # batches of a cell in one round, at least
 WARM_UP = 3  # batches of a new size that do not count: TorchScript and oneDNN prepare themselves
 SPARE = 0.9  # of the free memory may be used
+FRONTEND = 500 << 20  # bytes of that are TorchServe's frontend's, a JVM
 
 Tell = Callable[[str, float], None]  # what is done now, and the seconds that this stage still takes
 
@@ -76,19 +77,20 @@ def measure(
 ) -> Profile:
     """Return the profile, of which ``store`` keeps every measurement at once.
 
-    ``seconds`` is the budget, of which the last round may take somewhat more. ``memory`` in bytes is what the workers
-    may use at most; None: what is free. No batch that takes longer than ``longest`` seconds is made larger.
+    ``seconds`` is the budget, of which the last round may take somewhat more. ``memory`` in bytes is what a server may
+    use at most; None: what is free. No batch that takes longer than ``longest`` seconds is made larger.
 
     Raises:
         BareError: the archive cannot be loaded, or its handler rejects the body.
         RoomError: there is no memory for one worker.
     """
     free = discovery.read_free_memory()
-    limit = min([amount for amount in (memory, free) if amount is not None], default=None)
+    amounts = [memory, None if free is None else int(SPARE * free)]
+    limit = min((amount for amount in amounts if amount is not None), default=sys.maxsize) - FRONTEND
     profiler = _Profiler(archive, body, room, store, limit, longest, tell)
-    if not store.get("profiled"):
+    if not store.get(f"profiled {longest}"):
         profiler.run(seconds)
-        store.set("profiled", True)
+        store.set(f"profiled {longest}", True)
     return profiler.profile()
 
 
@@ -139,7 +141,7 @@ class _Profiler:
         body: Body,
         room: Room,
         store: Store,
-        limit: int | None,
+        limit: int,
         longest: float | None,
         tell: Tell,
     ) -> None:
@@ -187,16 +189,17 @@ class _Profiler:
         Raises:
             RoomError: none.
         """
-        if self._limit is None or self._memory is None:
+        if self._memory is None:
             return sys.maxsize
         first, further = self._memory
-        left = SPARE * self._limit - first
+        left = self._limit - first
         if left < 0:
             raise RoomError(
-                f"{self._archive.path}: one worker needs {_mib(first)}, and {_mib(self._limit)} may be used; free some "
-                "memory, or raise --memory or the container's limit"
+                f"{self._archive.path}: a server needs {_mib(FRONTEND + first)}, of which one worker takes "
+                f"{_mib(first)}, and {_mib(FRONTEND + self._limit)} may be used; free some memory, or raise --memory "
+                "or the container's limit"
             )
-        return 1 + int(left // max(further, 1))
+        return 1 + left // max(further, 1)
 
     def _weigh(self, running: Sequence[Bare]) -> None:
         """Learn what processes take; they must be all that run. What was seen larger before stays."""
@@ -268,7 +271,7 @@ class _Profiler:
         if time.monotonic() + costs > deadline:
             return False
         free = discovery.read_free_memory()
-        if free is not None and self._limit is not None and free < (1 - SPARE) * self._limit:
+        if free is not None and free < FRONTEND:
             return False
         return batch <= ALWAYS or 2 * before >= GROWS * last
 
@@ -303,7 +306,7 @@ class _Profiler:
             node_cores=self._room.node_cores,
             first_memory=first,
             next_memory=further,
-            free_memory=sys.maxsize if self._limit is None else int(SPARE * self._limit),
+            free_memory=self._limit,
             batches="single" not in self._store,
             cells=tuple(sorted(cells, key=lambda cell: (cell.threads, cell.instances, cell.batch))),
         )
