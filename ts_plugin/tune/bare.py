@@ -92,7 +92,11 @@ class Bare:
             body.write_bytes(self._body)
             with self._errors.open("w") as errors:
                 for binding in self._bindings:
-                    order = {"model": str(model.resolve()), "body": str(body), "type": self._content_type}
+                    order: dict[str, object] = {
+                        "model": str(model.resolve()),
+                        "body": str(body),
+                        "type": self._content_type,
+                    }
                     order |= {"cpus": binding.cpus, "threads": binding.threads, "change": self._change}
                     process = subprocess.Popen(
                         [sys.executable, "-P", "-m", "ts_plugin.tune.bare", json.dumps(order)],

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO
 
 import psutil
 from rich.console import Console
@@ -59,7 +59,6 @@ KEPT = (
     "prefer_direct_buffer",
     "vmargs",
 )
-_Value = TypeVar("_Value")
 
 
 class TuneError(RuntimeError):
@@ -423,11 +422,11 @@ def _report(models: Sequence[Model], answers: Sequence[Answer], options: argpars
     return int(not met)
 
 
-def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wanted: Lines, say: object) -> None:
+def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wanted: Lines, say: TextIO) -> None:
     """Write config.properties, and the settings of archives that have their own or need their own cores."""
     try:
         kept = write(target, wanted)
-        print(f"{target}: written" + (f", the old one is {kept}" if kept else ""), file=say)  # type: ignore[arg-type]
+        print(f"{target}: written" + (f", the old one is {kept}" if kept else ""), file=say)
         for model, answer in zip(models, answers, strict=True):
             if model.archive.config or len(models) > 1:
                 path = model.archive.path
@@ -435,7 +434,7 @@ def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wan
                 if not old.exists():
                     os.link(path, old)
                 copy_with(model.archive, path, settings(answer.choice))
-                print(f"{path}: written, the old one is {old}", file=say)  # type: ignore[arg-type]
+                print(f"{path}: written, the old one is {old}", file=say)
     except OSError as error:
         raise TuneError(str(error)) from error
 

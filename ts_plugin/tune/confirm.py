@@ -30,7 +30,19 @@ from ts_plugin.tune.properties import Property
 from ts_plugin.tune.store import Store
 from ts_plugin.tune.torchserve import TorchServe, TorchServeError
 
-__all__ = ["Candidate", "Model", "Served", "confirm", "pick", "plugins", "settings"]
+__all__ = [
+    "Candidate",
+    "Model",
+    "Served",
+    "clients_of",
+    "confirm",
+    "full_load",
+    "pick",
+    "plugins",
+    "settings",
+    "start",
+    "warm_up",
+]
 
 LEAD_IN = 1.5  # seconds of every load that do not count
 FULL = 5.0  # seconds of full load in one round, at least
@@ -103,7 +115,7 @@ def confirm(
         TorchServeError: no choice could be served.
     """
     end = time.monotonic() + seconds
-    clients = _clients(models, candidates)
+    clients = clients_of(models, candidates)
     length = _length(models, candidates)
     groups: list[list[Candidate]] = []
     room = 0
@@ -129,8 +141,8 @@ def confirm(
                     continue
                 tell(f"starting the server: {one.title}", left - START * at)
                 try:
-                    servers[one.title] = stack.enter_context(_server(models, one, stack))
-                    _warm_up(models, servers[one.title], clients)
+                    servers[one.title] = stack.enter_context(start(models, one, stack))
+                    warm_up(models, servers[one.title], clients)
                 except TorchServeError as error:
                     servers.pop(one.title, None)
                     trouble.append(f"{one.title}: {str(error).partition(chr(10))[0]}")
@@ -145,7 +157,7 @@ def confirm(
                         continue
                     going = min(ROUNDS - turn, max((deadline - began) // (len(group) * (length + OPEN)), 1))
                     tell(f"{one.title}: full load", (going * len(group) - at) * (length + OPEN))
-                    full, failed = _full(models, servers[one.title], clients, length)
+                    full, failed = full_load(models, servers[one.title], clients, length)
                     if not rates:
                         rates = [model.target.rate or LOAD * most for model, most in zip(models, full, strict=True)]
                         store.set(wanted, rates)
@@ -203,7 +215,7 @@ def _key(one: Candidate, models: Sequence[Model]) -> str:
     return f"real {json.dumps([choices, properties, [model.target.rate for model in models]])}"
 
 
-def _clients(models: Sequence[Model], candidates: Sequence[Candidate]) -> list[int]:
+def clients_of(models: Sequence[Model], candidates: Sequence[Candidate]) -> list[int]:
     """Return the clients of each model under full load: twice what any choice can have in its workers."""
     most = [4] * len(models)
     for one in candidates:
@@ -221,7 +233,7 @@ def _length(models: Sequence[Model], candidates: Sequence[Candidate]) -> float:
     return max(FULL, LEAD_IN + 5 * slowest)
 
 
-def _server(models: Sequence[Model], one: Candidate, stack: contextlib.ExitStack) -> TorchServe:
+def start(models: Sequence[Model], one: Candidate, stack: contextlib.ExitStack) -> TorchServe:
     archives = [model.archive.path for model in models]
     if one.choices is not None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ts-cores-")))
@@ -232,14 +244,14 @@ def _server(models: Sequence[Model], one: Candidate, stack: contextlib.ExitStack
     return TorchServe(*archives, workers=None, properties=dict(one.properties))
 
 
-def _warm_up(models: Sequence[Model], server: TorchServe, clients: Sequence[int]) -> None:
+def warm_up(models: Sequence[Model], server: TorchServe, clients: Sequence[int]) -> None:
     """Let every worker see its batches: TorchScript and oneDNN prepare themselves."""
     for model in models:
         server.predict(model.archive.name, model.body.content, content_type=model.body.type)
     _at_once(models, server, lambda url, at: _turns(models[at], url, clients[at], 3.0))
 
 
-def _full(
+def full_load(
     models: Sequence[Model], server: TorchServe, clients: Sequence[int], length: float
 ) -> tuple[list[float], int]:
     """Return the throughput of each model, and the requests that failed."""
