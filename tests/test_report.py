@@ -263,3 +263,18 @@ def test_json_for_scripts() -> None:
     assert model["choice"]["p99"] is None  # endless
     assert model["sentence"] == sentence(given)
     assert json.loads(told["lines"]["properties"]["models"])["m"]["1.0"]["minWorkers"] == 2
+
+
+def test_the_picture_shows_every_division_that_leaves_no_core_idle(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    wide = replace(PROFILE, cores=16, node_cores=8, cells=tuple(replace(one, instances=1) for one in CELLS))
+    cells = *wide.cells, *(replace(one, threads=8, seconds=0.3 * one.seconds) for one in CELLS if one.threads == 2)
+    choices = tuple(choose(replace(wide, cells=cells), Target()))
+    picture(tmp_path / "tuned.svg", answer(choices=choices, choice=choices[0], confirmed=()))
+    drawn = (tmp_path / "tuned.svg").read_text()
+    shown = [
+        one
+        for one in ("16 x 1", "15 x 1", "8 x 2", "5 x 3", "4 x 4", "3 x 5", "2 x 8", "2 x 7", "1 x 8")
+        if one in drawn
+    ]
+    assert shown == ["16 x 1", "8 x 2", "5 x 3", "4 x 4", "3 x 5", "2 x 8"]

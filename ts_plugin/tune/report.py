@@ -115,12 +115,12 @@ def picture(path: Path, answer: Answer) -> str:
                 label=f"batch {batch}",
             )
         place = divisions.index(_division(answer.choice, short=True))
-        if math.isfinite(getattr(answer.choice, field)):
-            axes.plot(
-                place, scale * getattr(answer.choice, field), "o", ms=15, mfc="none", mec="black", mew=2, label="chosen"
-            )
-        if answer.measured:
-            axes.plot(place, scale * getattr(answer.measured, field), "*", color="black", ms=11, label="measured")
+        marks = [("o", answer.choice, "chosen", 15), ("*", answer.measured, "measured", 11)]
+        for mark, one, label, size in marks:
+            if one and math.isfinite(getattr(one, field)):
+                y = scale * getattr(one, field)
+                fill = "none" if mark == "o" else "black"
+                axes.plot(place, y, mark, ms=size, mfc=fill, mec="black", mew=2, label=label, ls="", clip_on=False)
         axes.set_title(title, loc="left", fontsize=10.5)
         axes.set_xticks(range(len(divisions)), divisions, rotation=45 if len(divisions) > 5 else 0)
         axes.set_xlabel("workers x cores of each")
@@ -159,12 +159,13 @@ def _rows(answer: Answer) -> Iterator[tuple[tuple[str, ...], bool]]:
 
 
 def _drawn(answer: Answer) -> list[Choice]:
-    """Return all batches of the most productive divisions and of the choice, most workers last."""
+    """Return all batches of the choice's division and of the best that leave no core idle, most workers last."""
     best: dict[tuple[int, int], float] = {}
     for one in answer.choices:
         key = one.workers, one.threads
         best[key] = max(best.get(key, 0.0), one.throughput)
-    keys = set(sorted(best, key=lambda key: -best[key])[: DRAWN - 1]) | {(answer.choice.workers, answer.choice.threads)}
+    full = [(w, t) for w, t in best if (w + 1, t) not in best and (w, t + 1) not in best]
+    keys = {*sorted(full, key=lambda key: -best[key])[: DRAWN - 1], (answer.choice.workers, answer.choice.threads)}
     return sorted(
         (one for one in answer.choices if (one.workers, one.threads) in keys),
         key=lambda one: (one.workers, -one.threads, one.batch),
