@@ -52,7 +52,7 @@ def sentence(answer: Answer) -> str:
     """Say in one sentence what is advised and why."""
     choice, target, row = answer.choice, answer.target, answer.measured
     throughput, p99 = (row.throughput, row.p99) if row else (choice.throughput, choice.p99)
-    late = f"99 of 100 answers at {_figure(choice.rate)} requests/s within {_ms(p99)} ms"
+    late = f"99 of 100 answers at {_figure(row.rate if row else choice.rate)} requests/s within {_ms(p99)} ms"
     most = f"{_figure(throughput)} requests/s at full load"
     if not answer.met and target.rate is not None and target.rate > LOAD * throughput:
         return (
