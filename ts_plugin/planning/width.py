@@ -67,6 +67,7 @@ __all__ = [
     "new_record",
     "offers",
     "patience",
+    "primed",
     "served",
     "traffic",
     "widths",
@@ -80,6 +81,7 @@ GUESS = 0.5  # requests that the guess of a service time counts for
 SERIAL = 0.05  # serial part of the work that is guessed for widths beyond the only one known
 HOPE = 0.9  # guessed time, as part of what the two widths below predict
 KNOWN = 2.0  # requests from which a measured time may serve to guess others
+PRIMED = 4.0  # requests that a time of a profile counts for
 LONGER = 1.5  # a request may borrow from a worker whose own take at least 1 / LONGER as long
 CROWDED = 0.85  # load, as part of what slices alone can serve, from which nobody borrows
 SHARE = 1.7  # times its share of the domain that a request takes while others have requests
@@ -172,6 +174,12 @@ class Traffic:
 def new_record(model: int, cores: int, now: float) -> Record:
     """Return the record of a worker that has served nothing."""
     return Record(model, cores, cores, at=now, born=now, idle_since=now)
+
+
+def primed(record: Record, profile: Mapping[int, float]) -> Record:
+    """Return ``record``, which has served nothing, with the service times of a profile: cores -> seconds."""
+    times = (Measured(cores, seconds, PRIMED) for cores, seconds in sorted(profile.items()) if cores >= record.cores)
+    return record if record.measured else replace(record, measured=tuple(times))
 
 
 def arrived(record: Record, now: float, others: int) -> Record:

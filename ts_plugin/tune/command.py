@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import psutil
 from rich.console import Console
@@ -433,10 +433,19 @@ def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wan
                 old = path.with_name(f"{path.name}.before-tune")
                 if not old.exists():
                     os.link(path, old)
-                copy_with(model.archive, path, settings(answer.choice))
+                copy_with(model.archive, path, _with_profile(answer))
                 print(f"{path}: written, the old one is {old}", file=say)
     except OSError as error:
         raise TuneError(str(error)) from error
+
+
+def _with_profile(answer: Answer) -> dict[str, Any]:
+    """Return the settings of an archive, with what a request takes by cores: for workers that lend cores."""
+    chosen = settings(answer.choice)
+    cells = answer.profile.cells
+    alone = {cell.threads: round(cell.seconds, 5) for cell in cells if (cell.batch, cell.instances) == (1, 1)}
+    chosen["cpu"] |= {"profile": alone}
+    return chosen
 
 
 class _Stage:

@@ -50,7 +50,7 @@ OPEN = 7.0  # seconds of open loop
 START = 15.0  # seconds that a server takes to start
 ROUNDS = 3
 MOST_CLIENTS = 96  # TorchServe refuses the 101st request in its queue
-SAME = 0.03  # throughputs that differ by less are the same
+SAME = 0.02  # throughputs that differ by less are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ def pick(found: Sequence[Served], targets: Sequence[Target]) -> int:
     """Return the place of the best choice, as measured: those that are within all targets first.
 
     Of these with a rate the first (the chooser's order), otherwise the one with the most throughput; throughputs that
-    differ by less than 3 % are the same. If none is within, the nearest: by the 99th percentile, or the rate served.
+    differ by less than 2 % are the same. If none is within, the nearest: by the 99th percentile, or the rate served.
     """
     best, best_key = -1, (False, 0.0)
     for place, one in enumerate(found):
