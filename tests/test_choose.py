@@ -286,6 +286,11 @@ def test_sharing_keeps_within_cores_and_memory_and_meets_what_can_be_met(
         assert sum(one.memory for one in division) <= 600
 
 
+def test_models_that_want_many_workers_share_the_memory() -> None:
+    for division in share([profiled(amdahl(), 8, memory=(100, 50, 400))] * 2, [Target(), Target()]):
+        assert sum(one.memory for one in division) <= 400
+
+
 def test_many_models_on_many_cores_are_divided_too() -> None:
     profiles = [profiled(amdahl(each=1), 32, batches=False) for _ in range(6)]
     best = share(profiles, [Target(rate=1)] * 6)[0]
