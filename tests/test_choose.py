@@ -20,10 +20,15 @@ Seconds = Callable[[float, float, float], float]  # by threads, batch and instan
 
 
 def amdahl(seconds: float = 0.1, *, serial: float = 0.2, each: float = 0.8, crowd: float = 0.0) -> Seconds:
-    """Each further request of a batch costs ``each`` of the first, each further instance slows by ``crowd``."""
+    """Each more request of a batch costs ``each`` of the first, each core that others keep busy slows by ``crowd``."""
 
     def time(threads: float, batch: float, instances: float) -> float:
-        return seconds * (serial + (1 - serial) / threads) * (1 + each * (batch - 1)) * (1 + crowd * (instances - 1))
+        return (
+            seconds
+            * (serial + (1 - serial) / threads)
+            * (1 + each * (batch - 1))
+            * (1 + crowd * threads * (instances - 1))
+        )
 
     return time
 
@@ -127,7 +132,7 @@ machines = st.builds(
         st.floats(0.001, 1),
         serial=st.floats(0, 0.9),
         each=st.floats(0.2, 1),
-        crowd=st.floats(0, 0.2),
+        crowd=st.floats(0, 0.1),
     ),
     cores=st.integers(1, 8),
     nodes=st.integers(1, 3),
@@ -168,14 +173,13 @@ def test_all_there_is_in_the_order_that_was_asked_for(profile: Profile, target: 
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(1, 12), st.floats(0, 0.9), st.floats(0.2, 1), st.floats(0, 0.2))
+@given(st.integers(1, 12), st.floats(0, 0.9), st.floats(0.2, 1), st.floats(0, 0.1))
 def test_the_most_throughput_of_an_exhaustive_search(cores: int, serial: float, each: float, crowd: float) -> None:
     time = amdahl(serial=serial, each=each, crowd=crowd)
     profile = profiled(time, cores)
     most = max(w * b / time(t, b, w) for w, t, b in all_shapes(profile))
     workers, threads, batch = shape(choose(profile, Target())[0])
-    # Few points are measured: what lies between may be wrong where cores are many and crowded.
-    assert workers * batch / time(threads, batch, workers) >= 0.93 * most
+    assert workers * batch / time(threads, batch, workers) >= 0.97 * most
 
 
 def splits(cores: int, batch: int, widest: int) -> Iterator[list[tuple[int, int]]]:
@@ -280,6 +284,11 @@ def test_sharing_keeps_within_cores_and_memory_and_meets_what_can_be_met(
         assert len(division) == len(models)
         assert sum(one.workers * one.threads for one in division) <= cores
         assert sum(one.memory for one in division) <= 600
+
+
+def test_models_that_want_many_workers_share_the_memory() -> None:
+    for division in share([profiled(amdahl(), 8, memory=(100, 50, 400))] * 2, [Target(), Target()]):
+        assert sum(one.memory for one in division) <= 400
 
 
 def test_many_models_on_many_cores_are_divided_too() -> None:

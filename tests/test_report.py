@@ -267,7 +267,7 @@ def test_json_for_scripts() -> None:
 
 def test_the_picture_shows_every_division_that_leaves_no_core_idle(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    wide = replace(PROFILE, cores=16, node_cores=8, cells=tuple(replace(one, instances=1) for one in CELLS))
+    wide = replace(PROFILE, cores=16, node_cores=8, cells=tuple(one for one in CELLS if one.instances == 1))
     cells = *wide.cells, *(replace(one, threads=8, seconds=0.3 * one.seconds) for one in CELLS if one.threads == 2)
     choices = tuple(choose(replace(wide, cells=cells), Target()))
     picture(tmp_path / "tuned.svg", answer(choices=choices, choice=choices[0], confirmed=()))

@@ -10,7 +10,7 @@ the batches up to the largest measured. With w workers, batches of b and S secon
   Batches grow under load until the queue does not: the mean batch counts with which the sum is least.
 
 S is measured at few points. Between them it is linear in 1 / threads (a part that cores divide and one that they do
-not), in the batch and in how many workers compute at once. A batch larger than any measured gains nothing more.
+not), in the batch, and in how many cores others keep busy. A batch larger than any measured gains nothing more.
 
 Example. A machine of 4 cores, S(threads) = 100 ms (0.2 + 0.8 / threads), a batch of 4 takes three times as long as one
 request: 4 workers x 1 core, batch 4 answer 4 x 4 / 0.3 = 53 requests/s, 1 worker x 4 cores, batch 4 answers
@@ -237,40 +237,42 @@ class _Curves:
     """Seconds of a batch for any number of threads, requests and instances, between those that were measured."""
 
     def __init__(self, profile: Profile) -> None:
-        self._cells: dict[int, dict[int, list[Cell]]] = {}
+        self._cells: dict[tuple[int, int], list[Cell]] = {}
+        self._points: dict[tuple[int, int], list[tuple[float, float]]] = {}  # cores that others keep busy, seconds
         for cell in sorted(profile.cells, key=lambda one: (one.threads, one.batch, one.instances)):
             if profile.batches or cell.batch == 1:
-                self._cells.setdefault(cell.threads, {}).setdefault(cell.batch, []).append(cell)
-        self.threads = tuple(self._cells)
-        measured = {batch for row in self._cells.values() for batch in row}
-        powers = {1 << power for power in range(max(measured).bit_length())}
-        self.batches = tuple(sorted(measured | powers))
+                key = cell.threads, cell.batch
+                self._cells.setdefault(key, []).append(cell)
+                self._points.setdefault(key, []).append(((cell.instances - 1.0) * cell.threads, cell.seconds))
+        self.threads = tuple(dict.fromkeys(threads for threads, _ in self._cells))
+        measured = {batch for _, batch in self._cells}
+        self.batches = tuple(sorted(measured | {1 << power for power in range(max(measured).bit_length())}))
 
     def seconds(self, threads: int, batch: int, instances: float) -> float:
+        others = (instances - 1) * threads
         by_threads = []
-        for measured, row in self._cells.items():
-            largest = max(row)
-            points = [(float(size), self._with(row, size, instances)) for size in row]
-            by_threads.append((-1 / measured, _line(points, batch) * max(1.0, batch / largest)))
+        for measured in self.threads:
+            points = [(float(b), self._among(t, b, others)) for t, b in self._points if t == measured]
+            by_threads.append((-1 / measured, _line(points, batch) * max(1.0, batch / points[-1][0])))
         slower = max(1.0, self.threads[0] / threads)  # fewer threads than measured
         return _line(by_threads, -1 / threads) * slower
 
     def variation(self, threads: int, instances: int) -> float:
         """Return the squared coefficient of variation that was measured nearest to this, with the smallest batch."""
-        nearest = min(self.threads, key=lambda one: abs(one - threads))
-        row = self._cells[nearest]
-        return min(row[min(row)], key=lambda one: abs(one.instances - instances)).variation
+        nearest = min(self._cells, key=lambda one: (abs(one[0] - threads), one[1]))
+        return min(self._cells[nearest], key=lambda one: abs(one.instances - instances)).variation
 
-    def _with(self, row: dict[int, list[Cell]], batch: int, instances: float) -> float:
-        """Return seconds with so many instances at once; what was not measured at this batch is taken from the next."""
-        seconds = _line([(float(one.instances), one.seconds) for one in row[batch]], instances)
-        here = row[batch][-1].instances
-        fuller = [size for size, cells in row.items() if cells[-1].instances > here]
-        if instances <= here or not fuller:
-            return seconds
-        cells = row[min(fuller, key=lambda size: abs(size - batch))]
-        points = [(float(one.instances), one.seconds) for one in cells]
-        return seconds * _line(points, instances) / _line(points, here)
+    def _among(self, threads: int, batch: int, others: float) -> float:
+        """Return seconds while others keep so many cores busy. If fewer were, the nearest cells tell how that slows."""
+        points = self._points[threads, batch]
+        here, seconds = points[-1]
+        fuller = [(key, one) for key, one in self._points.items() if one[-1][0] > here]
+        if others <= here or not fuller:
+            return _line(points, others)
+        _, like = min(
+            fuller, key=lambda one: (one[1][-1][0] < others, abs(one[0][0] - threads), abs(one[0][1] - batch))
+        )
+        return seconds * _line(like, others) / _line(like, here)
 
 
 def _line(points: Sequence[tuple[float, float]], x: float) -> float:
