@@ -97,11 +97,14 @@ def test_other_blocks_can_be_read(path: Path, checkout: Path) -> None:
                     if name == "cpu_launcher_args":
                         parse_launcher_args(value)
             case "":  # output, and pictures in letters
-                assert path.name == "README.md"
-            case "console":  # needs what no test has: a Docker engine, a cluster; or runs this test
+                assert path.name in ("README.md", "tuning.md")
+            case "console":  # needs what no test has: a Docker engine, a cluster, minutes; or runs this test
                 commands = re.findall(r"^\./dev \w+", (checkout / "dev").read_text(), re.MULTILINE)
                 for line in block.text.splitlines():
-                    assert line.startswith(("docker ", "kubectl ", "pip ")) or line.split("  ")[0] in commands, line
+                    assert (
+                        line.startswith(("docker ", "kubectl ", "pip ", "ts-cores tune "))
+                        or line.split("  ")[0] in commands
+                    ), line
                 for file in re.findall(r"config/\S+", block.text):
                     assert (checkout / file).is_file(), file
             case _:
