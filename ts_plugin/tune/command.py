@@ -43,6 +43,7 @@ from ts_plugin.tune.torchserve import TorchServeError
 __all__ = ["TuneError", "candidates", "explained", "shortlist", "tune"]
 
 MARK = "TS_CORES_TUNE"  # in the environment of everything that we start: a killed tuner leaves servers behind
+A_SERVER = 30.0  # seconds that confirming one takes: a short run confirms fewer
 PROFILING, CONFIRMING, ADVISING = 0.35, 0.5, 0.15  # parts of the time
 # What makes a server of the user's config.properties as fast as it is.
 KEPT = (
@@ -125,8 +126,9 @@ def _tuned(
         except ValueError as error:
             raise TuneError(str(error)) from error
     memory = min(profile.free_memory for profile in profiles)
-    chosen = shortlist(ranked)
     with show.stage("confirming on the real server", CONFIRMING) as stage:
+        most = max(int(stage.seconds // A_SERVER) - (2 if config else 1), 1)
+        chosen = shortlist(ranked)[:most]
         found = confirm(
             models,
             candidates(chosen, profiles, room, config),
