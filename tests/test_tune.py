@@ -52,7 +52,7 @@ BODY = b"{}"
 def archive(directory: Path, *, load: str = "pass", handle: str = "pass", config: str = "", name: str = "tiny") -> Path:
     """Return an archive without a model: its handler sleeps for 10 ms and 2 ms per request."""
     path = directory / f"{name}.mar"
-    manifest = {"model": {"modelName": name, "modelVersion": "1.0", "handler": "handler.py"}}
+    manifest = {"model": {"modelName": f"{name}-model", "modelVersion": "1.0", "handler": "handler.py"}}
     manifest |= {"runtime": "python", "archiverVersion": "0.12.0"}  # type: ignore[dict-item]
     if config:
         manifest["model"]["configFile"] = "model-config.yaml"

@@ -24,9 +24,10 @@ class ArchiveError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A .mar file. ``settings`` are its model-config.yaml, ``config`` the name of that file in it, if it has one.
+    """A .mar file. ``model`` is the name under which TorchServe serves it.
 
-    ``digest`` names its content, ``torchscript`` is whether its serialized file is a TorchScript model.
+    ``settings`` are its model-config.yaml, ``config`` the name of that file in it, if it has one. ``digest`` names its
+    content, ``torchscript`` is whether its serialized file is a TorchScript model.
     """
 
     path: Path
@@ -36,11 +37,6 @@ class Archive:
     settings: Mapping[str, Any]
     config: str | None
     digest: str
-
-    @property
-    def name(self) -> str:
-        """The name under which TorchServe serves it when it loads the file by itself."""
-        return self.path.stem
 
 
 def read_archive(path: Path) -> Archive:

@@ -29,14 +29,14 @@ from ts_plugin.tune.answer import DEFAULT, NOW, Answer
 from ts_plugin.tune.archive import Archive, ArchiveError, copy_with, read_archive
 from ts_plugin.tune.bare import BareError
 from ts_plugin.tune.choose import choose, share
-from ts_plugin.tune.confirm import Candidate, Model, Served, confirm, pick, plugins, settings
+from ts_plugin.tune.confirm import Candidate, Model, Served, confirm, pick, plugins
 from ts_plugin.tune.load import CONTENT_TYPE
 from ts_plugin.tune.measure import FRONTEND, Body, measure
 from ts_plugin.tune.profile import Choice, Profile, Target
 from ts_plugin.tune.properties import Property
 from ts_plugin.tune.report import name_of, picture, sentence, table, to_json
 from ts_plugin.tune.room import Room, RoomError, find_room
-from ts_plugin.tune.settings import Lines, lines, write
+from ts_plugin.tune.settings import Lines, archive_settings, lines, write
 from ts_plugin.tune.store import Store, cache_directory, key
 from ts_plugin.tune.torchserve import TorchServeError
 
@@ -376,7 +376,7 @@ def _answer(
     if chosen.choice is None:
         raise TypeError(f"{best}: no choice")
     return Answer(
-        name=model.archive.name,
+        name=model.archive.model,
         version=model.archive.version,
         profile=profile,
         target=model.target,
@@ -443,7 +443,7 @@ def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wan
 
 def _with_profile(answer: Answer) -> dict[str, Any]:
     """Return the settings of an archive, with what a request takes by cores: for workers that lend cores."""
-    chosen = settings(answer.choice)
+    chosen = archive_settings(answer.choice)
     cells = answer.profile.cells
     alone = {cell.threads: round(cell.seconds, 5) for cell in cells if (cell.batch, cell.instances) == (1, 1)}
     chosen["cpu"] |= {"profile": alone}

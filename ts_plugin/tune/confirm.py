@@ -27,6 +27,7 @@ from ts_plugin.tune.load import Answer, OpenLoop, percentile, poisson, take_turn
 from ts_plugin.tune.measure import Body, Tell
 from ts_plugin.tune.profile import Choice, Target
 from ts_plugin.tune.properties import Property
+from ts_plugin.tune.settings import archive_settings
 from ts_plugin.tune.store import Store
 from ts_plugin.tune.torchserve import TorchServe, TorchServeError
 
@@ -39,7 +40,6 @@ __all__ = [
     "full_load",
     "pick",
     "plugins",
-    "settings",
     "start",
     "warm_up",
 ]
@@ -78,17 +78,6 @@ class Served:
 
     candidate: Candidate
     rows: tuple[Confirmed, ...]
-
-
-def settings(choice: Choice) -> dict[str, Any]:
-    """Return what a choice means in the archive's model-config.yaml."""
-    return {
-        "minWorkers": choice.workers,
-        "maxWorkers": choice.workers,
-        "batchSize": choice.batch,
-        "maxBatchDelay": max(choice.batch_delay_ms, 1),
-        "cpu": {"cores": choice.threads},
-    }
 
 
 def plugins() -> Path:
@@ -210,7 +199,7 @@ def _nearness(target: Target, row: Confirmed) -> float:
 
 
 def _key(one: Candidate, models: Sequence[Model]) -> str:
-    choices = one.choices and [settings(choice) for choice in one.choices]
+    choices = one.choices and [archive_settings(choice) for choice in one.choices]
     properties = {name: str(value) for name, value in one.properties.items()}
     return f"real {json.dumps([choices, properties, [model.target.rate for model in models]])}"
 
@@ -234,20 +223,21 @@ def _length(models: Sequence[Model], candidates: Sequence[Candidate]) -> float:
 
 
 def start(models: Sequence[Model], one: Candidate, stack: contextlib.ExitStack) -> TorchServe:
-    archives = [model.archive.path for model in models]
-    if one.choices is not None:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ts-cores-")))
-        archives = [
-            copy_with(model.archive, directory / model.archive.path.name, settings(choice))
-            for model, choice in zip(models, one.choices, strict=True)
-        ]
+    """Start a server with archives that have the candidate's settings; their files are called as their models are."""
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ts-cores-")))
+    archives = [directory / f"{model.archive.model}.mar" for model in models]
+    for at, (model, path) in enumerate(zip(models, archives, strict=True)):
+        if one.choices is None:
+            path.symlink_to(model.archive.path.resolve())
+        else:
+            copy_with(model.archive, path, archive_settings(one.choices[at]))
     return TorchServe(*archives, workers=None, properties=dict(one.properties))
 
 
 def warm_up(models: Sequence[Model], server: TorchServe, clients: Sequence[int]) -> None:
     """Let every worker see its batches: TorchScript and oneDNN prepare themselves."""
     for model in models:
-        server.predict(model.archive.name, model.body.content, content_type=model.body.type)
+        server.predict(model.archive.model, model.body.content, content_type=model.body.type)
     _at_once(models, server, lambda url, at: _turns(models[at], url, clients[at], 3.0))
 
 
@@ -286,7 +276,7 @@ def _at_once(
     found: list[list[Answer]] = [[] for _ in models]
 
     def one(at: int) -> None:
-        found[at] = work(server.prediction_url(models[at].archive.name), at)
+        found[at] = work(server.prediction_url(models[at].archive.model), at)
 
     threads = [threading.Thread(target=one, args=(at,), daemon=True) for at in range(len(models))]
     for thread in threads:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import javaproperties
 import yaml
@@ -18,7 +19,7 @@ import yaml
 from ts_plugin.tune.answer import Answer
 from ts_plugin.tune.profile import Choice
 
-__all__ = ["Lines", "lines", "write"]
+__all__ = ["Lines", "archive_settings", "lines", "write"]
 
 KEPT = ".before-tune"  # the end of an old file's name
 OWN_CORES = re.compile(r"\s*--ncores?[-_]per[-_]instance(\s+|=)\S+")
@@ -59,10 +60,7 @@ def lines(answers: Sequence[Answer], present: Mapping[str, str] = MappingProxyTy
     if not properties["cpu_launcher_args"] and "cpu_launcher_args" not in present:
         del properties["cpu_launcher_args"]
     archives = {
-        answer.profile.archive: yaml.safe_dump(
-            _settings(answer.choice) | {"cpu": {"cores": answer.choice.threads}}, sort_keys=False
-        )
-        for answer in answers
+        answer.profile.archive: yaml.safe_dump(archive_settings(answer.choice), sort_keys=False) for answer in answers
     }
     return Lines(properties, archives)
 
@@ -99,6 +97,11 @@ def write(path: Path, lines: Lines) -> Path | None:
             f"{path}: not written, it is as it was: {error.strerror}; paste the lines, or name another file"
         ) from error
     return kept
+
+
+def archive_settings(choice: Choice) -> dict[str, Any]:
+    """Return what a choice means in an archive's model-config.yaml."""
+    return _settings(choice) | {"cpu": {"cores": choice.threads}}
 
 
 def _settings(choice: Choice) -> dict[str, int]:
