@@ -28,7 +28,7 @@ from ts_plugin.tune.answer import Confirmed
 from ts_plugin.tune.archive import ArchiveError, copy_with, read_archive
 from ts_plugin.tune.bare import Bare, BareError, Binding
 from ts_plugin.tune.command import explained, shortlist
-from ts_plugin.tune.confirm import Candidate, Served, pick
+from ts_plugin.tune.confirm import Candidate, Served, pace, pick
 from ts_plugin.tune.profile import Choice, Target
 from ts_plugin.tune.room import Room
 from ts_plugin.tune.store import Store
@@ -152,6 +152,15 @@ def test_the_real_server_gets_the_best_its_other_batch_and_another_division() ->
     ranked = [[choice(2, 1, 4)], [choice(2, 1, 8)], [choice(2, 1, 2)], [choice(1, 2, 4)], [choice(1, 2, 8)]]
     assert shortlist(ranked) == [(choice(2, 1, 4),), (choice(2, 1, 8),), (choice(1, 2, 4),)]
     assert shortlist(ranked[:1]) == [(choice(2, 1, 4),)]
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.1, 0.2, 0.29])
+def test_batches_come_as_a_whole_and_the_pace_is_even(phase: float) -> None:
+    """Two workers, 8 answers each every 0.3 s, one later: 53.3 per second, wherever one starts to count."""
+    times = [worker * 0.13 + 0.3 * batch for worker in (0, 1) for batch in range(40) for _ in range(8)]
+    seen = [time for time in times if phase <= time < phase + 3.5]
+    assert pace(seen, 3.5) == pytest.approx(16 / 0.3, rel=0.02)
+    assert pace([1.0, 2.0], 4.0) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ __all__ = [
     "clients_of",
     "confirm",
     "full_load",
+    "pace",
     "pick",
     "plugins",
     "start",
@@ -246,9 +247,20 @@ def full_load(
 ) -> tuple[list[float], int]:
     """Return the throughput of each model, and the requests that failed."""
     found = _at_once(models, server, lambda url, at: _turns(models[at], url, clients[at], length))
-    good = [[one for one in answers if one.good and LEAD_IN < one.at <= length] for answers in found]
+    good = [[one.at for one in answers if one.good and LEAD_IN < one.at <= length] for answers in found]
     failed = sum(not one.good for answers in found for one in answers)
-    return [len(answers) / (length - LEAD_IN) for answers in good], failed
+    return [pace(times, length - LEAD_IN) for times in good], failed
+
+
+def pace(times: Sequence[float], seconds: float) -> float:
+    """Return how many answers come per second, of those that came at ``times`` within so many seconds.
+
+    It is the slope of their number over time: batches come as a whole, and a plain count is off by up to one of each
+    worker.
+    """
+    if len(set(times)) < 4:
+        return len(times) / seconds
+    return statistics.linear_regression(sorted(times), range(len(times))).slope
 
 
 def _turns(model: Model, url: str, clients: int, seconds: float) -> list[Answer]:
