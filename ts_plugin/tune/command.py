@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import mimetypes
 import os
 import platform
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -19,20 +17,20 @@ from typing import Any, TextIO
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from ts_plugin import __version__
 from ts_plugin.machine.words import count
 from ts_plugin.operate.config import Config, read_config
 from ts_plugin.tune.advise import advise
 from ts_plugin.tune.answer import DEFAULT, NOW, Answer
-from ts_plugin.tune.archive import Archive, ArchiveError, copy_with, read_archive
+from ts_plugin.tune.archive import Archive, copy_with
+from ts_plugin.tune.asked import TuneError, asked_models
 from ts_plugin.tune.bare import BareError
 from ts_plugin.tune.choose import choose, share
 from ts_plugin.tune.confirm import Candidate, Model, Served, confirm, pick, plugins
-from ts_plugin.tune.load import CONTENT_TYPE
-from ts_plugin.tune.measure import FRONTEND, Body, measure
-from ts_plugin.tune.profile import Choice, Profile, Target
+from ts_plugin.tune.measure import FRONTEND, measure
+from ts_plugin.tune.profile import Choice, Profile
+from ts_plugin.tune.progress import Show
 from ts_plugin.tune.properties import Property
 from ts_plugin.tune.report import name_of, picture, sentence, table, to_json
 from ts_plugin.tune.room import Room, RoomError, find_room
@@ -62,23 +60,19 @@ KEPT = (
 )
 
 
-class TuneError(RuntimeError):
-    """Nothing can be tuned; the message is the one line that the user sees."""
-
-
 def tune(options: argparse.Namespace) -> int:
     """Run the command: 0, or 1 if the target cannot be met.
 
     Raises:
         TuneError: and why.
     """
-    models = _models(options)
+    models = asked_models(options)
     config = _config(options.config)
     with _alone() as cache:
         try:
             room = find_room(anyway=options.anyway)
             os.sched_setaffinity(0, room.cpus)  # what we start inherits it
-            with _Show(len(models), options.minutes * 60) as show:
+            with Show(len(models), options.minutes * 60) as show:
                 answers = _tuned(models, room, config, _stores(cache, models, room, options), options, show)
         except KeyboardInterrupt:
             print("ts-cores: interrupted; the same command goes on from here", file=sys.stderr)
@@ -96,7 +90,7 @@ def _tuned(
     config: Config | None,
     stores: Sequence[Store],
     options: argparse.Namespace,
-    show: _Show,
+    show: Show,
 ) -> list[Answer]:
     profiles = []
     *stores, of_servers = stores
@@ -211,75 +205,6 @@ def explained(archive: Archive, error: BareError) -> str:
     return f"{archive.path}: its handler rejects the body: {reason}; give one that the model takes: --body FILE"
 
 
-def _models(options: argparse.Namespace) -> list[Model]:
-    names = [path.stem for path in options.archives]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise TuneError(f"{', '.join(twice)}: two archives of this name; one server cannot load both")
-    bodies = _assigned("--body", options.body, names)
-    rates = _assigned("--rate", options.rate, names)
-    bounds = _assigned("--p99", options.p99, names)
-    models = []
-    for path, name in zip(options.archives, names, strict=True):
-        if name not in bodies:
-            given = f"--body {name}=FILE" if len(names) > 1 else "--body FILE"
-            raise TuneError(f"{path}: what do its requests send? Give one, for example with {given}")
-        file = Path(bodies[name])
-        try:
-            archive = read_archive(path)
-            content = file.read_bytes()
-        except ArchiveError as error:
-            raise TuneError(str(error)) from error
-        except OSError as error:
-            raise TuneError(f"{error.filename}: {error.strerror}") from error
-        kind = mimetypes.guess_type(file.name)[0]
-        body = Body(content, kind if kind == "application/json" else CONTENT_TYPE)
-        try:
-            target = Target(
-                p99=_seconds(bounds[name]) if name in bounds else None,
-                rate=_positive(rates[name]) if name in rates else None,
-            )
-        except ValueError as error:
-            raise TuneError(f"{name}: {error}") from error
-        models.append(Model(archive, body, target))
-    return models
-
-
-def _assigned(option: str, values: Sequence[str] | None, names: Sequence[str]) -> dict[str, str]:
-    """Return what ``NAME=VALUE``, or without a name the same for all models, says.
-
-    Raises:
-        TuneError: a name that no archive has.
-    """
-    found = {}
-    for text in values or ():
-        name, equals, value = text.partition("=")
-        if equals and name in names:
-            found[name] = value
-        elif equals and len(names) > 1:
-            raise TuneError(f"{option} {text}: no archive is called {name}; there are: {', '.join(names)}")
-        else:
-            found |= dict.fromkeys((one for one in names if one not in found), text)
-    return found
-
-
-def _seconds(text: str) -> float:
-    """Return seconds of ``200ms``, ``0.2s`` or ``0.2``."""
-    for unit, factor in (("ms", 0.001), ("s", 1.0)):
-        if text.endswith(unit):
-            return factor * _positive(text.removesuffix(unit))
-    return _positive(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise ValueError(f"must be a number above 0, as in --rate 20 or --p99 200ms, not {text!r}")
-    return number
-
-
 def _config(path: Path | None) -> Config | None:
     if path is None:
         return None
@@ -358,7 +283,7 @@ def _fits(profile: Profile) -> int:
     return 1 + max(0, profile.free_memory - profile.first_memory) // max(profile.next_memory, 1)
 
 
-def _say_memory(profile: Profile, room: Room, show: _Show) -> None:
+def _say_memory(profile: Profile, room: Room, show: Show) -> None:
     fits, each = _fits(profile), f"{profile.next_memory / 1e6:.0f} MB"
     first = f"{profile.archive}: the first worker takes {profile.first_memory / 1e6:.0f} MB, each further one {each}"
     if fits < room.cores:
@@ -448,53 +373,3 @@ def _with_profile(answer: Answer) -> dict[str, Any]:
     alone = {cell.threads: round(cell.seconds, 5) for cell in cells if (cell.batch, cell.instances) == (1, 1)}
     chosen["cpu"] |= {"profile": alone}
     return chosen
-
-
-class _Stage:
-    def __init__(self, show: _Show, what: str, seconds: float) -> None:
-        self._show = show
-        self._what = what
-        self.seconds = seconds
-
-    def tell(self, what: str, left: float) -> None:
-        self._show.update(f"{self._what}: {what}", left)
-
-
-class _Show:
-    """The progress, on stderr: a bar where that is a terminal, else a line per stage."""
-
-    def __init__(self, models: int, seconds: float) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._budget = models * seconds
-        self._planned = 1.0  # of the budget, for what has not begun
-        self._began = time.monotonic()
-        bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[left]}"))
-        self._progress = Progress(*bar, console=self._console, transient=True, disable=not self._console.is_terminal)
-        self._task = self._progress.add_task("", total=1.0, left="")
-
-    def __enter__(self) -> _Show:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    @contextlib.contextmanager
-    def stage(self, what: str, part: float) -> Iterator[_Stage]:
-        """Begin what takes such a part of the time."""
-        self._planned = max(self._planned - part, 0.0)
-        if not self._console.is_terminal:
-            self._console.print(f"{what} ...", soft_wrap=True)
-        left = self._began + self._budget * (1 - self._planned) - time.monotonic()
-        yield _Stage(self, what, max(min(part * self._budget * 1.3, left), part * self._budget / 2))
-
-    def update(self, what: str, left: float) -> None:
-        elapsed = time.monotonic() - self._began
-        left = max(left, 0.0) + self._planned * self._budget
-        told = f"about {left / 60:.0f} min left" if left >= 90 else f"about {max(round(left, -1), 5):.0f} s left"
-        self._progress.update(
-            self._task, description=what, completed=elapsed, total=elapsed + left, left=told, refresh=True
-        )
-
-    def note(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)

@@ -155,7 +155,7 @@ def _rows(answer: Answer) -> Iterator[tuple[tuple[str, ...], bool]]:
         yield (expected, _figure(one.throughput), "", "", _ms(one.p99), "", _megabytes(one)), True
     for advice in answer.advice:
         gain = f"{advice.after / advice.before - 1:+.0%}"
-        yield (f"{advice.what}, one process alone: {advice.how}", gain, "", "", "", "", ""), False
+        yield (f"{advice.what}, no server: {advice.how}", gain, "", "", "", "", ""), False
 
 
 def _drawn(answer: Answer) -> list[Choice]:
