@@ -25,26 +25,25 @@ import pytest
 
 from benchmarks.harness import archives
 from benchmarks.measurement import perf, pictures, points, probe, report, scaling
-from benchmarks.measurement.bare import Binding, divide
+from benchmarks.measurement.ab import ab, parse_ab
 from benchmarks.measurement.bench import jobs, parse
 from benchmarks.measurement.exercises import exercises
-from benchmarks.measurement.load import (
-    Answer,
-    LoadError,
-    OpenLoop,
-    ab,
-    closed_loop,
-    parse_ab,
-    percentile,
-    poisson,
-    take_turns,
-)
 from benchmarks.measurement.loads import LEAD_IN, counted
-from benchmarks.measurement.measure import saturated, setting
+from benchmarks.measurement.measure import divide, saturated, setting
 from benchmarks.measurement.points import PROMISES, Sample, compared, curve, must_show, pooled, promises_table
 from benchmarks.measurement.results import Config, Figures, Row, Scenario, markdown, ratio, rotated, spread, to_csv
 from tests.eventually import PATIENCE, eventually
 from ts_plugin.machine.topology import Core
+from ts_plugin.tune.bare import Binding
+from ts_plugin.tune.load import (
+    Answer,
+    LoadError,
+    OpenLoop,
+    closed_loop,
+    percentile,
+    poisson,
+    take_turns,
+)
 
 SCENARIO = Scenario("resnet18", 2, 10)
 FIGURES = Figures(

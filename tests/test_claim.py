@@ -31,6 +31,7 @@ def archive(tmp_path: Path) -> Path:
         pytest.param("cpu:\n  share: 2\n", None, 2.0, id="a share"),
         pytest.param("cpu: {cores: 4, share: 0.5}\n", 4, 0.5, id="both"),
         pytest.param("batchSize: 4\n", None, 1.0, id="nothing of ours"),
+        pytest.param("cpu: {profile: {1: 0.09, 2: 0.055}}\n", None, 1.0, id="a profile"),
         pytest.param("cpu:\n", None, 1.0, id="an empty section"),
         pytest.param("", None, 1.0, id="an empty file"),
     ],
@@ -44,6 +45,7 @@ def test_wishes_of_an_archive(archive: Path, config: str, cores: int | None, sha
     ("config", "complaint"),
     [
         pytest.param("cpu: {corse: 4}\n", "cpu: has no 'corse'", id="a typo"),
+        pytest.param("cpu: {profile: {1: fast}}\n", "cpu.profile must be seconds by cores", id="no seconds"),
         pytest.param("cpu: {cores: 0}\n", "cpu.cores must be a whole number of at least 1, not 0", id="no cores"),
         pytest.param("cpu: {cores: true}\n", "not True", id="a boolean is no number"),
         pytest.param("cpu: {cores: 2.5}\n", "not 2.5", id="part of a core"),

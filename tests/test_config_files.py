@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from benchmarks.harness import archives
-from benchmarks.harness.torchserve import Property, TorchServe
 from ts_plugin.machine.cpulist import parse_cpulist
+from ts_plugin.tune.torchserve import Property, TorchServe
 from ts_plugin.worker.readback import METRICS
 
 KUBERNETES = "1.30"

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.harness.torchserve import free_ports
 from tests.machines import machine
 from ts_plugin.leases.environment import COLLAPSING, THREAD_COUNTS
 from ts_plugin.leases.ledger import Lease, State
@@ -26,6 +25,7 @@ from ts_plugin.operate.svg import svg
 from ts_plugin.operate.view import of_plan, tag
 from ts_plugin.planning.planner import Demand, Plan, plan
 from ts_plugin.planning.policy import OPTIONS, option_reference, parse_launcher_args
+from ts_plugin.tune.torchserve import free_ports
 from ts_plugin.worker.readback import METRICS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -109,11 +109,14 @@ def test_other_blocks_can_be_read(path: Path, checkout: Path) -> None:
                     if name == "cpu_launcher_args":
                         parse_launcher_args(value)
             case "":  # output, and pictures in letters
-                assert path.name == "README.md"
-            case "console":  # needs what no test has: a Docker engine, a cluster; or runs this test
+                assert path.name in ("README.md", "tuning.md")
+            case "console":  # needs what no test has: a Docker engine, a cluster, minutes; or runs this test
                 commands = re.findall(r"^\./dev \w+", (checkout / "dev").read_text(), re.MULTILINE)
                 for line in block.text.splitlines():
-                    assert line.startswith(("docker ", "kubectl ", "pip ")) or line.split("  ")[0] in commands, line
+                    assert (
+                        line.startswith(("docker ", "kubectl ", "pip ", "ts-cores tune "))
+                        or line.split("  ")[0] in commands
+                    ), line
                 for file in re.findall(r"config/\S+", block.text):
                     assert (checkout / file).is_file(), file
             case _:

@@ -16,10 +16,10 @@ from typing import Any, Self
 import pytest
 
 from benchmarks.harness import archives
-from benchmarks.harness.torchserve import RequestError, TorchServe
 from tests.eventually import eventually
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery, process
+from ts_plugin.tune.torchserve import RequestError, TorchServe
 
 PINNED: dict[str, str | int | float | bool | Path | None] = {
     "plugins_path": Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend",

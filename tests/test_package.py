@@ -16,9 +16,9 @@ import yaml
 
 import hatch_build
 from benchmarks.harness import archives
-from benchmarks.harness.torchserve import Property, TorchServe
 from tests.eventually import eventually
 from ts_plugin import __version__
+from ts_plugin.tune.torchserve import Property, TorchServe
 
 JAR = "ts_plugin/frontend/ts-cores.jar"
 BARE = re.compile(r"pip install (?:-\S+ )*[\"']?ts-cores\b")

@@ -19,7 +19,6 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.harness import archives
-from benchmarks.harness.torchserve import Property, TorchServe
 from tests.browser import Browser
 from tests.machines import machine
 from ts_plugin.machine.cpulist import format_cpulist
@@ -30,6 +29,7 @@ from ts_plugin.operate.terminal import Map, utilisation
 from ts_plugin.operate.view import View, Worker, tag
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import Lend, Policy
+from ts_plugin.tune.torchserve import Property, TorchServe
 
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINES = {

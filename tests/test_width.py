@@ -22,6 +22,7 @@ from ts_plugin.planning.width import (
     new_record,
     offers,
     patience,
+    primed,
     served,
     widths,
 )
@@ -118,6 +119,26 @@ def test_nothing_known_means_the_own_slice() -> None:
     records = {slot: new_record(0, 4, 0.0) for slot in range(8)}
     decision = decide(records, 3, NOW)
     assert (decision.width, decision.lenders) == (4, ())
+
+
+def test_a_profile_makes_the_first_request_wide_where_that_pays() -> None:
+    def first(profile: dict[int, float]) -> int:
+        records = {slot: primed(new_record(0, 4, 0.0), profile) for slot in range(4)}
+        records[0] = arrived(records[0], 10.0, 0)
+        return decide(records, 0, 10.0).width
+
+    assert first({}) == 4
+    assert first({1: 0.4, 4: 0.1, 8: 0.052, 16: 0.028}) == 16
+    assert first({4: 0.1, 8: 0.1, 16: 0.1}) == 4
+
+
+def test_what_was_measured_in_service_wins_over_a_profile() -> None:
+    record = served(served(new_record(0, 4, 0.0), 4, 0.2, 1.0), 4, 0.2, 2.0)
+    assert primed(record, {4: 0.1}) is record
+    learned = primed(new_record(0, 4, 0.0), {4: 0.1})
+    for _ in range(40):
+        learned = served(learned, 4, 0.2, 1.0)
+    assert 0.18 < learned.measured[0].seconds < 0.2
 
 
 def test_the_present_width_is_kept_unless_another_is_clearly_better() -> None:

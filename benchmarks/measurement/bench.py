@@ -22,10 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.harness import archives
 from benchmarks.harness.archives import Handler
-from benchmarks.harness.torchserve import TorchServeError
 from benchmarks.measurement import exercises, points, report, scaling
-from benchmarks.measurement.bare import BareError
-from benchmarks.measurement.load import FEWEST_REQUESTS, LoadError
+from benchmarks.measurement.ab import FEWEST_REQUESTS
 from benchmarks.measurement.loads import Loads
 from benchmarks.measurement.machine import describe, summary
 from benchmarks.measurement.measure import Observed, UnboundError, Workload, ceiling, serve, setting
@@ -33,6 +31,9 @@ from benchmarks.measurement.points import Sample, Stage
 from benchmarks.measurement.results import Config, Row, Scenario, rotated
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.machine.topology import Core
+from ts_plugin.tune.bare import BareError
+from ts_plugin.tune.load import LoadError
+from ts_plugin.tune.torchserve import TorchServeError
 
 __all__ = ["Job", "jobs", "main", "parse"]
 

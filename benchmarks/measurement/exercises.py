@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measurement.bare import Bare, Binding
 from ts_plugin.machine.topology import Core
+from ts_plugin.tune.bare import Bare, Binding
 
 __all__ = ["Exercise", "exercises", "run"]
 

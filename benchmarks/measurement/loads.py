@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.harness.archives import Handler
-from benchmarks.harness.torchserve import RequestError, TorchServe, TorchServeError
-from benchmarks.measurement.load import Answer, LoadError, OpenLoop, closed_loop, poisson, take_turns
 from benchmarks.measurement.measure import UnboundError, require_bound, saturated, setting
 from benchmarks.measurement.points import FULL, Point, Sample, Stage
 from benchmarks.measurement.results import Config, rotated
 from ts_plugin.machine.topology import Core
+from ts_plugin.tune.load import Answer, LoadError, OpenLoop, closed_loop, poisson, take_turns
+from ts_plugin.tune.torchserve import RequestError, TorchServe, TorchServeError
 
 __all__ = ["Loads", "counted"]
 

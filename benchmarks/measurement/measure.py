@@ -7,17 +7,19 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import PLUGINS
 from benchmarks.harness.archives import Handler
-from benchmarks.harness.torchserve import Property, TorchServe
 from benchmarks.measurement import perf, probe
-from benchmarks.measurement.bare import Bare, Binding, divide
-from benchmarks.measurement.load import Answer, Load, LoadError, OpenLoop, ab, closed_loop, percentile
+from benchmarks.measurement.ab import ab
 from benchmarks.measurement.results import Config, Figures, Scenario
 from ts_plugin.machine.topology import Core
+from ts_plugin.tune.bare import Bare, Binding
+from ts_plugin.tune.load import Answer, Load, LoadError, OpenLoop, closed_loop, percentile
+from ts_plugin.tune.torchserve import Property, TorchServe
 
 __all__ = [
     "Observed",
@@ -25,6 +27,7 @@ __all__ = [
     "UnboundError",
     "Workload",
     "ceiling",
+    "divide",
     "require_bound",
     "saturated",
     "serve",
@@ -152,6 +155,20 @@ def ceiling(archive: Path, body: Path, workload: Workload, cores: Sequence[Core]
         forward = len(bare.work(workload.seconds, what="forward"))
         figures = replace(figures, forward_per_second=forward / (time.monotonic() - begun) if forward else None)
         return Observed(figures, watch.trace, _bindings(bare.pids), {})
+
+
+def divide(cores: Sequence[Core], workers: int) -> list[Binding]:
+    """Return what a careful person would write after ``taskset -c``: neighbouring whole cores, one CPU of each.
+
+    Independent of the product's planner on purpose: the ceiling must not inherit its mistakes. More workers than cores
+    share cores, one thread each.
+    """
+    ordered = sorted(cores, key=lambda core: (core.kind, core.package, core.node, core.l3, core.number))
+    if workers >= len(ordered):
+        return [Binding((ordered[worker % len(ordered)].number,), 1) for worker in range(workers)]
+    bounds = [worker * len(ordered) // workers for worker in range(workers + 1)]
+    slices = [ordered[low:high] for low, high in pairwise(bounds)]
+    return [Binding(tuple(core.number for core in part), len(part)) for part in slices]
 
 
 class Watch:

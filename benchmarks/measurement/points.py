@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmarks.measurement.load import percentile
 from benchmarks.measurement.results import Config, Spread, spread_of
+from ts_plugin.tune.load import percentile
 
 __all__ = [
     "PROMISES",

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.torchserve import RequestError, TorchServe, TorchServeError
-from benchmarks.measurement.load import Answer, OpenLoop
 from benchmarks.measurement.measure import Setting
+from ts_plugin.tune.load import Answer, OpenLoop
+from ts_plugin.tune.torchserve import RequestError, TorchServe, TorchServeError
 
 __all__ = ["Scaling", "longest_gap", "scale", "table"]
 

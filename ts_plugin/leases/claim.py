@@ -17,7 +17,7 @@ from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Allowance
 
-__all__ = ["GUESS", "Archive", "claim", "describe", "own_limit", "read_archive", "worker_id"]
+__all__ = ["GUESS", "Archive", "claim", "describe", "own_limit", "read_archive", "read_profile", "worker_id"]
 
 GUESS = "the model's name is a guess"  # the end of a note, until TorchServe loads the model and says its name
 
@@ -134,9 +134,10 @@ def _wishes(path: str, *, unasked: int | None = None) -> tuple[int | None, float
         section = yaml.safe_load(text).get("cpu")
         if section is None or section == {}:
             return unasked, 1.0, ()
-        unknown = sorted(set(section) - {"cores", "share"})
+        unknown = sorted(set(section) - {"cores", "share", "profile"})
         if unknown:
             raise ValueError(f"cpu: has no {unknown[0]!r}; it takes 'cores: N' or 'share: X'")
+        read_profile(section)
         cores, share = section.get("cores"), section.get("share", 1.0)
         if cores is not None and (not isinstance(cores, int) or isinstance(cores, bool) or cores < 1):
             raise ValueError(f"cpu.cores must be a whole number of at least 1, not {cores!r}")
@@ -149,6 +150,24 @@ def _wishes(path: str, *, unasked: int | None = None) -> tuple[int | None, float
         if type(error).__module__.startswith("yaml"):
             return unasked, 1.0, (f"{path}: {' '.join(str(error).split())}; {otherwise}",)
         raise
+
+
+def read_profile(section: object) -> dict[int, float]:
+    """Return what the ``cpu:`` section says that a request takes: cores -> seconds; nothing where it says nothing.
+
+    Raises:
+        ValueError: it is no such table.
+    """
+    profile = section.get("profile") if isinstance(section, dict) else None
+    if profile is None:
+        return {}
+    good = isinstance(profile, dict) and all(
+        type(cores) is int and cores > 0 and type(seconds) in (int, float) and 0 < seconds < float("inf")
+        for cores, seconds in profile.items()
+    )
+    if not good:
+        raise ValueError(f"cpu.profile must be seconds by cores, such as {{1: 0.09, 2: 0.055}}, not {profile!r}")
+    return {cores: float(seconds) for cores, seconds in profile.items()}
 
 
 def describe(lease: Lease) -> str:

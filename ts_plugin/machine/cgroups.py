@@ -1,4 +1,4 @@
-"""What the cgroups of a process say about CPUs: its cpuset and its CFS quota, in cgroup v1 and v2."""
+"""What the cgroups of a process say: its cpuset, its CFS quota and its memory, in cgroup v1 and v2."""
 
 from __future__ import annotations
 
@@ -52,6 +52,23 @@ class Cgroups:
             else:
                 self.tree.malformed(path, f"invalid CFS quota {quota!r} for a period of {period!r}")
         return min(limits, default=None)
+
+    def memory(self) -> int | None:
+        """Return the bytes that the tightest memory limit of the cgroup and its visible ancestors leaves, or None.
+
+        Files that nobody used lately count as left: the kernel drops them before it refuses memory.
+        """
+        left = []
+        for directory, mount in self._directories("memory"):
+            new = mount.kind == "cgroup2"
+            limit = self.tree.text(f"{directory}/{'memory.max' if new else 'memory.limit_in_bytes'}") or ""
+            used = self.tree.number(f"{directory}/{'memory.current' if new else 'memory.usage_in_bytes'}")
+            if limit.isdecimal() and used is not None:
+                text = self.tree.text(f"{directory}/memory.stat") or ""
+                counts = dict(line.split(" ", 1) for line in text.splitlines() if " " in line)
+                files = counts.get("inactive_file" if new else "total_inactive_file", "0")
+                left.append(max(int(limit) - used + int(files), 0))
+        return min(left, default=None)
 
     def _directories(self, controller: str) -> Iterator[tuple[str, _Mount]]:
         """Yield the cgroup's directory under every mount that has ``controller``, then its ancestors upwards.

@@ -17,7 +17,15 @@ from ts_plugin.machine.cpulist import CpuListError, format_cpulist, parse_cpulis
 from ts_plugin.machine.topology import Allowance, Core, NumaNode, Topology
 from ts_plugin.machine.tree import Tree
 
-__all__ = ["DiscoveryError", "memory_nodes", "read_allowance", "read_bounds", "read_mask", "read_topology"]
+__all__ = [
+    "DiscoveryError",
+    "memory_nodes",
+    "read_allowance",
+    "read_bounds",
+    "read_free_memory",
+    "read_mask",
+    "read_topology",
+]
 
 _CPU = "sys/devices/system/cpu"
 _NODE = "sys/devices/system/node"
@@ -103,6 +111,21 @@ def read_mask(pid: int, root: str = "/") -> frozenset[int] | None:
     Source: man 5 proc, /proc/pid/status, Cpus_allowed_list.
     """
     return _mask_of(Tree(root), str(pid))
+
+
+def read_free_memory(root: str = "/") -> int | None:
+    """Return the bytes of memory that new processes may take; None where the kernel does not say.
+
+    Source: man 5 proc, /proc/meminfo (MemAvailable); cgroup-v2.rst, memory.max and memory.current.
+    """
+    tree = Tree(root)
+    left = [] if (limit := Cgroups(tree).memory()) is None else [limit]
+    for line in (tree.text("proc/meminfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        words = value.split()
+        if name == "MemAvailable" and words and words[0].isdecimal():
+            left.append(1024 * int(words[0]))
+    return min(left, default=None)
 
 
 def memory_nodes(root: str = "/") -> frozenset[int]:

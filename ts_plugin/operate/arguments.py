@@ -155,6 +155,29 @@ def _parser() -> argparse.ArgumentParser:
         help="where to write it, with a directory model_store beside it; default: config.properties",
     )
 
+    tune = command(
+        "tune",
+        "how many workers, how many cores each, which batch: measured here, in about five minutes per model",
+        "ts-cores tune my.mar --body photo.jpg",
+        "ts-cores tune my.mar --body photo.jpg --p99 200ms --config config.properties",
+        "ts-cores tune a.mar b.mar --body a=photo.jpg --body b=text.json --rate a=20 --rate b=2",
+    )
+    tune.add_argument("archives", type=_file, nargs="+", metavar="ARCHIVE")
+    tune.add_argument("--body", action="append", metavar="[NAME=]FILE", help="what a request sends; JSON as such")
+    tune.add_argument("--p99", action="append", metavar="[NAME=]TIME", help="99 of 100 answers within it: 200ms, 0.2s")
+    tune.add_argument("--rate", action="append", metavar="[NAME=]N", help="requests/s to serve (default: the most)")
+    tune.add_argument("--config", type=_file, metavar="FILE", help="what you run now, to compare with")
+    tune.add_argument(
+        "--write", type=_file, metavar="FILE", help="set the answer there; the old file is kept beside it"
+    )
+    tune.add_argument("--picture", type=_file, metavar="FILE", help="draw what was measured: .png or .svg")
+    tune.add_argument("--minutes", type=_above_nought, default=5.0, metavar="N", help="per model (default: 5)")
+    tune.add_argument("--memory", type=_size, metavar="SIZE", help="use no more, such as 4G (default: what is free)")
+    tune.add_argument("--bfloat16", action="store_true", help="try it too; answers change in the third digit")
+    tune.add_argument("--fresh", action="store_true", help="forget what was measured before")
+    tune.add_argument("--anyway", action="store_true", help="measure although others compute on these cores")
+    tune.add_argument("--json", action="store_true", help="print a document for programs")
+
     command(
         "plugin-path",
         "print the directory of the plug-in, the value of plugins_path",
@@ -180,6 +203,13 @@ def _above_nought(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text[:40]!r}")
     return number
+
+
+def _size(text: str) -> int:
+    """Return bytes of ``4G``, ``512M`` or a plain number."""
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "")
+    return int(_above_nought(digits) * 2 ** units.get(unit, 0))
 
 
 def _file(text: str) -> Path:

@@ -322,6 +322,15 @@ def _init(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(options: argparse.Namespace) -> int:
+    from ts_plugin.tune.command import TuneError, tune
+
+    try:
+        return tune(options)
+    except TuneError as error:
+        raise CommandError(str(error)) from error
+
+
 def _plugin_path(options: argparse.Namespace) -> int:
     print(_plugins())
     return 0
@@ -350,4 +359,5 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "init": _init,
     "plugin-path": _plugin_path,
+    "tune": _tune,
 }

@@ -17,7 +17,7 @@ load from 0.2 to 0.8: so the 99th percentile grows by no more than the mean fall
 
 A wait is Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation u = l S / n
 and v the squared coefficient of variation of the service times: exact for one server. Longer waits are rarer
-exponentially; ``_tail`` says how fast. If every width saturates
+exponentially; ``queueing`` says how fast. If every width saturates
 (u >= 0.97, and so many requests at once that some may queue), the cap is the width with the least utilisation.
 
 Example. 8 slices of 4 cores, S(g) = 0.4 s (0.03 + 0.97 / g), 22 requests/s (0.3 of what slices alone can serve):
@@ -52,6 +52,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ts_plugin.planning.queueing import waits
+
 __all__ = [
     "Decision",
     "Estimate",
@@ -66,12 +68,12 @@ __all__ = [
     "new_record",
     "offers",
     "patience",
+    "primed",
     "served",
     "traffic",
     "widths",
 ]
 
-SATURATED = 0.97  # utilisation from which a queue counts as endless
 WORTH = 0.08  # what borrowing must gain at least, as part of the cost
 STAY = 0.04  # what a change from one borrowing width to another must gain
 MEMORY = 32.0  # requests over which a service time is averaged
@@ -80,6 +82,7 @@ GUESS = 0.5  # requests that the guess of a service time counts for
 SERIAL = 0.05  # serial part of the work that is guessed for widths beyond the only one known
 HOPE = 0.9  # guessed time, as part of what the two widths below predict
 KNOWN = 2.0  # requests from which a measured time may serve to guess others
+PRIMED = 4.0  # requests that a time of a profile counts for
 LONGER = 1.5  # a request may borrow from a worker whose own take at least 1 / LONGER as long
 CROWDED = 0.85  # load, as part of what slices alone can serve, from which nobody borrows
 SHARE = 1.7  # times its share of the domain that a request takes while others have requests
@@ -175,6 +178,12 @@ class Traffic:
 def new_record(model: int, cores: int, now: float) -> Record:
     """Return the record of a worker that has served nothing."""
     return Record(model, cores, cores, at=now, born=now, idle_since=now)
+
+
+def primed(record: Record, profile: Mapping[int, float]) -> Record:
+    """Return ``record``, which has served nothing, with the service times of a profile: cores -> seconds."""
+    times = (Measured(cores, seconds, PRIMED) for cores, seconds in sorted(profile.items()) if cores >= record.cores)
+    return record if record.measured else replace(record, measured=tuple(times))
 
 
 def arrived(record: Record, now: float, others: int) -> Record:
@@ -438,13 +447,13 @@ def _cost(
         return alone, alone / (mine.alone or 1.0), 0.0
     variation = max(0.0, squares / flow * (rate / flow) - 1)
     slices = max(1.0, pool.cores * flow / wide)
-    late, wait, tail = _wait(rate, flow / rate, variation, slices, _ahead(seen, workers))
+    late, wait, tail = waits(rate, flow / rate, variation, slices, _ahead(seen, workers))
     narrow = late * max(0.0, 1 - 2 / workers) / 2
     heed = TAIL[0] + TAIL[1] * min(1.0, sum(model.load for model in pool.models) / workers)
     arrivals = sum(model.rate for model in busy)
     cost = own = response = worst = 0.0
     for model, seconds in zip(busy, times, strict=True):
-        _, queue, longest = _wait(model.rate, seconds, 0.0, model.workers, _ahead(seen, model.workers))
+        _, queue, longest = waits(model.rate, seconds, 0.0, model.workers, _ahead(seen, model.workers))
         inside = model in pool.models
         wait_here = max(wait, queue) if inside else queue
         if wait_here == math.inf:
@@ -461,41 +470,6 @@ def _cost(
 def _ahead(seen: float, workers: int) -> float:
     """Return how many requests there may be at once: any number if all workers are busy, for some may queue."""
     return math.inf if seen >= workers - 0.5 else seen
-
-
-def _wait(rate: float, seconds: float, variation: float, servers: float, ahead: float) -> tuple[float, float, float]:
-    """Return the part of the customers that wait in M/G/n, the mean wait of all, and the wait of one in a hundred.
-
-    Never longer than ``ahead`` customers at once can make each other wait.
-    Source: Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)".
-    """
-    bound = max(0.0, ahead - servers) * seconds / servers
-    if not bound:
-        return 0.0, 0.0, 0.0
-    used = rate * seconds / servers
-    if used >= SATURATED and bound == math.inf:
-        return 1.0, bound, bound
-    late = 1.0 if used >= SATURATED else used ** (math.sqrt(2 * (servers + 1)) - 1)
-    used = min(used, SATURATED)
-    step = seconds / servers
-    mean = bound if late == 1.0 else min(bound, late * (1 + variation) / 2 * step / (1 - used))
-    rare = _tail(used, variation) * step * math.log(100 * late) if late > 0.01 else 0.0
-    return late, mean, min(bound, rare)
-
-
-def _tail(used: float, variation: float) -> float:
-    """Return after how long a wait is e times as rare, in service times per server.
-
-    Exact for M/M/n (variation 1): 1 / (1 - used), and for M/D/n (0): 1 / x with exp(x) = 1 + x / used. Between them it
-    is interpolated.
-    Source: the root of Lundberg's equation, Asmussen (2003), "Applied Probability and Queues", XIII.5.
-    """
-    root = -2 * math.log(used)  # never less than the root, from where Newton's steps do not overshoot
-    for _ in range(4):
-        power = math.exp(root)
-        root -= (power - 1 - root / used) / (power - 1 / used)
-    part = min(1.0, variation)
-    return (1 - part) / root + part / (1 - used)
 
 
 def _rate_memory(record: Record) -> float:

@@ -9,13 +9,14 @@ A worker whose requests have no clear boundaries (asynchronous handlers, torchru
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ts_plugin.leases import binding, masks
+from ts_plugin.leases import binding, claim, masks
 from ts_plugin.leases.board import Totals
 from ts_plugin.leases.environment import set_thread_count
 from ts_plugin.leases.ledger import Lease, Ledger, State
@@ -112,6 +113,10 @@ class Elastic(hooks.Hook):
             self._keep("it is one of several ranks of torchrun, which wait for each other")
         elif context.system_properties.get("gpu_id") is not None:
             self._keep("its core feeds a GPU")
+        with contextlib.suppress(ValueError):  # the claim has said so
+            profile = claim.read_profile(settings.get("cpu"))
+            if profile and self._exchange is not None:
+                self._exchange.prime(profile)
         self.hold()
 
     def hold(self) -> None:

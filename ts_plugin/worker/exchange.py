@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ts_plugin.leases import masks
@@ -68,6 +68,11 @@ class Exchange:
         self._record = replace(self._record, cores=0)
         self._publish()
         self._board.close()
+
+    def prime(self, profile: Mapping[int, float]) -> None:
+        """Start with what `ts-cores tune` measured: cores -> seconds of a request."""
+        self._record = width.primed(self._record, profile)
+        self._publish()
 
     def forget_decision(self) -> None:
         self._decision = None

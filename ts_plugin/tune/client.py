@@ -1,4 +1,4 @@
-"""TorchServe's HTTP APIs, as far as tests and benchmarks use them."""
+"""TorchServe's HTTP APIs, as far as we use them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.properties import Property
+from ts_plugin.tune.properties import Property
 
 __all__ = ["Client", "RequestError", "TorchServeError", "model_path"]
 
@@ -48,13 +48,15 @@ class Client:
         answer: dict[str, Any] = json.loads(self.management("GET", "/cores"))
         return answer
 
-    def predict(self, name: str, body: bytes, *, timeout: float = 120.0) -> bytes:
+    def predict(
+        self, name: str, body: bytes, *, timeout: float = 120.0, content_type: str = "application/octet-stream"
+    ) -> bytes:
         """Return the model's answer to ``body``.
 
         Raises:
             RequestError: an answer other than 2xx, or none.
         """
-        headers = self._token("inference") | {"Content-Type": "application/octet-stream"}
+        headers = self._token("inference") | {"Content-Type": content_type}
         return _request("POST", self.prediction_url(name), headers, body=body, timeout=timeout)
 
     def predict_workflow(self, name: str, body: bytes, *, timeout: float = 120.0) -> bytes:

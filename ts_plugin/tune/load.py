@@ -1,44 +1,34 @@
-"""Clients: closed loops by Apache's ``ab`` and by ours, and an open loop at a fixed rate or with Poisson arrivals."""
+"""Clients: closed loops, and an open loop at a fixed rate or with Poisson arrivals."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import csv
 import http.client
-import io
 import itertools
 import queue
 import random
 import re
-import shutil
-import subprocess
-import tempfile
 import threading
 import time
 import urllib.parse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import Self
 
 __all__ = [
-    "FEWEST_REQUESTS",
     "Answer",
     "Load",
     "LoadError",
     "OpenLoop",
-    "ab",
     "closed_loop",
-    "parse_ab",
     "percentile",
     "poisson",
     "take_turns",
 ]
 
 CONTENT_TYPE = "application/octet-stream"
-FEWEST_REQUESTS = 51
 ANSWER_SECONDS = 120  # how long any client waits for one answer: TorchServe's own default_response_timeout
 
 
@@ -59,64 +49,8 @@ class Load:
     p99_ms: float
 
 
-def ab(url: str, body: Path, *, requests: int, concurrency: int) -> Load:
-    """Send ``requests`` POSTs of the file ``body``, always ``concurrency`` at once, over kept-alive connections.
-
-    Without ``-k`` ab waits for the server to close the connection, which TorchServe does for no version of HTTP and no
-    ``Connection`` header: use ``closed_loop`` there. ``-l``: answers may differ in length, floats have more digits.
-
-    Raises:
-        ValueError: fewer than 51 requests; ab then looks for its 99th percentile behind the end of its array.
-        LoadError: ab is not installed, or it gave up.
-    """
-    if requests < FEWEST_REQUESTS:
-        raise ValueError(f"{requests} requests are too few for ab's 99th percentile; send at least {FEWEST_REQUESTS}")
-    program = shutil.which("ab")
-    if program is None:
-        raise LoadError("ab is not installed: apt-get install apache2-utils")
-    with tempfile.NamedTemporaryFile(suffix=".csv") as percentiles:
-        command = [program, "-k", "-l", "-q", "-r", "-s", str(ANSWER_SECONDS), "-e", percentiles.name]
-        command += ["-n", str(requests), "-c", str(min(concurrency, requests))]
-        command += ["-p", str(body), "-T", CONTENT_TYPE, url]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise LoadError(f"{' '.join(command)}: exit status {done.returncode}: {done.stderr.strip()}")
-        return parse_ab(done.stdout, Path(percentiles.name).read_text())
-
-
-def parse_ab(stdout: str, percentiles: str) -> Load:
-    """Return what ab measured: its counts from ``stdout``, its latencies from the CSV that ``-e`` writes.
-
-    Raises:
-        LoadError: a line or a percentile is missing.
-    """
-
-    def number(label: str, *, default: float | None = None) -> float:
-        found = re.search(rf"^{re.escape(label)}:\s+([\d.]+)", stdout, re.MULTILINE)
-        if found:
-            return float(found[1])
-        if default is None:
-            raise LoadError(f"ab printed no {label!r}:\n{stdout[-500:]}")
-        return default
-
-    table = {row[0]: float(row[1]) for row in list(csv.reader(io.StringIO(percentiles)))[1:] if len(row) == 2}
-    if not {"50", "90", "99"} <= table.keys():
-        raise LoadError(f"ab's CSV has no percentiles 50, 90 and 99: {percentiles[:200]!r}")
-    requests = int(number("Complete requests"))
-    failed = int(number("Failed requests") + number("Non-2xx responses", default=0))
-    return Load(
-        requests=requests,
-        failed=min(failed, requests),  # ab counts one request's connecting, reading and its exception each
-        seconds=number("Time taken for tests"),
-        requests_per_second=number("Requests per second"),
-        p50_ms=table["50"],
-        p90_ms=table["90"],
-        p99_ms=table["99"],
-    )
-
-
 def closed_loop(url: str, body: bytes, *, requests: int, concurrency: int) -> Load:
-    """Like ``ab`` with a new connection for every request, which ab itself cannot do against this server."""
+    """Send ``requests`` POSTs, always ``concurrency`` at once, each over a new connection."""
     target = urllib.parse.urlsplit(url)
     jobs: queue.SimpleQueue[None] = queue.SimpleQueue()
     for _ in range(requests):
@@ -177,7 +111,9 @@ class Answer:
         return self.due + self.latency
 
 
-def take_turns(url: str, body: bytes, *, clients: int, seconds: float) -> list[Answer]:
+def take_turns(
+    url: str, body: bytes, *, clients: int, seconds: float, content_type: str = CONTENT_TYPE
+) -> list[Answer]:
     """Send for that long from kept-alive connections, each its next request when it has the answer to the one before.
 
     Return every answer in the order of sending, those that came after the end too.
@@ -192,7 +128,7 @@ def take_turns(url: str, body: bytes, *, clients: int, seconds: float) -> list[A
             while (due := time.monotonic() - began) < seconds:
                 good = False
                 try:
-                    connection.request("POST", target.path, body, {"Content-Type": CONTENT_TYPE})
+                    connection.request("POST", target.path, body, {"Content-Type": content_type})
                     answer = connection.getresponse()
                     answer.read()
                     good = 200 <= answer.status < 300
@@ -234,6 +170,7 @@ class OpenLoop:
         rate: float | None = None,
         arrivals: Iterable[float] | None = None,
         patience: float = 60.0,
+        content_type: str = CONTENT_TYPE,
     ) -> None:
         if (rate is None) == (arrivals is None):
             raise ValueError(f"rate {rate} and arrivals {arrivals}: give one of them")
@@ -242,7 +179,7 @@ class OpenLoop:
         self.patience = patience
         self._address = str(target.hostname), target.port
         self._request = (
-            f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: {CONTENT_TYPE}\r\n"
+            f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: {content_type}\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         ).encode() + body
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []

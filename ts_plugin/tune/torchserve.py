@@ -1,4 +1,4 @@
-"""One real TorchServe server that a test or a benchmark owns: own ports, own directories, and nothing left behind."""
+"""One real TorchServe server of our own: own ports, own directories, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Self
 
 import psutil
 
-from benchmarks.harness.client import Client, RequestError, TorchServeError, model_path
-from benchmarks.harness.properties import LOOPBACK, PORTS, Property, free_ports, read_properties, write_properties
+from ts_plugin.tune.client import Client, RequestError, TorchServeError, model_path
+from ts_plugin.tune.properties import LOOPBACK, PORTS, Property, free_ports, read_properties, write_properties
 
 __all__ = [
     "PORTS",
@@ -42,19 +42,19 @@ class TorchServe(Client):
         with TorchServe(mar, workers=2, properties={"cpu_launcher_enable": True, "plugins_path": plugins}) as server:
             server.predict("resnet18", photograph)
 
-    ``workers`` is the number per archive. ``properties`` are lines of config.properties and win over the defaults
-    below; a value of None removes a default. ``environment`` is added to this process's. ``state_directory`` is the
-    TS_CORES_STATE_DIR, by default the server's own, so that it meets no other server; share one to make them meet.
-    ``model_store`` is by default an own directory with links to the archives. ``snapshot`` starts from that file as it
-    is (a file of ``snapshots()``, say) instead of writing config.properties; relative paths in it are looked up from
-    ``working_directory``, by default the server's own. ``keep`` leaves the directory in place.
-    ``timeout`` bounds every wait for workers, in seconds.
+    ``workers`` is the number per archive; None leaves it to the archives and to TorchServe. ``properties`` are lines of
+    config.properties and win over the defaults below; a value of None removes a default. ``environment`` is added to
+    this process's. ``state_directory`` is the TS_CORES_STATE_DIR, by default the server's own, so that it meets no
+    other server; share one to make them meet. ``model_store`` is by default an own directory with links to the
+    archives. ``snapshot`` starts from that file as it is (a file of ``snapshots()``, say) instead of writing
+    config.properties; relative paths in it are looked up from ``working_directory``, by default the server's own.
+    ``keep`` leaves the directory in place. ``timeout`` bounds every wait for workers, in seconds.
     """
 
     def __init__(
         self,
         *archives: Path,
-        workers: int = 1,
+        workers: int | None = 1,
         properties: Mapping[str, Property | None] | None = None,
         environment: Mapping[str, str] | None = None,
         state_directory: Path | None = None,

@@ -1,0 +1,1 @@
+"""`ts-cores tune`: how many workers, how many cores each, which batch size. Profile, choose, confirm, report."""

@@ -1,0 +1,375 @@
+"""`ts-cores tune`: profile, choose, confirm, advise, report; interrupted, it goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+from rich.console import Console
+
+from ts_plugin import __version__
+from ts_plugin.machine.words import count
+from ts_plugin.operate.config import Config, read_config
+from ts_plugin.tune.advise import advise
+from ts_plugin.tune.answer import DEFAULT, NOW, Answer
+from ts_plugin.tune.archive import Archive, copy_with
+from ts_plugin.tune.asked import TuneError, asked_models
+from ts_plugin.tune.bare import BareError
+from ts_plugin.tune.choose import choose, share
+from ts_plugin.tune.confirm import Candidate, Model, Served, confirm, pick, plugins
+from ts_plugin.tune.measure import FRONTEND, measure
+from ts_plugin.tune.profile import Choice, Profile
+from ts_plugin.tune.progress import Show
+from ts_plugin.tune.properties import Property
+from ts_plugin.tune.report import name_of, picture, sentence, table, to_json
+from ts_plugin.tune.room import Room, RoomError, find_room
+from ts_plugin.tune.settings import Lines, archive_settings, lines, write
+from ts_plugin.tune.store import Store, cache_directory, key
+from ts_plugin.tune.torchserve import TorchServeError
+
+__all__ = ["TuneError", "candidates", "explained", "shortlist", "tune"]
+
+MARK = "TS_CORES_TUNE"  # in the environment of everything that we start: a killed tuner leaves servers behind
+A_SERVER = 30.0  # seconds that confirming one takes: a short run confirms fewer
+PROFILING, CONFIRMING, ADVISING = 0.35, 0.5, 0.15  # parts of the time
+# What makes a server of the user's config.properties as fast as it is.
+KEPT = (
+    "batch_size",
+    "cpu_launcher_args",
+    "cpu_launcher_enable",
+    "default_workers_per_model",
+    "job_queue_size",
+    "max_batch_delay",
+    "models",
+    "netty_client_threads",
+    "number_of_netty_threads",
+    "plugins_path",
+    "prefer_direct_buffer",
+    "vmargs",
+)
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Run the command: 0, or 1 if the target cannot be met.
+
+    Raises:
+        TuneError: and why.
+    """
+    models = asked_models(options)
+    config = _config(options.config)
+    with _alone() as cache:
+        try:
+            room = find_room(anyway=options.anyway)
+            os.sched_setaffinity(0, room.cpus)  # what we start inherits it
+            with Show(len(models), options.minutes * 60) as show:
+                answers = _tuned(models, room, config, _stores(cache, models, room, options), options, show)
+        except KeyboardInterrupt:
+            print("ts-cores: interrupted; the same command goes on from here", file=sys.stderr)
+            raise
+        except RoomError as error:
+            raise TuneError(str(error)) from error
+        except TorchServeError as error:
+            raise TuneError(f"the real server does not serve: {error}") from error
+    return _report(models, answers, options)
+
+
+def _tuned(
+    models: Sequence[Model],
+    room: Room,
+    config: Config | None,
+    stores: Sequence[Store],
+    options: argparse.Namespace,
+    show: Show,
+) -> list[Answer]:
+    profiles = []
+    *stores, of_servers = stores
+    for model, store in zip(models, stores, strict=True):
+        with show.stage(f"profiling {model.archive.path.name}", PROFILING / len(models)) as stage:
+            try:
+                profile = measure(
+                    model.archive,
+                    model.body,
+                    room,
+                    store=store,
+                    seconds=stage.seconds,
+                    memory=options.memory,
+                    longest=model.target.p99,
+                    tell=stage.tell,
+                )
+            except BareError as error:
+                raise TuneError(explained(model.archive, error)) from error
+            profiles.append(profile)
+            _say_memory(profile, room, show)
+    targets = [model.target for model in models]
+    if len(models) == 1:
+        ranked = [[choice] for choice in choose(profiles[0], targets[0])]
+    else:
+        try:
+            ranked = share(profiles, targets)
+        except ValueError as error:
+            raise TuneError(str(error)) from error
+    memory = min(profile.free_memory for profile in profiles)
+    with show.stage("confirming on the real server", CONFIRMING) as stage:
+        most = max(int(stage.seconds // A_SERVER) - (2 if config else 1), 1)
+        chosen = shortlist(ranked)[:most]
+        found = confirm(
+            models,
+            candidates(chosen, profiles, room, config),
+            store=of_servers,
+            seconds=stage.seconds,
+            memory=memory + FRONTEND,
+            tell=stage.tell,
+            note=show.note,
+        )
+    best = found[pick(found, targets)]
+    answers = []
+    for at, (model, profile, store) in enumerate(zip(models, profiles, stores, strict=True)):
+        answers.append(_answer(model, profile, [division[at] for division in ranked], found, best, at))
+        with show.stage(f"what else helps {model.archive.path.name}", ADVISING / len(models)) as stage:
+            tips = advise(
+                model.archive,
+                model.body,
+                room,
+                answers[-1].choice,
+                store=store,
+                seconds=stage.seconds,
+                bfloat16=options.bfloat16,
+                fits=_fits(profile),
+                tell=stage.tell,
+            )
+        answers[-1] = replace(answers[-1], advice=tips)
+    return answers
+
+
+def shortlist(ranked: Sequence[Sequence[Choice]]) -> list[tuple[Choice, ...]]:
+    """Return what is worth a real server: the best, the best of its divisions with another batch, the best other one.
+
+    A division of cores is the number of workers and of cores of each, for all models.
+    """
+
+    def division(choices: Sequence[Choice]) -> list[tuple[int, int]]:
+        return [(choice.workers, choice.threads) for choice in choices]
+
+    first = ranked[0]
+    found = [tuple(first)]
+    same = (one for one in ranked[1:] if division(one) == division(first))
+    other = (one for one in ranked[1:] if division(one) != division(first))
+    following = (next(rest, None) for rest in (same, other))
+    return found + [tuple(one) for one in following if one is not None]
+
+
+def candidates(
+    chosen: Sequence[tuple[Choice, ...]], profiles: Sequence[Profile], room: Room, config: Config | None
+) -> list[Candidate]:
+    """Return the servers to measure: the choices, TorchServe's default, and what the user runs now."""
+    bound: dict[str, Property | None] = {"number_of_gpu": 0}
+    ours = bound | {"cpu_launcher_enable": True, "plugins_path": plugins()}
+    found = [
+        Candidate("; ".join(map(name_of, one)), one, ours, FRONTEND + sum(choice.memory for choice in one))
+        for one in chosen
+    ]
+    workers = len(room.cpus)
+    found.append(Candidate(DEFAULT, None, bound, FRONTEND + _memory(profiles, workers)))
+    if config is not None:
+        kept: dict[str, Property | None] = {name: config.get(name) for name in KEPT if name in config.properties}
+        number = config.get("default_workers_per_model")
+        workers = int(number) if number.isascii() and number.isdecimal() else workers
+        found.append(Candidate(NOW, None, bound | kept, FRONTEND + _memory(profiles, workers)))
+    return found
+
+
+def explained(archive: Archive, error: BareError) -> str:
+    """Return what a failed bare process means for the user."""
+    reason = error.reason
+    lower = reason.lower()
+    if any(word in lower for word in ("cuda", "nvidia", "gpu_id", "hip ")):
+        return (
+            f"{archive.path}: its handler needs a GPU ({reason}); tune divides CPU cores, and serves without a GPU: "
+            "let the handler take device 'cpu' when system_properties has no gpu_id"
+        )
+    if error.stage == "load":
+        missing = reason.startswith(("ModuleNotFoundError", "ImportError"))
+        remedy = "install it here" if missing else "a TorchServe worker would fail with it too"
+        return f"{archive.path}: its handler cannot be loaded: {reason}; {remedy}"
+    return f"{archive.path}: its handler rejects the body: {reason}; give one that the model takes: --body FILE"
+
+
+def _config(path: Path | None) -> Config | None:
+    if path is None:
+        return None
+    try:
+        return read_config(path, os.environ)
+    except OSError as error:
+        raise TuneError(f"{path}: {error.strerror}") from error
+
+
+def _stores(cache: Path, models: Sequence[Model], room: Room, options: argparse.Namespace) -> list[Store]:
+    """Return where each model's profile is kept, and what servers of all of them did.
+
+    The names have in them all that measurements depend on.
+    """
+    machine = [
+        __version__,
+        metadata.version("torch"),
+        platform.node(),
+        platform.machine(),
+        sorted(room.cpus),
+        room.quota,
+        options.memory,
+        options.minutes,
+    ]
+    each = [[model.archive.path.name, model.archive.digest, model.body] for model in models]
+    return [
+        Store(cache / f"{key([*machine, *one])}.json", fresh=options.fresh)
+        for one in (*each, ["servers", *(part for one in each for part in one)])
+    ]
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[Path]:
+    """Keep other tuners away, end what a killed one left behind, and let SIGTERM and SIGHUP end this one tidily.
+
+    Raises:
+        TuneError: another tuner runs.
+    """
+    cache = cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TuneError(f"another `ts-cores tune` measures here ({cache}/lock); wait for its end") from None
+        mark = f"{MARK}={cache}".encode()
+        left = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
+                    process.kill()
+                    left.append(process)
+        psutil.wait_procs(left, timeout=10)
+        mask, marked = os.sched_getaffinity(0), os.environ.get(MARK)
+        os.environ[MARK] = str(cache)
+        before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield cache
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.sched_setaffinity(0, mask)
+            if marked is None:
+                del os.environ[MARK]
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def _memory(profiles: Sequence[Profile], workers: int) -> int:
+    return sum(profile.first_memory + (workers - 1) * profile.next_memory for profile in profiles)
+
+
+def _fits(profile: Profile) -> int:
+    return 1 + max(0, profile.free_memory - profile.first_memory) // max(profile.next_memory, 1)
+
+
+def _say_memory(profile: Profile, room: Room, show: Show) -> None:
+    fits, each = _fits(profile), f"{profile.next_memory / 1e6:.0f} MB"
+    first = f"{profile.archive}: the first worker takes {profile.first_memory / 1e6:.0f} MB, each further one {each}"
+    if fits < room.cores:
+        show.note(
+            f"{first}: memory for {count(fits, 'worker')}, of {profile.free_memory / 1e6:.0f} MB that may be used"
+        )
+    else:
+        show.note(f"{first}: there is memory for one per core")
+
+
+def _answer(
+    model: Model, profile: Profile, choices: Sequence[Choice], found: Sequence[Served], best: Served, at: int
+) -> Answer:
+    chosen = best.rows[at]
+    if chosen.choice is None:
+        raise TypeError(f"{best}: no choice")
+    return Answer(
+        name=model.archive.model,
+        version=model.archive.version,
+        profile=profile,
+        target=model.target,
+        choices=tuple(choices),
+        choice=chosen.choice,
+        confirmed=tuple(one.rows[at] for one in found),
+    )
+
+
+def _report(models: Sequence[Model], answers: Sequence[Answer], options: argparse.Namespace) -> int:
+    present: Mapping[str, str] = {}
+    if options.write and options.write.exists():
+        present = read_config(options.write, {}).properties
+    try:
+        wanted = lines(answers, present)
+    except ValueError as error:
+        raise TuneError(f"{options.write}: {error}") from error
+    met = all(answer.met for answer in answers)
+    if options.json:
+        print(to_json(answers, wanted))
+    else:
+        console = Console(highlight=False)
+        for answer in answers:
+            console.print(table(answer))
+            console.print(sentence(answer), soft_wrap=True)
+            console.print()
+    say = sys.stderr if options.json else sys.stdout
+    if options.picture:
+        for number, answer in enumerate(answers):
+            stem = options.picture.stem + (f"-{answer.name}" if number else "")
+            file = options.picture.with_stem(stem)
+            print(picture(file, answer), file=say)
+    if options.write and not met:
+        print(f"{options.write}: left as it is, since the target is not met", file=say)
+    elif options.write:
+        _write(models, answers, options.write, wanted, say)
+    elif not options.json:
+        print("config.properties:")
+        print("".join(f"  {name}={value}\n" for name, value in wanted.properties.items()), end="")
+        for model in models:
+            if model.archive.config or len(models) > 1:
+                print(f"{model.archive.config or 'model-config.yaml'} of {model.archive.path.name}:")
+                text = wanted.archives[model.archive.path.name]
+                print("".join(f"  {line}\n" for line in text.splitlines()), end="")
+    return int(not met)
+
+
+def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wanted: Lines, say: TextIO) -> None:
+    """Write config.properties, and the settings of archives that have their own or need their own cores."""
+    try:
+        kept = write(target, wanted)
+        print(f"{target}: written" + (f", the old one is {kept}" if kept else ""), file=say)
+        for model, answer in zip(models, answers, strict=True):
+            if model.archive.config or len(models) > 1:
+                path = model.archive.path
+                old = path.with_name(f"{path.name}.before-tune")
+                if not old.exists():
+                    os.link(path, old)
+                copy_with(model.archive, path, _with_profile(answer))
+                print(f"{path}: written, the old one is {old}", file=say)
+    except OSError as error:
+        raise TuneError(str(error)) from error
+
+
+def _with_profile(answer: Answer) -> dict[str, Any]:
+    """Return the settings of an archive, with what a request takes by cores: for workers that lend cores."""
+    chosen = archive_settings(answer.choice)
+    cells = answer.profile.cells
+    alone = {cell.threads: round(cell.seconds, 5) for cell in cells if (cell.batch, cell.instances) == (1, 1)}
+    chosen["cpu"] |= {"profile": alone}
+    return chosen

@@ -1,0 +1,318 @@
+"""The best choices on the real server, beside TorchServe's default and what the user runs now.
+
+All servers stand side by side, if memory allows, and get each load in turn; an idle one costs next to nothing. Every
+other round goes backwards. Full load: clients that send their next request when they have an answer, always more than
+the workers can take. Open loop: independent users, at the same rate for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ts_plugin.tune.answer import Confirmed
+from ts_plugin.tune.archive import Archive, copy_with
+from ts_plugin.tune.choose import LOAD
+from ts_plugin.tune.load import Answer, OpenLoop, percentile, poisson, take_turns
+from ts_plugin.tune.measure import Body, Tell
+from ts_plugin.tune.profile import Choice, Target
+from ts_plugin.tune.properties import Property
+from ts_plugin.tune.settings import archive_settings
+from ts_plugin.tune.store import Store
+from ts_plugin.tune.torchserve import TorchServe, TorchServeError
+
+__all__ = [
+    "Candidate",
+    "Model",
+    "Served",
+    "clients_of",
+    "confirm",
+    "full_load",
+    "pace",
+    "pick",
+    "plugins",
+    "start",
+    "warm_up",
+]
+
+LEAD_IN = 1.5  # seconds of every load that do not count
+FULL = 5.0  # seconds of full load in one round, at least
+OPEN = 7.0  # seconds of open loop
+START = 15.0  # seconds that a server takes to start
+ROUNDS = 3
+MOST_CLIENTS = 96  # TorchServe refuses the 101st request in its queue
+SAME = 0.02  # throughputs that differ by less are the same
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One archive, what its requests send, and what is wanted of it."""
+
+    archive: Archive
+    body: Body
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A server: ``choices`` per model, or None for archives as they are; ``memory`` in bytes, its frontend included."""
+
+    title: str
+    choices: tuple[Choice, ...] | None
+    properties: Mapping[str, Property | None]
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a candidate did: a row per model."""
+
+    candidate: Candidate
+    rows: tuple[Confirmed, ...]
+
+
+def plugins() -> Path:
+    """Return the directory of the frontend hook."""
+    return Path(str(resources.files("ts_plugin"))).resolve() / "frontend"
+
+
+def confirm(
+    models: Sequence[Model],
+    candidates: Sequence[Candidate],
+    *,
+    store: Store,
+    seconds: float,
+    memory: int,
+    tell: Tell = lambda what, left: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> list[Served]:
+    """Measure every candidate and return those that could be, in their order.
+
+    ``seconds`` is the budget, ``memory`` what all servers together may take; a candidate that needs more by itself is
+    left out, and ``note`` says so.
+
+    Raises:
+        TorchServeError: no choice could be served.
+    """
+    end = time.monotonic() + seconds
+    clients = clients_of(models, candidates)
+    length = _length(models, candidates)
+    groups: list[list[Candidate]] = []
+    room = 0
+    for one in candidates:
+        if one.memory > memory:
+            note(f"{one.title}: not measured, it needs {one.memory >> 20} MiB and {memory >> 20} may be used")
+            continue
+        if not groups or one.memory > room:
+            groups.append([])
+            room = memory
+        groups[-1].append(one)
+        room -= one.memory
+    wanted = f"rates {[model.target.rate for model in models]}"
+    rates: list[float] = store.get(wanted, [])
+    trouble: list[str] = []
+    for number, group in enumerate(groups):
+        left = (end - time.monotonic()) / (len(groups) - number)
+        deadline = time.monotonic() + left
+        with contextlib.ExitStack() as stack:
+            servers: dict[str, TorchServe] = {}
+            for at, one in enumerate(group):
+                if len(store.rounds(_key(one, models))) >= ROUNDS:
+                    continue
+                tell(f"starting the server: {one.title}", left - START * at)
+                try:
+                    servers[one.title] = stack.enter_context(start(models, one, stack))
+                    warm_up(models, servers[one.title], clients)
+                except TorchServeError as error:
+                    servers.pop(one.title, None)
+                    trouble.append(f"{one.title}: {str(error).partition(chr(10))[0]}")
+                    note(trouble[-1])
+            took = 0.0
+            for turn in range(ROUNDS):
+                began = time.monotonic()
+                if turn and began + 0.8 * took > deadline:
+                    break
+                for at, one in enumerate(group[:: -1 if turn % 2 else 1]):
+                    if one.title not in servers or len(store.rounds(_key(one, models))) > turn:
+                        continue
+                    going = min(ROUNDS - turn, max((deadline - began) // (len(group) * (length + OPEN)), 1))
+                    tell(f"{one.title}: full load", (going * len(group) - at) * (length + OPEN))
+                    full, failed = full_load(models, servers[one.title], clients, length)
+                    if not rates:
+                        rates = [model.target.rate or LOAD * most for model, most in zip(models, full, strict=True)]
+                        store.set(wanted, rates)
+                    tell(
+                        f"{one.title}: " + ", ".join(f"{rate:.3g}" for rate in rates) + " requests/s",
+                        (going * len(group) - at - 0.5) * (length + OPEN),
+                    )
+                    latencies, more = _open(models, servers[one.title], rates, turn)
+                    store.add(_key(one, models), {"full": full, "latencies": latencies, "failed": failed + more})
+                took = time.monotonic() - began
+    found = [
+        _served(one, store.rounds(_key(one, models)), rates) for one in candidates if store.rounds(_key(one, models))
+    ]
+    if not any(one.candidate.choices for one in found):
+        raise TorchServeError("; ".join(trouble) or "no server could be measured")
+    return found
+
+
+def pick(found: Sequence[Served], targets: Sequence[Target]) -> int:
+    """Return the place of the best choice, as measured: those that are within all targets first.
+
+    Of these with a rate the first (the chooser's order), otherwise the one with the most throughput; throughputs that
+    differ by less than 2 % are the same. If none is within, the nearest: by the 99th percentile, or the rate served.
+    """
+    best, best_key = -1, (False, 0.0)
+    for place, one in enumerate(found):
+        if one.candidate.choices is None:
+            continue
+        nearness = min(_nearness(target, row) for target, row in zip(targets, one.rows, strict=True))
+        inside = nearness >= 1
+        if not inside:
+            value = nearness
+        elif all(target.rate is not None for target in targets):
+            value = 1.0
+        else:
+            value = math.prod(row.throughput for row in one.rows)
+        if best < 0 or inside > best_key[0] or (inside == best_key[0] and value > best_key[1] * (1 + SAME)):
+            best, best_key = place, (inside, value)
+    return best
+
+
+def _nearness(target: Target, row: Confirmed) -> float:
+    """Return 1 where the target is met, less where not: how much of it is reached."""
+    reached = [1.0]
+    if target.rate is not None:
+        reached.append(LOAD * row.throughput / target.rate)
+    if target.p99 is not None:
+        reached.append(target.p99 / row.p99)
+    return min(reached)
+
+
+def _key(one: Candidate, models: Sequence[Model]) -> str:
+    choices = one.choices and [archive_settings(choice) for choice in one.choices]
+    properties = {name: str(value) for name, value in one.properties.items()}
+    return f"real {json.dumps([choices, properties, [model.target.rate for model in models]])}"
+
+
+def clients_of(models: Sequence[Model], candidates: Sequence[Candidate]) -> list[int]:
+    """Return the clients of each model under full load: twice what any choice can have in its workers."""
+    most = [4] * len(models)
+    for one in candidates:
+        for at, choice in enumerate(one.choices or ()):
+            most[at] = max(most[at], 2 * choice.workers * choice.batch)
+    return [min(clients, max(MOST_CLIENTS // len(models), 4)) for clients in most]
+
+
+def _length(models: Sequence[Model], candidates: Sequence[Candidate]) -> float:
+    """Return the seconds of full load: several batches of every choice."""
+    slowest = max(
+        (choice.workers * choice.batch / choice.throughput for one in candidates for choice in one.choices or ()),
+        default=0.0,
+    )
+    return max(FULL, LEAD_IN + 5 * slowest)
+
+
+def start(models: Sequence[Model], one: Candidate, stack: contextlib.ExitStack) -> TorchServe:
+    """Start a server with archives that have the candidate's settings; their files are called as their models are."""
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ts-cores-")))
+    archives = [directory / f"{model.archive.model}.mar" for model in models]
+    for at, (model, path) in enumerate(zip(models, archives, strict=True)):
+        if one.choices is None:
+            path.symlink_to(model.archive.path.resolve())
+        else:
+            copy_with(model.archive, path, archive_settings(one.choices[at]))
+    return TorchServe(*archives, workers=None, properties=dict(one.properties))
+
+
+def warm_up(models: Sequence[Model], server: TorchServe, clients: Sequence[int]) -> None:
+    """Let every worker see its batches: TorchScript and oneDNN prepare themselves."""
+    for model in models:
+        server.predict(model.archive.model, model.body.content, content_type=model.body.type)
+    _at_once(models, server, lambda url, at: _turns(models[at], url, clients[at], 3.0))
+
+
+def full_load(
+    models: Sequence[Model], server: TorchServe, clients: Sequence[int], length: float
+) -> tuple[list[float], int]:
+    """Return the throughput of each model, and the requests that failed."""
+    found = _at_once(models, server, lambda url, at: _turns(models[at], url, clients[at], length))
+    good = [[one.at for one in answers if one.good and LEAD_IN < one.at <= length] for answers in found]
+    failed = sum(not one.good for answers in found for one in answers)
+    return [pace(times, length - LEAD_IN) for times in good], failed
+
+
+def pace(times: Sequence[float], seconds: float) -> float:
+    """Return how many answers come per second, of those that came at ``times`` within so many seconds.
+
+    It is the slope of their number over time: batches come as a whole, and a plain count is off by up to one of each
+    worker.
+    """
+    if len(set(times)) < 4:
+        return len(times) / seconds
+    return statistics.linear_regression(sorted(times), range(len(times))).slope
+
+
+def _turns(model: Model, url: str, clients: int, seconds: float) -> list[Answer]:
+    return take_turns(url, model.body.content, clients=clients, seconds=seconds, content_type=model.body.type)
+
+
+def _open(
+    models: Sequence[Model], server: TorchServe, rates: Sequence[float], turn: int
+) -> tuple[list[list[float]], int]:
+    """Return the latencies of each model, in seconds, and the requests that failed."""
+
+    def users(url: str, at: int) -> list[Answer]:
+        arrivals = poisson(rates[at], OPEN, seed=turn)
+        loop = OpenLoop(url, models[at].body.content, arrivals=arrivals, content_type=models[at].body.type)
+        return loop.run(OPEN)
+
+    found = _at_once(models, server, users)
+    latencies = [[one.latency for one in answers if one.good and one.due > LEAD_IN] for answers in found]
+    return latencies, sum(not one.good for answers in found for one in answers)
+
+
+def _at_once(
+    models: Sequence[Model], server: TorchServe, work: Callable[[str, int], list[Answer]]
+) -> list[list[Answer]]:
+    found: list[list[Answer]] = [[] for _ in models]
+
+    def one(at: int) -> None:
+        found[at] = work(server.prediction_url(models[at].archive.model), at)
+
+    threads = [threading.Thread(target=one, args=(at,), daemon=True) for at in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def _served(one: Candidate, rounds: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> Served:
+    rows = []
+    for at, rate in enumerate(rates):
+        full = [each["full"][at] for each in rounds]
+        latencies = [value for each in rounds for value in each["latencies"][at]] or [math.inf]
+        rows.append(
+            Confirmed(
+                name=one.title,
+                choice=one.choices[at] if one.choices else None,
+                throughput=statistics.median(full),
+                spread=(max(full) - min(full)) / 2,
+                p50=percentile(latencies, 50),
+                p99=percentile(latencies, 99),
+                failed=sum(each["failed"] for each in rounds),
+                rate=rate,
+            )
+        )
+    return Served(one, tuple(rows))

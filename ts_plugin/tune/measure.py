@@ -1,0 +1,326 @@
+"""Profiling an archive in bare processes: which cells, in which order, within a budget of time and of memory.
+
+A cell is so many threads, so many instances at once, and a batch size. For every thread count as many instances compute
+at once as fit the free cores, because neighbours share memory bandwidth, and again one alone. All cells get their turn
+in every round, and every other round goes backwards: what changes on the machine meanwhile meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ts_plugin.leases.environment import prepare_environment
+from ts_plugin.machine import discovery, process
+from ts_plugin.planning.planner import Slice
+from ts_plugin.planning.policy import Policy
+from ts_plugin.tune.archive import Archive
+from ts_plugin.tune.bare import Bare, BareError, Binding
+from ts_plugin.tune.load import CONTENT_TYPE
+from ts_plugin.tune.profile import Cell, Profile
+from ts_plugin.tune.room import Room, RoomError
+from ts_plugin.tune.store import Store
+
+__all__ = ["FRONTEND", "Body", "Tell", "allocator", "bare", "measure", "thread_counts", "unpacked"]
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+ALWAYS = 8  # batches up to this size are measured even if a smaller one was as good
+GROWS = 1.02  # a larger batch pays if it has so many times the throughput of the one before
+ROUNDS = 4  # of a quick model; a slow one gets fewer
+PIECE = 0.5  # seconds of a cell in one round, at least
+FEWEST = 3  # batches of a cell in one round, at least
+WARM_UP = 3  # batches of a new size that do not count: TorchScript and oneDNN prepare themselves
+SPARE = 0.9  # of the free memory may be used
+FRONTEND = 500 << 20  # bytes of that are TorchServe's frontend's, a JVM
+
+Tell = Callable[[str, float], None]  # what is done now, and the seconds that this stage still takes
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What every request sends."""
+
+    content: bytes
+    type: str = CONTENT_TYPE
+
+
+def thread_counts(node_cores: int) -> list[int]:
+    """Return 1, 2, 4 ... and the cores of a node.
+
+    >>> thread_counts(12)
+    [1, 2, 4, 8, 12]
+    """
+    counts = [1]
+    while counts[-1] * 2 < node_cores:
+        counts.append(counts[-1] * 2)
+    return counts + [node_cores] * (node_cores > 1)
+
+
+def measure(
+    archive: Archive,
+    body: Body,
+    room: Room,
+    *,
+    store: Store,
+    seconds: float,
+    memory: int | None = None,
+    longest: float | None = None,
+    tell: Tell = lambda what, left: None,
+) -> Profile:
+    """Return the profile, of which ``store`` keeps every measurement at once.
+
+    ``seconds`` is the budget, of which the last round may take somewhat more. ``memory`` in bytes is what a server may
+    use at most; None: what is free. No batch that takes longer than ``longest`` seconds is made larger.
+
+    Raises:
+        BareError: the archive cannot be loaded, or its handler rejects the body.
+        RoomError: there is no memory for one worker.
+    """
+    free = discovery.read_free_memory()
+    amounts = [memory, None if free is None else int(SPARE * free)]
+    limit = min((amount for amount in amounts if amount is not None), default=sys.maxsize) - FRONTEND
+    profiler = _Profiler(archive, body, room, store, limit, longest, tell)
+    if not store.get(f"profiled {longest}"):
+        profiler.run(seconds)
+        store.set(f"profiled {longest}", True)
+    return profiler.profile()
+
+
+def bare(
+    model: Path, body: Body, room: Room, *, threads: int, instances: int, policy: Policy, change: str | None
+) -> Bare:
+    """Return processes that are bound, and started in such an environment, as workers of ts-cores would be."""
+    slices = room.slices(threads, instances)
+    environment = dict(os.environ)
+    prepare_environment(environment, slices[0], policy, library_roots=(sys.prefix,))
+    bindings = [Binding(one.cpus if one.pinned else tuple(sorted(room.cpus)), one.threads) for one in slices]
+    return Bare(model, body.content, bindings, content_type=body.type, environment=environment, change=change)
+
+
+def allocator(policy: Policy) -> str:
+    """Return the LD_PRELOAD of a worker with this policy."""
+    environment = dict(os.environ)
+    nothing = Slice(cpus=(), threads=1, numa_nodes=(), l3_domains=(), packages=())
+    prepare_environment(environment, nothing, policy, library_roots=(sys.prefix,))
+    return environment.get("LD_PRELOAD", "")
+
+
+@contextlib.contextmanager
+def unpacked(archive: Archive) -> Iterator[Path]:
+    """Extract the archive for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="ts-cores-") as directory:
+        with zipfile.ZipFile(archive.path) as parts:
+            parts.extractall(directory)
+        yield Path(directory)
+
+
+@dataclass(slots=True)
+class _Set:
+    """The processes of one thread count, and the batch sizes that they have come to."""
+
+    threads: int
+    instances: int
+    processes: Bare
+    batches: list[int] = field(default_factory=lambda: [1])
+    warm: set[int] = field(default_factory=set)
+    grows: bool = True
+
+
+class _Profiler:
+    def __init__(
+        self,
+        archive: Archive,
+        body: Body,
+        room: Room,
+        store: Store,
+        limit: int,
+        longest: float | None,
+        tell: Tell,
+    ) -> None:
+        self._archive = archive
+        self._body = body
+        self._room = room
+        self._store = store
+        self._limit = limit
+        self._longest = longest
+        self._tell = tell
+        self._memory: tuple[int, int] | None = None  # of the first process, of each further one
+
+    def run(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+        sizes = thread_counts(self._room.node_cores)[::-1]
+        with unpacked(self._archive) as model:
+            with self._start(model, sizes[0], 1) as first:
+                self._tell(f"loading {self._archive.path.name}", seconds)
+                first.work(0, fewest=2)
+                self._weigh([first])
+            groups = self._groups(sizes)
+            for number, group in enumerate(groups):
+                now = time.monotonic()
+                self._rounds(model, group, now + (self._deadline - now) / (len(groups) - number))
+
+    def _start(self, model: Path, threads: int, instances: int) -> Bare:
+        return bare(model, self._body, self._room, threads=threads, instances=instances, policy=Policy(), change=None)
+
+    def _groups(self, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """Return (threads, instances) of processes that fit into memory at once: all together, where they can."""
+        groups: list[list[tuple[int, int]]] = []
+        room = 0
+        for threads in sizes:
+            instances = min(self._room.instances(threads), self._fit())
+            if not groups or instances > room:
+                groups.append([])
+                room = self._fit()
+            groups[-1].append((threads, instances))
+            room -= instances
+        return groups
+
+    def _fit(self) -> int:
+        """Return how many processes fit into the memory.
+
+        Raises:
+            RoomError: none.
+        """
+        if self._memory is None:
+            return sys.maxsize
+        first, further = self._memory
+        left = self._limit - first
+        if left < 0:
+            raise RoomError(
+                f"{self._archive.path}: a server needs {_mib(FRONTEND + first)}, of which one worker takes "
+                f"{_mib(first)}, and {_mib(FRONTEND + self._limit)} may be used; free some memory, or raise --memory "
+                "or the container's limit"
+            )
+        return 1 + left // max(further, 1)
+
+    def _weigh(self, running: Sequence[Bare]) -> None:
+        """Learn what processes take; they must be all that run. What was seen larger before stays."""
+        seen = [found for each in running for pid in each.pids if (found := process.memory(pid)) is not None]
+        if not seen:
+            return
+        whole = sum(pss for pss, _ in seen)
+        further = int(statistics.fmean(private for _, private in seen))
+        first = whole - (len(seen) - 1) * further
+        known = self._memory or (0, 0)
+        # What one process alone has to itself is what all of them share, too.
+        self._memory = max(first, known[0]), further if len(seen) > 1 or not known[1] else known[1]
+        self._store.set("memory", list(self._memory))
+
+    def _rounds(self, model: Path, group: Sequence[tuple[int, int]], deadline: float) -> None:
+        with contextlib.ExitStack() as stack:
+            sets = []
+            for threads, instances in group:
+                self._tell(f"starting {instances} x {threads} threads", deadline - time.monotonic())
+                sets.append(_Set(threads, instances, stack.enter_context(self._start(model, threads, instances))))
+            if len(sets) > 1 or group[0][1] > 1:
+                for one in sets:
+                    one.processes.work(0, fewest=1)
+                self._weigh([one.processes for one in sets])
+            took = 0.0
+            for number in range(ROUNDS):
+                began = time.monotonic()
+                if number and began + 0.8 * took > deadline:
+                    break
+                if number == 0:
+                    self._first_round(sets, deadline)
+                else:
+                    order = [(one, batch) for one in sets for batch in one.batches]
+                    left = min((ROUNDS - number) * took, deadline - began)
+                    for place, (one, batch) in enumerate(order[:: -1 if number % 2 else 1]):
+                        self._cell(one, batch, number, left - took * place / len(order))
+                if not took:  # the first round also warms up
+                    took = sum(
+                        2 * max(PIECE, FEWEST * self._seconds(one, batch)) for one in sets for batch in one.batches
+                    )
+            self._weigh([one.processes for one in sets])
+
+    def _first_round(self, sets: Sequence[_Set], deadline: float) -> None:
+        for batch in BATCHES:
+            for one in sets:
+                if not one.grows:
+                    continue
+                if batch > 1:
+                    if batch > 2 and not self._pays(one, batch, deadline):
+                        one.grows = False
+                        continue
+                    one.batches.append(batch)
+                try:
+                    self._cell(one, batch, 0, deadline - time.monotonic())
+                except BareError as error:
+                    if batch == 1 or error.stage != "handle":
+                        raise
+                    one.batches.remove(batch)  # its handler answers one request at a time
+                    one.grows = False
+                    if batch == 2:
+                        self._store.set("single", error.reason)
+
+    def _pays(self, one: _Set, batch: int, deadline: float) -> bool:
+        """Tell whether a batch of this size is worth measuring, and can be afforded."""
+        before, last = (self._seconds(one, size) for size in (batch // 4, batch // 2))
+        if self._longest is not None and last > self._longest:
+            return False
+        costs = 2 * last * (WARM_UP + 2 * FEWEST)
+        if time.monotonic() + costs > deadline:
+            return False
+        free = discovery.read_free_memory()
+        if free is not None and free < FRONTEND:
+            return False
+        return batch <= ALWAYS or 2 * before >= GROWS * last
+
+    def _cell(self, one: _Set, batch: int, number: int, left: float) -> None:
+        """Measure as many instances as there are, and one alone."""
+        for instances in sorted({one.instances, 1}, reverse=True):
+            name = _name(one.threads, batch, instances)
+            if len(self._store.rounds(name)) > number:
+                continue
+            self._tell(f"{instances} x {one.threads} {'threads' if one.threads > 1 else 'thread'}, batch {batch}", left)
+            if batch not in one.warm:
+                one.processes.work(0, batch=batch, fewest=WARM_UP)
+                one.warm.add(batch)
+            took = one.processes.work(PIECE, batch=batch, fewest=FEWEST, processes=instances)
+            mean = statistics.fmean(took)
+            self._store.add(name, [len(took), mean, statistics.pvariance(took, mean)])
+
+    def _seconds(self, one: _Set, batch: int) -> float:
+        return _pooled(self._store.rounds(_name(one.threads, batch, one.instances)))[0]
+
+    def profile(self) -> Profile:
+        cells = []
+        for name in self._store.names():
+            if name.startswith("cell "):
+                threads, batch, instances = map(int, name.split()[1:])
+                rounds = self._store.rounds(name)
+                cells.append(Cell(threads, batch, instances, *_pooled(rounds), sum(each[0] for each in rounds)))
+        first, further = self._store.get("memory", (0, 0))
+        return Profile(
+            archive=self._archive.path.name,
+            cores=self._room.cores,
+            node_cores=self._room.node_cores,
+            first_memory=first,
+            next_memory=further,
+            free_memory=self._limit,
+            batches="single" not in self._store,
+            cells=tuple(sorted(cells, key=lambda cell: (cell.threads, cell.instances, cell.batch))),
+        )
+
+
+def _name(threads: int, batch: int, instances: int) -> str:
+    return f"cell {threads} {batch} {instances}"
+
+
+def _pooled(rounds: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the mean seconds and the squared coefficient of variation: the median round's, which one pause leaves."""
+    seconds = statistics.median(mean for _, mean, _ in rounds)
+    return seconds, statistics.median(variance for _, _, variance in rounds) / seconds**2
+
+
+def _mib(amount: int) -> str:
+    return f"{amount / 2**20:.0f} MiB"

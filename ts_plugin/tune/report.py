@@ -1,0 +1,198 @@
+"""What tune found, for people and for scripts: a table, a sentence, a picture, JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from ts_plugin.machine.words import count
+from ts_plugin.tune.answer import DEFAULT, Answer
+from ts_plugin.tune.choose import LOAD
+from ts_plugin.tune.profile import Choice
+from ts_plugin.tune.settings import Lines
+
+__all__ = ["markdown", "name_of", "picture", "sentence", "table", "to_json"]
+
+HEADS = ("", "requests/s", "+/-", "p50 ms", "p99 ms", "failed", "memory MB")
+BATCHES = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#D55E00")  # Okabe and Ito's colours
+DRAWN = 10  # divisions in the picture at most
+
+
+def name_of(choice: Choice) -> str:
+    """Return for example ``2 workers x 1 core, batch 4``."""
+    return f"{_division(choice)}, batch {choice.batch}"
+
+
+def table(answer: Answer) -> Table:
+    """Draw what was measured for a terminal, the advised row bold; what was only computed says so."""
+    result = Table(title=answer.profile.archive, title_justify="left", box=SIMPLE, pad_edge=False, header_style="dim")
+    for head in HEADS:
+        result.add_column(head, justify="right" if head else "left")
+    for cells, chosen in _rows(answer):
+        result.add_row(*cells, style="bold" if chosen else "")
+    return result
+
+
+def markdown(answer: Answer) -> str:
+    """Return the same table in Markdown."""
+    text = [f"| {' | '.join(HEADS)} |", "|---|" + "---:|" * (len(HEADS) - 1)]
+    for cells, chosen in _rows(answer):
+        text.append(f"| {' | '.join(f'**{cell}**' if chosen and cell else cell for cell in cells)} |")
+    return "\n".join(text) + "\n"
+
+
+def sentence(answer: Answer) -> str:
+    """Say in one sentence what is advised and why."""
+    choice, target, row = answer.choice, answer.target, answer.measured
+    throughput, p99 = (row.throughput, row.p99) if row else (choice.throughput, choice.p99)
+    late = f"99 of 100 answers at {_figure(row.rate if row else choice.rate)} requests/s within {_ms(p99)} ms"
+    most = f"{_figure(throughput)} requests/s at full load"
+    if not answer.met and target.rate is not None and target.rate > LOAD * throughput:
+        return (
+            f"{_figure(target.rate)} requests/s are more than this machine serves: {name_of(choice)} comes nearest "
+            f"with {most}, of which {_figure(LOAD * throughput)} ({LOAD:.0%}) leave room for bursts."
+        )
+    if not answer.met and target.p99 is not None:
+        return f"Nothing holds {_ms(target.p99)} ms: {name_of(choice)} comes nearest, with {late} and {most}."
+    wish = "is fastest" if target.rate is not None and target.p99 is None else "serves most"
+    within = f" within {_ms(target.p99)} ms" if target.p99 is not None else ""
+    return f"{name_of(choice)} {wish}{within}: {most}, {late}{_against(answer, throughput, p99)}."
+
+
+def _against(answer: Answer, throughput: float, p99: float) -> str:
+    """Return what the choice is better than: a server's other settings, else the best other division."""
+    fastest = answer.target.rate is not None and answer.target.p99 is None
+    for row in answer.confirmed:
+        if row.choice is None and row.name == DEFAULT:
+            if fastest:
+                return f"; {DEFAULT} takes {_ms(row.p99)} ms"
+            if row.throughput:
+                return f"; that is {throughput / row.throughput:.2f} times {DEFAULT} ({_figure(row.throughput)})"
+    for other in answer.choices:
+        if other.workers != answer.choice.workers:
+            figure = f"{_ms(other.p99)} ms" if fastest else f"{_figure(other.throughput)} requests/s"
+            return f"; {name_of(other)} would have {figure}"
+    return ""
+
+
+def picture(path: Path, answer: Answer) -> str:
+    """Draw throughput and 99th percentile of all batches and divisions, and return a sentence about it.
+
+    The format is that of the file's name (png, svg). Without matplotlib the sentence says so, and nothing is drawn.
+
+    Raises:
+        OSError: the picture cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no picture: matplotlib is not installed here; pip install matplotlib draws it next time"
+    choices = _drawn(answer)
+    divisions = list(dict.fromkeys(_division(one, short=True) for one in choices))
+    figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")  # a page's own background may be any
+    panels: list[Any] = list(figure.subplots(1, 2))
+    for axes, title, field, scale in zip(
+        panels,
+        ("Requests/s at full load: higher is better", "99th percentile in ms: lower is better"),
+        ("throughput", "p99"),
+        (1, 1000),
+        strict=True,
+    ):
+        for number, batch in enumerate(sorted({one.batch for one in choices})):
+            drawn = [one for one in choices if one.batch == batch and math.isfinite(getattr(one, field))]
+            axes.plot(
+                [divisions.index(_division(one, short=True)) for one in drawn],
+                [scale * getattr(one, field) for one in drawn],
+                "o-",
+                color=BATCHES[number % len(BATCHES)],
+                label=f"batch {batch}",
+            )
+        place = divisions.index(_division(answer.choice, short=True))
+        marks = [("o", answer.choice, "chosen", 15), ("*", answer.measured, "measured", 11)]
+        for mark, one, label, size in marks:
+            if one and math.isfinite(getattr(one, field)):
+                y = scale * getattr(one, field)
+                fill = "none" if mark == "o" else "black"
+                axes.plot(place, y, mark, ms=size, mfc=fill, mec="black", mew=2, label=label, ls="", clip_on=False)
+        axes.set_title(title, loc="left", fontsize=10.5)
+        axes.set_xticks(range(len(divisions)), divisions, rotation=45 if len(divisions) > 5 else 0)
+        axes.set_xlabel("workers x cores of each")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=8, frameon=False, title=answer.profile.archive)
+    figure.savefig(path, dpi=110)
+    return f"picture: {path}"
+
+
+def to_json(answers: Sequence[Answer], lines: Lines) -> str:
+    """Return everything as JSON, ``lines`` included; what is endless is null."""
+    told = [
+        {"model": answer.name, "met": answer.met, "sentence": sentence(answer)}
+        | {key: value for key, value in asdict(answer).items() if key not in ("name", "choices", "profile")}
+        | {"archive": answer.profile.archive, "alternatives": [asdict(one) for one in answer.choices[:5]]}
+        for answer in answers
+    ]
+    return json.dumps({"models": _finite(told), "lines": _finite(asdict(lines))}, indent=2)
+
+
+def _rows(answer: Answer) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Yield cells, and whether the row is the advised one."""
+    for row in answer.confirmed:
+        memory = _megabytes(row.choice) if row.choice else ""
+        figures = _figure(row.throughput), _figure(row.spread), _ms(row.p50), _ms(row.p99), str(row.failed), memory
+        yield (row.name, *figures), answer.measured is row
+    if answer.measured is None:
+        one = answer.choice
+        expected = f"{name_of(one)} (expected)"
+        yield (expected, _figure(one.throughput), "", "", _ms(one.p99), "", _megabytes(one)), True
+    for advice in answer.advice:
+        gain = f"{advice.after / advice.before - 1:+.0%}"
+        yield (f"{advice.what}, no server: {advice.how}", gain, "", "", "", "", ""), False
+
+
+def _drawn(answer: Answer) -> list[Choice]:
+    """Return all batches of the choice's division and of the best that leave no core idle, most workers last."""
+    best: dict[tuple[int, int], float] = {}
+    for one in answer.choices:
+        key = one.workers, one.threads
+        best[key] = max(best.get(key, 0.0), one.throughput)
+    full = [(w, t) for w, t in best if (w + 1, t) not in best and (w, t + 1) not in best]
+    keys = {*sorted(full, key=lambda key: -best[key])[: DRAWN - 1], (answer.choice.workers, answer.choice.threads)}
+    return sorted(
+        (one for one in answer.choices if (one.workers, one.threads) in keys),
+        key=lambda one: (one.workers, -one.threads, one.batch),
+    )
+
+
+def _division(choice: Choice, *, short: bool = False) -> str:
+    if short:
+        return f"{choice.workers} x {choice.threads}"
+    return f"{count(choice.workers, 'worker')} x {count(choice.threads, 'core')}"
+
+
+def _megabytes(choice: Choice) -> str:
+    return f"{choice.memory / 1e6:.0f}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ms(seconds: float) -> str:
+    return _figure(1000 * seconds) if math.isfinite(seconds) else "endless"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
