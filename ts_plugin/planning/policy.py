@@ -293,7 +293,7 @@ OPTIONS: tuple[Option, ...] = (
         "cores_per_worker",
         _sizes,
         "cores of one worker: one number for all, or one per worker in order of arrival, such as 4,2",
-        "shares of about equal size",
+        "all cores are divided",
     ),
     Option(
         ("--use-logical-core", "--use-logical-cores"),
