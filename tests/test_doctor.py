@@ -278,6 +278,10 @@ def test_inspect_sees_threads_outside_their_slice(tmp_path: Path, monkeypatch: p
         assert inspect(None).astray == ()
         os.sched_setaffinity(sleeper.pid, cpus)
         assert inspect(None).astray == (((sleeper.pid, 1),) if len(cpus) > 1 else ())
+        with ledger.locked():
+            lends = replace(lease, slice=replace(held, reach=frozenset(cpus)))
+            ledger.write(State(generation=2, leases=(lends,)))
+        assert inspect(None).astray == (), "it borrows"
     finally:
         sleeper.communicate()
 

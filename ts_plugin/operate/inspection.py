@@ -220,7 +220,8 @@ def _preload_notes(environment: Mapping[str, str], config: Config | None) -> lis
 def _astray(state: State) -> Iterator[tuple[int, int]]:
     for lease in state.leases:
         masks = [mask for tid in process.threads(lease.pid) if (mask := _mask(tid))]
-        outside = sum(1 for mask in masks if not mask <= set(lease.slice.cpus))
+        allowed = lease.slice.reach.union(lease.slice.cpus)  # a request may borrow
+        outside = sum(1 for mask in masks if not mask <= allowed)
         if outside:
             yield lease.pid, outside
 
