@@ -22,15 +22,26 @@ from typing import Any
 
 import psutil
 import pytest
+from matplotlib import pyplot
 
 from benchmarks.harness import archives
-from benchmarks.measurement import perf, pictures, points, probe, report, scaling
+from benchmarks.measurement import load_picture, perf, pictures, points, probe, report, scaling
 from benchmarks.measurement.ab import ab, parse_ab
 from benchmarks.measurement.bench import jobs, parse
 from benchmarks.measurement.exercises import exercises
 from benchmarks.measurement.loads import LEAD_IN, counted
 from benchmarks.measurement.measure import divide, saturated, setting
-from benchmarks.measurement.points import PROMISES, Sample, compared, curve, must_show, pooled, promises_table
+from benchmarks.measurement.points import (
+    FULL,
+    PROMISES,
+    UNEVEN,
+    Sample,
+    compared,
+    curve,
+    must_show,
+    pooled,
+    promises_table,
+)
 from benchmarks.measurement.results import Config, Figures, Row, Scenario, markdown, ratio, rotated, spread, to_csv
 from tests.eventually import PATIENCE, eventually
 from ts_plugin.machine.topology import Core
@@ -850,6 +861,28 @@ def test_the_picture_and_tables_of_loads(measured: Path) -> None:
     page = (measured / "report.html").read_text()
     assert "keep dying &lt;&amp;&gt;" in page
     assert "latency_against_load.png" not in page  # it is inside
+
+
+def test_bars_stand_beside_their_names() -> None:
+    """TorchServe's launcher cannot serve two models: its bar is missing in one of two panels that share their names."""
+    full, uneven = (Sample("s", point, Config.LAUNCHER, 0, latencies_ms=(1.0,)) for point in (FULL, UNEVEN))
+    samples = [replace(full, config=one, requests_per_second=20.0 + n) for n, one in enumerate(load_picture.NAMES)]
+    samples += [
+        replace(uneven, requests_per_second=None, latencies_ms=(), error="no"),
+        replace(uneven, config=Config.DEFAULT, requests_per_second=7.0),
+    ]
+    figure, panels = pyplot.subplots(1, 2, sharey=True)
+    configs = [config for config in Config if config in load_picture.NAMES]
+    for panel, point in zip(panels, (FULL, UNEVEN), strict=True):
+        load_picture._bars(panel, configs, [one for one in samples if one.point == point], "")
+        names = [label.get_text() for label in panel.get_yticklabels()]
+        assert names == [load_picture.NAMES[config] for config in configs]
+        for bar in panel.patches:
+            config = configs[round(bar.get_y() + bar.get_height() / 2)]
+            (mine,) = (one for one in samples if (one.point, one.config) == (point, config))
+            assert bar.get_width() == mine.requests_per_second
+    assert [text.get_text().strip() for text in panels[1].texts].count("could not run") == 1
+    pyplot.close(figure)
 
 
 def test_the_report_of_the_promises(measured: Path) -> None:

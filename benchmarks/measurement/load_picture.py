@@ -41,15 +41,16 @@ def draw(out: Path, samples: Sequence[Sample]) -> dict[str, str]:
 def _against_load(samples: Sequence[Sample], stage: str) -> Figure:
     here = [sample for sample in samples if sample.stage == stage]
     model = stage.split(",")[0]
-    uneven = [one for one in samples if one.point == UNEVEN and one.stage.split(",")[0] == model and one.latencies_ms]
-    full = [sample for sample in here if sample.point == FULL and sample.latencies_ms]
+    uneven = [sample for sample in samples if sample.point == UNEVEN and sample.stage.split(",")[0] == model]
+    full = [sample for sample in here if sample.point == FULL]
+    configs = [config for config in Config if any(sample.config is config for sample in uneven + full)]
     figure, grid = pyplot.subplots(2, 2, figsize=(WIDTH, 6.0), height_ratios=(3, 1.35), sharey="row", squeeze=False)
     for axes, name, title in zip(grid[0], ("mean_ms", "p99_ms"), ("mean", "99th percentile"), strict=True):
         _curves(axes, here, name)
         axes.set_title(f"Latency in ms, {title}: lower is better", loc="left")
         axes.set_xlabel("requests/s, and part of full load")
-    _bars(grid[1][0], uneven, "Two models, one has load: requests/s")
-    _bars(grid[1][1], full, "Full load: requests/s")
+    _bars(grid[1][0], configs, uneven, "Two models, one has load: requests/s")
+    _bars(grid[1][1], configs, full, "Full load: requests/s")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside upper center", title=stage, ncols=len(labels), frameon=False, fontsize=9
@@ -95,21 +96,23 @@ def _curves(axes: Axes, samples: Sequence[Sample], figure: str) -> None:
     axes.set_xticks(range(len(points)), labels, fontsize=9)
 
 
-def _bars(axes: Axes, samples: Sequence[Sample], title: str) -> None:
-    shown = [config for config in Config if any(one.config is config for one in samples)]
-    if not shown:
+def _bars(axes: Axes, configs: Sequence[Config], samples: Sequence[Sample], title: str) -> None:
+    """Draw a bar for each of ``configs``, the same for panels that share their axis, whether or not it ran here."""
+    if not samples:
         axes.set_axis_off()
         return
     axes.set_title(title, loc="left")
-    for height, config in enumerate(shown):
-        value = pooled([one for one in samples if one.config is config], "requests_per_second")
+    for height, config in enumerate(configs):
+        mine = [one for one in samples if one.config is config]
+        value = pooled([one for one in mine if one.latencies_ms], "requests_per_second")
         if value is None:
+            axes.annotate("  could not run" if mine else "", (0, height), va="center", fontsize=9)
             continue
         axes.barh(height, value.median, color=COLOURS[config], alpha=0.85, height=0.62)
         axes.plot([value.low, value.high], [height, height], "-", color="black", linewidth=1)
         axes.annotate(f"  {value.median:.1f}", (value.high, height), va="center", fontsize=9)
-    axes.set_yticks(range(len(shown)), [NAMES.get(config, str(config)) for config in shown], fontsize=9)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_yticks(range(len(configs)), [NAMES.get(config, str(config)) for config in configs], fontsize=9)
+    axes.set_ylim(len(configs) - 0.5, -0.5)
     axes.margins(x=0.14)
 
 
