@@ -76,7 +76,7 @@ def thread_counts(node_cores: int) -> list[int]:
 
 
 def fitting(limit: int, first: int, further: int) -> int:
-    """Return how many processes fit into ``limit`` bytes if the first takes ``first`` and each other one ``further``."""
+    """Return how many processes fit into ``limit`` bytes: ``first`` for one, ``further`` for each other."""
     return 0 if limit < first else 1 + (limit - first) // max(further, 1)
 
 
