@@ -32,7 +32,7 @@ from ts_plugin.tune.measure import FRONTEND, fitting, measure
 from ts_plugin.tune.profile import Choice, Profile
 from ts_plugin.tune.progress import Show
 from ts_plugin.tune.properties import Property
-from ts_plugin.tune.report import name_of, picture, sentence, table, to_json
+from ts_plugin.tune.report import advice, name_of, picture, sentence, table, to_json
 from ts_plugin.tune.room import Room, RoomError, find_room
 from ts_plugin.tune.settings import Lines, archive_settings, lines, write
 from ts_plugin.tune.store import Store, cache_directory, key
@@ -326,8 +326,8 @@ def report(models: Sequence[Model], answers: Sequence[Answer], options: argparse
         console = Console(highlight=False)
         for answer in answers:
             console.print(table(answer))
-            console.print(sentence(answer), soft_wrap=True)
-            console.print()
+            for text in (sentence(answer), *advice(answer), ""):
+                console.print(text, soft_wrap=True, markup=False)
     say = sys.stderr if options.json else sys.stdout
     if options.picture:
         for number, answer in enumerate(answers):
