@@ -363,6 +363,12 @@ def test_workers_without_a_slice_may_be_anywhere(monkeypatch: pytest.MonkeyPatch
 # ---- the command
 
 
+def test_other_commands_do_not_load_it() -> None:
+    code = "import sys, ts_plugin.operate.cli; print([one for one in sys.modules if one.startswith('ts_plugin.tune')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_target_that_cannot_be_met_is_no_success(
     tmp_path: Path, body: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

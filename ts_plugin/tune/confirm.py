@@ -20,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ts_plugin.leases.unbound import JAR
 from ts_plugin.tune.answer import Confirmed
 from ts_plugin.tune.archive import Archive, copy_with
 from ts_plugin.tune.choose import LOAD
@@ -82,8 +83,15 @@ class Served:
 
 
 def plugins() -> Path:
-    """Return the directory of the frontend hook."""
-    return Path(str(resources.files("ts_plugin"))).resolve() / "frontend"
+    """Return the directory of the frontend hook.
+
+    Raises:
+        TorchServeError: the hook was not built.
+    """
+    directory = Path(str(resources.files("ts_plugin"))).resolve() / "frontend"
+    if not (directory / JAR).is_file():
+        raise TorchServeError(f"{directory}/{JAR}: not there; build it with a JDK, 11 or newer: pip install .")
+    return directory
 
 
 def confirm(
@@ -132,6 +140,8 @@ def confirm(
                 tell(f"starting the server: {one.title}", left - START * at)
                 try:
                     servers[one.title] = stack.enter_context(start(models, one, stack))
+                    if one.choices is not None and (unbound := servers[one.title].cores()["unbound"]):
+                        raise TorchServeError(f"its workers serve unbound: {unbound[0]['reason']}")
                     warm_up(models, servers[one.title], clients)
                 except TorchServeError as error:
                     servers.pop(one.title, None)
