@@ -158,6 +158,10 @@ def confirm(
                     going = min(ROUNDS - turn, max((deadline - began) // (len(group) * (length + OPEN)), 1))
                     tell(f"{one.title}: full load", (going * len(group) - at) * (length + OPEN))
                     full, failed = full_load(models, servers[one.title], clients, length)
+                    if not rates and not all(full):
+                        note(f"{one.title}: no answer at full load")
+                        del servers[one.title]
+                        continue
                     if not rates:
                         rates = [model.target.rate or LOAD * most for model, most in zip(models, full, strict=True)]
                         store.set(wanted, rates)
