@@ -69,6 +69,23 @@ def test_what_was_not_confirmed_says_that_it_is_expected() -> None:
     assert "(expected)" not in shown(answer())
 
 
+@pytest.mark.parametrize(
+    ("target", "throughput", "p99", "better"),
+    [
+        pytest.param(Target(), 23.0, 0.6, True, id="more throughput"),
+        pytest.param(Target(), 22.1, 0.1, False, id="as much"),
+        pytest.param(Target(p99=0.7), 30.0, 0.8, False, id="more, but too late"),
+        pytest.param(Target(rate=5), 20.0, 0.1, True, id="earlier"),
+        pytest.param(Target(rate=15), 16.0, 0.1, False, id="earlier, but the rate is too high"),
+    ],
+)
+def test_what_runs_now_may_be_better(target: Target, throughput: float, p99: float, better: bool) -> None:
+    given = answer(target)
+    others = tuple(row for row in given.confirmed if row.choice is not None)
+    now = Confirmed(NOW, None, throughput, 0.1, p99 / 2, p99, 0)
+    assert (replace(given, confirmed=(*others, now)).better is now) == better
+
+
 def test_the_table_in_markdown() -> None:
     text = markdown(answer()).splitlines()
     assert text[2].startswith("| **2 workers x 1 core, batch 4** | **22** | **0.5** |")

@@ -326,7 +326,7 @@ def report(models: Sequence[Model], answers: Sequence[Answer], options: argparse
         console = Console(highlight=False)
         for answer in answers:
             console.print(table(answer))
-            for text in (sentence(answer), *advice(answer), ""):
+            for text in (sentence(answer), *_keep(answer), *advice(answer), ""):
                 console.print(text, soft_wrap=True, markup=False)
     say = sys.stderr if options.json else sys.stdout
     if options.picture:
@@ -336,6 +336,8 @@ def report(models: Sequence[Model], answers: Sequence[Answer], options: argparse
             print(picture(file, answer), file=say)
     if options.write and not met:
         print(f"{options.write}: left as it is, since the target is not met", file=say)
+    elif options.write and any(answer.better for answer in answers):
+        print(f"{options.write}: left as it is", file=say)
     elif options.write:
         _write(models, answers, options.write, wanted, say)
     elif not options.json:
@@ -347,6 +349,11 @@ def report(models: Sequence[Model], answers: Sequence[Answer], options: argparse
                 text = wanted.archives[model.archive.path.name]
                 print("".join(f"  {line}\n" for line in text.splitlines()), end="")
     return int(not met)
+
+
+def _keep(answer: Answer) -> list[str]:
+    row = answer.better
+    return [] if row is None else [f"But {row.name} is better still, as measured: keep it."]
 
 
 def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wanted: Lines, say: TextIO) -> None:

@@ -28,6 +28,7 @@ from ts_plugin.tune.load import Answer, OpenLoop, percentile, poisson, take_turn
 from ts_plugin.tune.measure import Body, Tell
 from ts_plugin.tune.profile import Choice, Target
 from ts_plugin.tune.properties import Property
+from ts_plugin.tune.report import name_of
 from ts_plugin.tune.settings import archive_settings
 from ts_plugin.tune.store import Store
 from ts_plugin.tune.torchserve import TorchServe, TorchServeError
@@ -354,7 +355,7 @@ def _served(one: Candidate, rounds: Sequence[Mapping[str, Any]], rates: Sequence
         latencies = [value for each in rounds for value in each["latencies"][at]] or [math.inf]
         rows.append(
             Confirmed(
-                name=one.title,
+                name=name_of(one.choices[at]) if one.choices else one.title,
                 choice=one.choices[at] if one.choices else None,
                 throughput=statistics.median(full),
                 spread=(max(full) - min(full)) / 2,
