@@ -18,7 +18,7 @@ from rich.console import Console
 from ts_plugin.tune.answer import DEFAULT, NOW, Advice, Answer, Confirmed
 from ts_plugin.tune.choose import choose
 from ts_plugin.tune.profile import Cell, Choice, Profile, Target
-from ts_plugin.tune.report import markdown, name_of, picture, sentence, table, to_json
+from ts_plugin.tune.report import advice, markdown, name_of, picture, sentence, table, to_json
 from ts_plugin.tune.settings import Lines, lines, write
 
 CELLS = tuple(
@@ -55,16 +55,35 @@ def test_the_name_of_a_choice() -> None:
 
 
 def test_the_table() -> None:
-    advice = Advice("optimize_for_inference", 10.0, 11.8, "call it in initialize()")
-    rows = [line.split() for line in shown(answer(advice=(advice,))).splitlines()]
+    tip = Advice("optimize_for_inference", 10.0, 11.8, "call it in initialize()")
+    rows = [line.split() for line in shown(answer(advice=(tip,))).splitlines()]
     assert ["2", "workers", "x", "1", "core,", "batch", "4", "22", "0.5", "200", "600", "0", "650"] in rows
     assert ["what", "runs", "now", "16", "0.2", "300", "endless", "7"] in rows
-    assert any(row[:1] == ["optimize_for_inference,"] and row[-1] == "+18%" for row in rows)
+    (told,) = advice(answer(advice=(tip,)))
+    assert told.startswith("optimize_for_inference gains 18% (10 -> 11.8 requests/s, ")
+    assert told.endswith(": call it in initialize()")
 
 
 def test_what_was_not_confirmed_says_that_it_is_expected() -> None:
     assert "batch 4 (expected)" in shown(answer(confirmed=()))
     assert "(expected)" not in shown(answer())
+
+
+@pytest.mark.parametrize(
+    ("target", "throughput", "p99", "better"),
+    [
+        pytest.param(Target(), 23.0, 0.6, True, id="more throughput"),
+        pytest.param(Target(), 22.1, 0.1, False, id="as much"),
+        pytest.param(Target(p99=0.7), 30.0, 0.8, False, id="more, but too late"),
+        pytest.param(Target(rate=5), 20.0, 0.1, True, id="earlier"),
+        pytest.param(Target(rate=15), 16.0, 0.1, False, id="earlier, but the rate is too high"),
+    ],
+)
+def test_what_runs_now_may_be_better(target: Target, throughput: float, p99: float, better: bool) -> None:
+    given = answer(target)
+    others = tuple(row for row in given.confirmed if row.choice is not None)
+    now = Confirmed(NOW, None, throughput, 0.1, p99 / 2, p99, 0)
+    assert (replace(given, confirmed=(*others, now)).better is now) == better
 
 
 def test_the_table_in_markdown() -> None:

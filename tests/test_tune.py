@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -16,20 +17,25 @@ import pytest
 import yaml
 
 from benchmarks.harness import archives
+from tests.claimants import CORES
 from tests.eventually import eventually
 from tests.machines import machine
+from ts_plugin.leases.unbound import Unbound
 from ts_plugin.machine import discovery
 from ts_plugin.machine.cgroups import Cgroups
 from ts_plugin.machine.process import memory
 from ts_plugin.machine.tree import Tree
-from ts_plugin.tune import measure
+from ts_plugin.tune import command as command_module
+from ts_plugin.tune import measure, room
 from ts_plugin.tune.advise import gain
-from ts_plugin.tune.answer import Confirmed
+from ts_plugin.tune.answer import Answer, Confirmed
 from ts_plugin.tune.archive import ArchiveError, copy_with, read_archive
 from ts_plugin.tune.bare import Bare, BareError, Binding
+from ts_plugin.tune.choose import choose
 from ts_plugin.tune.command import explained, shortlist
-from ts_plugin.tune.confirm import Candidate, Served, pace, pick
-from ts_plugin.tune.profile import Choice, Target
+from ts_plugin.tune.confirm import Candidate, Model, Served, pace, pick
+from ts_plugin.tune.measure import Body
+from ts_plugin.tune.profile import Cell, Choice, Profile, Target
 from ts_plugin.tune.room import Room
 from ts_plugin.tune.store import Store
 
@@ -111,11 +117,31 @@ def test_thread_counts_end_with_a_whole_node(cores: int, expected: list[int]) ->
     assert measure.thread_counts(cores) == expected
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(999, 0), (1000, 1), (1299, 1), (1300, 2), (1900, 4)], ids=lambda value: str(value)
+)
+def test_how_many_processes_fit_into_memory(limit: int, expected: int) -> None:
+    assert measure.fitting(limit, 1000, 300) == expected
+
+
+@pytest.mark.parametrize(
+    ("fit", "expected"),
+    [
+        pytest.param(7, [[(4, 1), (2, 2), (1, 4)]], id="all at once"),
+        pytest.param(4, [[(4, 1), (2, 2)], [(1, 4)]], id="in two groups"),
+        pytest.param(2, [[(4, 1)], [(2, 2)], [(1, 2)]], id="fewer instances than cores"),
+        pytest.param(1, [[(4, 1)], [(2, 1)], [(1, 1)]], id="one worker"),
+    ],
+)
+def test_processes_run_at_once_as_far_as_memory_goes(fit: int, expected: list[list[tuple[int, int]]]) -> None:
+    assert measure.together([(4, 1), (2, 2), (1, 4)], fit) == expected
+
+
 def test_no_instance_crosses_a_node() -> None:
     topology = machine(packages=1, nodes=2, cores=3)
-    room = Room(topology, topology.online, 6, (3, 3))
-    assert [room.instances(threads) for threads in (1, 2, 3)] == [6, 2, 2]
-    assert all(len(one.numa_nodes) == 1 for one in room.slices(2, 2))
+    found = Room(topology, topology.online, 6, (3, 3))
+    assert [found.instances(threads) for threads in (1, 2, 3)] == [6, 2, 2]
+    assert all(len(one.numa_nodes) == 1 for one in found.slices(2, 2))
 
 
 def test_a_quota_bounds_how_many_instances_compute() -> None:
@@ -310,7 +336,54 @@ def test_what_a_handler_raises_is_explained(
     assert told in explained(read_archive(path), caught.value)
 
 
+# ---- where it may measure
+
+
+@pytest.mark.skipif(CORES < 2, reason="one core is either held or free")
+def test_only_cores_that_no_live_worker_holds_are_used(
+    state: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = frozenset(start(cores=1).facts()["cpus"])
+    monkeypatch.setenv("TS_CORES_STATE_DIR", str(state))
+    monkeypatch.setattr(room, "unbound_workers", lambda state: [])  # whoever else serves on this machine
+    found = room.find_room()
+    assert held
+    assert found.cpus.isdisjoint(held)
+    assert found.cores == CORES - 1
+    assert room.find_room(anyway=True).cores == CORES
+
+
+def test_workers_without_a_slice_may_be_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "unbound_workers", lambda state: [Unbound(4711, "stock", elsewhere="a TorchServe")])
+    with pytest.raises(room.RoomError, match=r"1 TorchServe worker without a slice .*4711.*--anyway"):
+        room.find_room()
+    assert room.find_room(anyway=True).cpus
+
+
 # ---- the command
+
+
+def test_other_commands_do_not_load_it() -> None:
+    code = "import sys, ts_plugin.operate.cli; print([one for one in sys.modules if one.startswith('ts_plugin.tune')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_target_that_cannot_be_met_is_no_success(
+    tmp_path: Path, body: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = Profile("tiny.mar", 1, 1, 1 << 20, 1 << 20, 1 << 30, True, (Cell(1, 1, 1, 0.1, 0.0, 10),))
+    target = Target(p99=0.01)
+    ranked = choose(profile, target)
+    answer = Answer("tiny", "1.0", profile, target, tuple(ranked), ranked[0])
+    model = Model(read_archive(archive(tmp_path)), Body(BODY), target)
+    file = tmp_path / "config.properties"
+    options = argparse.Namespace(write=file, json=False, picture=None)
+    assert command_module.report([model], [answer], options) == 1
+    told = capsys.readouterr().out
+    assert "comes nearest" in told
+    assert "left as it is" in told
+    assert not file.exists()
 
 
 @pytest.mark.parametrize(

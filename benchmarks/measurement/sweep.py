@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("archive", type=Path)
     parser.add_argument("--body", type=Path, required=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--tuned", type=Path)
     options = parser.parse_args()
     room = find_room(anyway=True)

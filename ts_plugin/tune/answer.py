@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ts_plugin.tune.choose import LOAD, met
@@ -11,6 +12,7 @@ __all__ = ["DEFAULT", "NOW", "Advice", "Answer", "Confirmed"]
 
 DEFAULT = "TorchServe's default"
 NOW = "what runs now"
+BETTER = 1.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,23 @@ class Answer:
     def measured(self) -> Confirmed | None:
         """What the server did with the choice, if it was confirmed."""
         return next((row for row in self.confirmed if row.choice == self.choice), None)
+
+    @property
+    def better(self) -> Confirmed | None:
+        """What does more than 2 % better than the choice although it is none of ours: then nothing should be changed.
+
+        With a rate alone that is a lower 99th percentile, otherwise more throughput within the target.
+        """
+        own, target = self.measured, self.target
+        for row in self.confirmed:
+            if own is None or row.choice is not None or row.failed or row.p99 > (target.p99 or math.inf):
+                continue
+            if target.rate is not None and target.p99 is None:
+                if row.p99 * BETTER < own.p99 and target.rate <= LOAD * row.throughput:
+                    return row
+            elif row.throughput > own.throughput * BETTER:
+                return row
+        return None
 
     @property
     def met(self) -> bool:

@@ -28,17 +28,17 @@ from ts_plugin.tune.asked import TuneError, asked_models
 from ts_plugin.tune.bare import BareError
 from ts_plugin.tune.choose import choose, share
 from ts_plugin.tune.confirm import Candidate, Model, Served, confirm, pick, plugins
-from ts_plugin.tune.measure import FRONTEND, measure
+from ts_plugin.tune.measure import FRONTEND, fitting, measure
 from ts_plugin.tune.profile import Choice, Profile
 from ts_plugin.tune.progress import Show
 from ts_plugin.tune.properties import Property
-from ts_plugin.tune.report import name_of, picture, sentence, table, to_json
+from ts_plugin.tune.report import advice, name_of, picture, sentence, table, to_json
 from ts_plugin.tune.room import Room, RoomError, find_room
 from ts_plugin.tune.settings import Lines, archive_settings, lines, write
 from ts_plugin.tune.store import Store, cache_directory, key
 from ts_plugin.tune.torchserve import TorchServeError
 
-__all__ = ["TuneError", "candidates", "explained", "shortlist", "tune"]
+__all__ = ["TuneError", "candidates", "explained", "report", "shortlist", "tune"]
 
 MARK = "TS_CORES_TUNE"  # in the environment of everything that we start: a killed tuner leaves servers behind
 A_SERVER = 30.0  # seconds that confirming one takes: a short run confirms fewer
@@ -81,7 +81,7 @@ def tune(options: argparse.Namespace) -> int:
             raise TuneError(str(error)) from error
         except TorchServeError as error:
             raise TuneError(f"the real server does not serve: {error}") from error
-    return _report(models, answers, options)
+    return report(models, answers, options)
 
 
 def _tuned(
@@ -280,7 +280,7 @@ def _memory(profiles: Sequence[Profile], workers: int) -> int:
 
 
 def _fits(profile: Profile) -> int:
-    return 1 + max(0, profile.free_memory - profile.first_memory) // max(profile.next_memory, 1)
+    return max(fitting(profile.free_memory, profile.first_memory, profile.next_memory), 1)
 
 
 def _say_memory(profile: Profile, room: Room, show: Show) -> None:
@@ -311,7 +311,7 @@ def _answer(
     )
 
 
-def _report(models: Sequence[Model], answers: Sequence[Answer], options: argparse.Namespace) -> int:
+def report(models: Sequence[Model], answers: Sequence[Answer], options: argparse.Namespace) -> int:
     present: Mapping[str, str] = {}
     if options.write and options.write.exists():
         present = read_config(options.write, {}).properties
@@ -326,8 +326,8 @@ def _report(models: Sequence[Model], answers: Sequence[Answer], options: argpars
         console = Console(highlight=False)
         for answer in answers:
             console.print(table(answer))
-            console.print(sentence(answer), soft_wrap=True)
-            console.print()
+            for text in (sentence(answer), *_keep(answer), *advice(answer), ""):
+                console.print(text, soft_wrap=True, markup=False)
     say = sys.stderr if options.json else sys.stdout
     if options.picture:
         for number, answer in enumerate(answers):
@@ -336,6 +336,8 @@ def _report(models: Sequence[Model], answers: Sequence[Answer], options: argpars
             print(picture(file, answer), file=say)
     if options.write and not met:
         print(f"{options.write}: left as it is, since the target is not met", file=say)
+    elif options.write and any(answer.better for answer in answers):
+        print(f"{options.write}: left as it is", file=say)
     elif options.write:
         _write(models, answers, options.write, wanted, say)
     elif not options.json:
@@ -347,6 +349,11 @@ def _report(models: Sequence[Model], answers: Sequence[Answer], options: argpars
                 text = wanted.archives[model.archive.path.name]
                 print("".join(f"  {line}\n" for line in text.splitlines()), end="")
     return int(not met)
+
+
+def _keep(answer: Answer) -> list[str]:
+    row = answer.better
+    return [] if row is None else [f"But {row.name} is better still, as measured: keep it."]
 
 
 def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wanted: Lines, say: TextIO) -> None:

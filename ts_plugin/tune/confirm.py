@@ -20,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ts_plugin.leases.unbound import JAR
 from ts_plugin.tune.answer import Confirmed
 from ts_plugin.tune.archive import Archive, copy_with
 from ts_plugin.tune.choose import LOAD
@@ -27,6 +28,7 @@ from ts_plugin.tune.load import Answer, OpenLoop, percentile, poisson, take_turn
 from ts_plugin.tune.measure import Body, Tell
 from ts_plugin.tune.profile import Choice, Target
 from ts_plugin.tune.properties import Property
+from ts_plugin.tune.report import name_of
 from ts_plugin.tune.settings import archive_settings
 from ts_plugin.tune.store import Store
 from ts_plugin.tune.torchserve import TorchServe, TorchServeError
@@ -82,8 +84,15 @@ class Served:
 
 
 def plugins() -> Path:
-    """Return the directory of the frontend hook."""
-    return Path(str(resources.files("ts_plugin"))).resolve() / "frontend"
+    """Return the directory of the frontend hook.
+
+    Raises:
+        TorchServeError: the hook was not built.
+    """
+    directory = Path(str(resources.files("ts_plugin"))).resolve() / "frontend"
+    if not (directory / JAR).is_file():
+        raise TorchServeError(f"{directory}/{JAR}: not there; build it with a JDK, 11 or newer: pip install .")
+    return directory
 
 
 def confirm(
@@ -105,8 +114,19 @@ def confirm(
         TorchServeError: no choice could be served.
     """
     end = time.monotonic() + seconds
-    clients = clients_of(models, candidates)
-    length = _length(models, candidates)
+    run = _Run(models, store, clients_of(models, candidates), _length(models, candidates), tell, note)
+    groups = _groups(candidates, memory, note)
+    for number, group in enumerate(groups):
+        run.measure(group, time.monotonic() + (end - time.monotonic()) / (len(groups) - number))
+    measured = [(one, store.rounds(_key(one, models))) for one in candidates]
+    found = [_served(one, rounds, run.rates) for one, rounds in measured if rounds]
+    if not any(one.candidate.choices for one in found):
+        raise TorchServeError("; ".join(run.trouble) or "no server could be measured")
+    return found
+
+
+def _groups(candidates: Sequence[Candidate], memory: int, note: Callable[[str], None]) -> list[list[Candidate]]:
+    """Return groups that fit into memory at once; what needs more by itself is left out."""
     groups: list[list[Candidate]] = []
     room = 0
     for one in candidates:
@@ -118,52 +138,82 @@ def confirm(
             room = memory
         groups[-1].append(one)
         room -= one.memory
-    wanted = f"rates {[model.target.rate for model in models]}"
-    rates: list[float] = store.get(wanted, [])
-    trouble: list[str] = []
-    for number, group in enumerate(groups):
-        left = (end - time.monotonic()) / (len(groups) - number)
-        deadline = time.monotonic() + left
+    return groups
+
+
+class _Run:
+    """What all groups have in common: the loads, and the rates of the open loop, which the first full load gives."""
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        store: Store,
+        clients: Sequence[int],
+        length: float,
+        tell: Tell,
+        note: Callable[[str], None],
+    ) -> None:
+        self._models = models
+        self._store = store
+        self._clients = clients
+        self._length = length
+        self._tell = tell
+        self._note = note
+        self._wanted = f"rates {[model.target.rate for model in models]}"
+        self.rates: list[float] = store.get(self._wanted, [])
+        self.trouble: list[str] = []
+
+    def measure(self, group: Sequence[Candidate], deadline: float) -> None:
+        """Let the servers of a group take turns until all have had their rounds, or no further one fits the time."""
         with contextlib.ExitStack() as stack:
             servers: dict[str, TorchServe] = {}
             for at, one in enumerate(group):
-                if len(store.rounds(_key(one, models))) >= ROUNDS:
-                    continue
-                tell(f"starting the server: {one.title}", left - START * at)
-                try:
-                    servers[one.title] = stack.enter_context(start(models, one, stack))
-                    warm_up(models, servers[one.title], clients)
-                except TorchServeError as error:
-                    servers.pop(one.title, None)
-                    trouble.append(f"{one.title}: {str(error).partition(chr(10))[0]}")
-                    note(trouble[-1])
+                if self._rounds(one) < ROUNDS:
+                    self._tell(f"starting the server: {one.title}", deadline - time.monotonic() - START * at)
+                    if (server := self._start(one, stack)) is not None:
+                        servers[one.title] = server
             took = 0.0
             for turn in range(ROUNDS):
                 began = time.monotonic()
                 if turn and began + 0.8 * took > deadline:
                     break
-                for at, one in enumerate(group[:: -1 if turn % 2 else 1]):
-                    if one.title not in servers or len(store.rounds(_key(one, models))) > turn:
-                        continue
-                    going = min(ROUNDS - turn, max((deadline - began) // (len(group) * (length + OPEN)), 1))
-                    tell(f"{one.title}: full load", (going * len(group) - at) * (length + OPEN))
-                    full, failed = full_load(models, servers[one.title], clients, length)
-                    if not rates:
-                        rates = [model.target.rate or LOAD * most for model, most in zip(models, full, strict=True)]
-                        store.set(wanted, rates)
-                    tell(
-                        f"{one.title}: " + ", ".join(f"{rate:.3g}" for rate in rates) + " requests/s",
-                        (going * len(group) - at - 0.5) * (length + OPEN),
-                    )
-                    latencies, more = _open(models, servers[one.title], rates, turn)
-                    store.add(_key(one, models), {"full": full, "latencies": latencies, "failed": failed + more})
+                due = [one for one in group if one.title in servers and self._rounds(one) <= turn]
+                for at, one in enumerate(due[:: -1 if turn % 2 else 1]):
+                    each = self._length + OPEN
+                    further = min(ROUNDS - turn - 1, max(deadline - began, 0) // (len(due) * each))
+                    self._turn(one, servers[one.title], turn, (len(due) * (1 + further) - at) * each)
                 took = time.monotonic() - began
-    found = [
-        _served(one, store.rounds(_key(one, models)), rates) for one in candidates if store.rounds(_key(one, models))
-    ]
-    if not any(one.candidate.choices for one in found):
-        raise TorchServeError("; ".join(trouble) or "no server could be measured")
-    return found
+
+    def _rounds(self, one: Candidate) -> int:
+        return len(self._store.rounds(_key(one, self._models)))
+
+    def _start(self, one: Candidate, stack: contextlib.ExitStack) -> TorchServe | None:
+        try:
+            server = stack.enter_context(start(self._models, one, stack))
+            if one.choices is not None and (unbound := server.cores()["unbound"]):
+                raise TorchServeError(f"its workers serve unbound: {unbound[0]['reason']}")
+            warm_up(self._models, server, self._clients)
+        except TorchServeError as error:
+            self.trouble.append(f"{one.title}: {str(error).partition(chr(10))[0]}")
+            self._note(self.trouble[-1])
+            return None
+        return server
+
+    def _turn(self, one: Candidate, server: TorchServe, turn: int, left: float) -> None:
+        """Measure one round of one candidate; ``left`` are the seconds until all are done."""
+        self._tell(f"{one.title}: full load", left)
+        full, failed = full_load(self._models, server, self._clients, self._length)
+        if not self.rates:
+            if not all(full):
+                self._note(f"{one.title}: no answer at full load")
+                return
+            self.rates = [model.target.rate or LOAD * most for model, most in zip(self._models, full, strict=True)]
+            self._store.set(self._wanted, self.rates)
+        told = ", ".join(f"{rate:.3g}" for rate in self.rates)
+        self._tell(f"{one.title}: {told} requests/s", left - self._length)
+        latencies, more = _open(self._models, server, self.rates, turn)
+        key = _key(one, self._models)
+        self._store.add(key, {"full": full, "latencies": latencies, "failed": failed + more})
 
 
 def pick(found: Sequence[Served], targets: Sequence[Target]) -> int:
@@ -305,7 +355,7 @@ def _served(one: Candidate, rounds: Sequence[Mapping[str, Any]], rates: Sequence
         latencies = [value for each in rounds for value in each["latencies"][at]] or [math.inf]
         rows.append(
             Confirmed(
-                name=one.title,
+                name=name_of(one.choices[at]) if one.choices else one.title,
                 choice=one.choices[at] if one.choices else None,
                 throughput=statistics.median(full),
                 spread=(max(full) - min(full)) / 2,

@@ -29,7 +29,18 @@ from ts_plugin.tune.profile import Cell, Profile
 from ts_plugin.tune.room import Room, RoomError
 from ts_plugin.tune.store import Store
 
-__all__ = ["FRONTEND", "Body", "Tell", "allocator", "bare", "measure", "thread_counts", "unpacked"]
+__all__ = [
+    "FRONTEND",
+    "Body",
+    "Tell",
+    "allocator",
+    "bare",
+    "fitting",
+    "measure",
+    "thread_counts",
+    "together",
+    "unpacked",
+]
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ALWAYS = 8  # batches up to this size are measured even if a smaller one was as good
@@ -62,6 +73,25 @@ def thread_counts(node_cores: int) -> list[int]:
     while counts[-1] * 2 < node_cores:
         counts.append(counts[-1] * 2)
     return counts + [node_cores] * (node_cores > 1)
+
+
+def fitting(limit: int, first: int, further: int) -> int:
+    """Return how many processes fit into ``limit`` bytes: ``first`` for one, ``further`` for each other."""
+    return 0 if limit < first else 1 + (limit - first) // max(further, 1)
+
+
+def together(sets: Sequence[tuple[int, int]], fit: int) -> list[list[tuple[int, int]]]:
+    """Return groups of (threads, instances) that run at once, as large as ``fit`` processes allow; none has more."""
+    groups: list[list[tuple[int, int]]] = []
+    room = 0
+    for threads, instances in sets:
+        wanted = min(instances, fit)
+        if not groups or wanted > room:
+            groups.append([])
+            room = fit
+        groups[-1].append((threads, wanted))
+        room -= wanted
+    return groups
 
 
 def measure(
@@ -162,7 +192,7 @@ class _Profiler:
                 self._tell(f"loading {self._archive.path.name}", seconds)
                 first.work(0, fewest=2)
                 self._weigh([first])
-            groups = self._groups(sizes)
+            groups = together([(threads, self._room.instances(threads)) for threads in sizes], self._fit())
             for number, group in enumerate(groups):
                 now = time.monotonic()
                 self._rounds(model, group, now + (self._deadline - now) / (len(groups) - number))
@@ -170,36 +200,23 @@ class _Profiler:
     def _start(self, model: Path, threads: int, instances: int) -> Bare:
         return bare(model, self._body, self._room, threads=threads, instances=instances, policy=Policy(), change=None)
 
-    def _groups(self, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
-        """Return (threads, instances) of processes that fit into memory at once: all together, where they can."""
-        groups: list[list[tuple[int, int]]] = []
-        room = 0
-        for threads in sizes:
-            instances = min(self._room.instances(threads), self._fit())
-            if not groups or instances > room:
-                groups.append([])
-                room = self._fit()
-            groups[-1].append((threads, instances))
-            room -= instances
-        return groups
-
     def _fit(self) -> int:
         """Return how many processes fit into the memory.
 
         Raises:
             RoomError: none.
         """
-        if self._memory is None:
+        if self._memory is None:  # the kernel does not say what a process takes
             return sys.maxsize
-        first, further = self._memory
-        left = self._limit - first
-        if left < 0:
+        fit = fitting(self._limit, *self._memory)
+        if not fit:
+            first = self._memory[0]
             raise RoomError(
                 f"{self._archive.path}: a server needs {_mib(FRONTEND + first)}, of which one worker takes "
                 f"{_mib(first)}, and {_mib(FRONTEND + self._limit)} may be used; free some memory, or raise --memory "
                 "or the container's limit"
             )
-        return 1 + left // max(further, 1)
+        return fit
 
     def _weigh(self, running: Sequence[Bare]) -> None:
         """Learn what processes take; they must be all that run. What was seen larger before stays."""

@@ -18,7 +18,7 @@ from ts_plugin.tune.choose import LOAD
 from ts_plugin.tune.profile import Choice
 from ts_plugin.tune.settings import Lines
 
-__all__ = ["markdown", "name_of", "picture", "sentence", "table", "to_json"]
+__all__ = ["advice", "markdown", "name_of", "picture", "sentence", "table", "to_json"]
 
 HEADS = ("", "requests/s", "+/-", "p50 ms", "p99 ms", "failed", "memory MB")
 BATCHES = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#D55E00")  # Okabe and Ito's colours
@@ -80,6 +80,15 @@ def _against(answer: Answer, throughput: float, p99: float) -> str:
             figure = f"{_ms(other.p99)} ms" if fastest else f"{_figure(other.throughput)} requests/s"
             return f"; {name_of(other)} would have {figure}"
     return ""
+
+
+def advice(answer: Answer) -> list[str]:
+    """Return a sentence for everything outside of slices that helps."""
+    return [
+        f"{one.what} gains {one.after / one.before - 1:.0%} ({_figure(one.before)} -> {_figure(one.after)} requests/s, "
+        f"without a server): {one.how}"
+        for one in answer.advice
+    ]
 
 
 def picture(path: Path, answer: Answer) -> str:
@@ -153,9 +162,6 @@ def _rows(answer: Answer) -> Iterator[tuple[tuple[str, ...], bool]]:
         one = answer.choice
         expected = f"{name_of(one)} (expected)"
         yield (expected, _figure(one.throughput), "", "", _ms(one.p99), "", _megabytes(one)), True
-    for advice in answer.advice:
-        gain = f"{advice.after / advice.before - 1:+.0%}"
-        yield (f"{advice.what}, no server: {advice.how}", gain, "", "", "", "", ""), False
 
 
 def _drawn(answer: Answer) -> list[Choice]:
