@@ -965,7 +965,9 @@ def test_a_real_run_of_the_loads(tmp_path: Path, checkout: Path) -> None:
     overrun = {each.config for each in found if each.saturated}  # a busy machine: its higher rates are left out
     missing = set(wanted) - {(each.stage, each.point, each.config) for each in found}
     assert all(config in overrun and "0.2" not in point for _, point, config in missing), found
-    assert all(each.error is None and each.failed == 0 and each.latencies_ms for each in found), found
+    assert all(each.error is None for each in found), found
+    # Where the queue only grows, requests at its end are given up.
+    assert all(each.saturated or (each.failed == 0 and each.latencies_ms) for each in found), found
     capacity = next(each.requests_per_second for each in found if each.point == "capacity")
     assert capacity
     shares = {
