@@ -24,7 +24,7 @@ from benchmarks.harness import CHECKOUT, archives
 from benchmarks.harness.archives import Handler
 from ts_plugin.leases.ledger import state_directory
 from ts_plugin.machine.cpulist import format_cpulist
-from ts_plugin.tune.torchserve import PORTS, TorchServe, TorchServeError, free_ports, read_properties
+from ts_plugin.trial.torchserve import PORTS, TorchServe, TorchServeError, free_ports, read_properties
 
 __all__ = ["main"]
 

@@ -45,8 +45,8 @@ from benchmarks.measurement.points import (
 from benchmarks.measurement.results import Config, Figures, Row, Scenario, markdown, ratio, rotated, spread, to_csv
 from tests.eventually import PATIENCE, eventually
 from ts_plugin.machine.topology import Core
-from ts_plugin.tune.bare import Binding
-from ts_plugin.tune.load import (
+from ts_plugin.trial.bare import Binding
+from ts_plugin.trial.load import (
     Answer,
     LoadError,
     OpenLoop,

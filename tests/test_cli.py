@@ -22,7 +22,7 @@ from ts_plugin.machine import discovery, process
 from ts_plugin.operate.core_map import core_map
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import parse_launcher_args
-from ts_plugin.tune.torchserve import Property, TorchServe
+from ts_plugin.trial.torchserve import Property, TorchServe
 
 RUN = [sys.executable, "-c", "import sys; from ts_plugin.operate.cli import main; sys.exit(main())"]
 HANGS = 120.0  # seconds; no command of these tests computes for more than two

@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.harness import archives
 from ts_plugin.machine.cpulist import parse_cpulist
-from ts_plugin.tune.torchserve import Property, TorchServe
+from ts_plugin.trial.torchserve import Property, TorchServe
 from ts_plugin.worker.readback import METRICS
 
 KUBERNETES = "1.30"

@@ -25,7 +25,7 @@ from ts_plugin.operate.svg import svg
 from ts_plugin.operate.view import of_plan, tag
 from ts_plugin.planning.planner import Demand, Plan, plan
 from ts_plugin.planning.policy import OPTIONS, option_reference, parse_launcher_args
-from ts_plugin.tune.torchserve import free_ports
+from ts_plugin.trial.torchserve import free_ports
 from ts_plugin.worker.readback import METRICS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -19,7 +19,7 @@ from benchmarks.harness import archives
 from tests.eventually import eventually
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery, process
-from ts_plugin.tune.torchserve import RequestError, TorchServe
+from ts_plugin.trial.torchserve import RequestError, TorchServe
 
 PINNED: dict[str, str | int | float | bool | Path | None] = {
     "plugins_path": Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend",

@@ -16,7 +16,7 @@ import hatch_build
 from ts_plugin.frontend import server
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery
-from ts_plugin.tune.torchserve import read_properties, write_properties
+from ts_plugin.trial.torchserve import read_properties, write_properties
 
 JAR = "ts_plugin/frontend/ts-cores.jar"
 LAUNCHER = "/somewhere/bin/ts-cores-python"

@@ -18,7 +18,7 @@ import hatch_build
 from benchmarks.harness import archives
 from tests.eventually import eventually
 from ts_plugin import __version__
-from ts_plugin.tune.torchserve import Property, TorchServe
+from ts_plugin.trial.torchserve import Property, TorchServe
 
 JAR = "ts_plugin/frontend/ts-cores.jar"
 BARE = re.compile(r"pip install (?:-\S+ )*[\"']?ts-cores\b")

@@ -29,7 +29,7 @@ from ts_plugin.operate.terminal import Map, utilisation
 from ts_plugin.operate.view import View, Worker, tag
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import Lend, Policy
-from ts_plugin.tune.torchserve import Property, TorchServe
+from ts_plugin.trial.torchserve import Property, TorchServe
 
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINES = {

@@ -22,7 +22,7 @@ from benchmarks.harness import archives
 from tests.eventually import eventually
 from ts_plugin.machine import discovery
 from ts_plugin.machine.cpulist import parse_cpulist
-from ts_plugin.tune.torchserve import PORTS, Property, TorchServe, free_ports
+from ts_plugin.trial.torchserve import PORTS, Property, TorchServe, free_ports
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 PINNED: dict[str, Property] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}

@@ -25,12 +25,12 @@ from ts_plugin.machine import discovery
 from ts_plugin.machine.cgroups import Cgroups
 from ts_plugin.machine.process import memory
 from ts_plugin.machine.tree import Tree
+from ts_plugin.trial.archive import ArchiveError, copy_with, read_archive
+from ts_plugin.trial.bare import Bare, BareError, Binding
 from ts_plugin.tune import command as command_module
 from ts_plugin.tune import measure, room
 from ts_plugin.tune.advise import gain
 from ts_plugin.tune.answer import Answer, Confirmed
-from ts_plugin.tune.archive import ArchiveError, copy_with, read_archive
-from ts_plugin.tune.bare import Bare, BareError, Binding
 from ts_plugin.tune.choose import choose
 from ts_plugin.tune.command import explained, shortlist
 from ts_plugin.tune.confirm import Candidate, Model, Served, pace, pick

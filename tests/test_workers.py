@@ -26,7 +26,7 @@ from tests.eventually import eventually
 from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import parse_cpulist
-from ts_plugin.tune.torchserve import Property, RequestError, TorchServe
+from ts_plugin.trial.torchserve import Property, RequestError, TorchServe
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 PINNED: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}

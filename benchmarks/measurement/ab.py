@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ts_plugin.tune.load import ANSWER_SECONDS, CONTENT_TYPE, Load, LoadError
+from ts_plugin.trial.load import ANSWER_SECONDS, CONTENT_TYPE, Load, LoadError
 
 __all__ = ["FEWEST_REQUESTS", "ab", "parse_ab"]
 

@@ -31,9 +31,9 @@ from benchmarks.measurement.points import Sample, Stage
 from benchmarks.measurement.results import Config, Row, Scenario, rotated
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.machine.topology import Core
-from ts_plugin.tune.bare import BareError
-from ts_plugin.tune.load import LoadError
-from ts_plugin.tune.torchserve import TorchServeError
+from ts_plugin.trial.bare import BareError
+from ts_plugin.trial.load import LoadError
+from ts_plugin.trial.torchserve import TorchServeError
 
 __all__ = ["Job", "jobs", "main", "parse"]
 

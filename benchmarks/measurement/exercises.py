@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ts_plugin.machine.topology import Core
-from ts_plugin.tune.bare import Bare, Binding
+from ts_plugin.trial.bare import Bare, Binding
 
 __all__ = ["Exercise", "exercises", "run"]
 

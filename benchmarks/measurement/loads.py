@@ -16,8 +16,8 @@ from benchmarks.measurement.measure import UnboundError, require_bound, saturate
 from benchmarks.measurement.points import FULL, Point, Sample, Stage
 from benchmarks.measurement.results import Config, rotated
 from ts_plugin.machine.topology import Core
-from ts_plugin.tune.load import Answer, LoadError, OpenLoop, closed_loop, poisson, take_turns
-from ts_plugin.tune.torchserve import RequestError, TorchServe, TorchServeError
+from ts_plugin.trial.load import Answer, LoadError, OpenLoop, closed_loop, poisson, take_turns
+from ts_plugin.trial.torchserve import RequestError, TorchServe, TorchServeError
 
 __all__ = ["Loads", "counted"]
 

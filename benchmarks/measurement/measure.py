@@ -17,9 +17,9 @@ from benchmarks.measurement import perf, probe
 from benchmarks.measurement.ab import ab
 from benchmarks.measurement.results import Config, Figures, Scenario
 from ts_plugin.machine.topology import Core
-from ts_plugin.tune.bare import Bare, Binding
-from ts_plugin.tune.load import Answer, Load, LoadError, OpenLoop, closed_loop, percentile
-from ts_plugin.tune.torchserve import Property, TorchServe
+from ts_plugin.trial.bare import Bare, Binding
+from ts_plugin.trial.load import Answer, Load, LoadError, OpenLoop, closed_loop, percentile
+from ts_plugin.trial.torchserve import Property, TorchServe
 
 __all__ = [
     "Observed",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.measurement.results import Config, Spread, spread_of
-from ts_plugin.tune.load import percentile
+from ts_plugin.trial.load import percentile
 
 __all__ = [
     "PROMISES",

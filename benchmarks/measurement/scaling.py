@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measurement.measure import Setting
-from ts_plugin.tune.load import Answer, OpenLoop
-from ts_plugin.tune.torchserve import RequestError, TorchServe, TorchServeError
+from ts_plugin.trial.load import Answer, OpenLoop
+from ts_plugin.trial.torchserve import RequestError, TorchServe, TorchServeError
 
 __all__ = ["Scaling", "longest_gap", "scale", "table"]
 

@@ -13,15 +13,15 @@ import statistics
 import sys
 from pathlib import Path
 
-from ts_plugin.tune.archive import read_archive
+from ts_plugin.trial.archive import read_archive
+from ts_plugin.trial.properties import Property
+from ts_plugin.trial.torchserve import TorchServe
 from ts_plugin.tune.command import candidates
 from ts_plugin.tune.confirm import Candidate, Model, clients_of, full_load, plugins, start, warm_up
 from ts_plugin.tune.measure import Body, thread_counts
 from ts_plugin.tune.profile import Choice, Profile, Target
-from ts_plugin.tune.properties import Property
 from ts_plugin.tune.report import name_of
 from ts_plugin.tune.room import Room, find_room
-from ts_plugin.tune.torchserve import TorchServe
 
 SECONDS = 5.0  # of full load, of which the first 1.5 do not count
 DELAY = 10  # ms that a batch waits for others

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ts_plugin.planning.policy import Allocator, Policy
+from ts_plugin.trial.archive import Archive
+from ts_plugin.trial.bare import BFLOAT16, OPTIMIZE, Bare, BareError
 from ts_plugin.tune.answer import Advice
-from ts_plugin.tune.archive import Archive
-from ts_plugin.tune.bare import BFLOAT16, OPTIMIZE, Bare, BareError
 from ts_plugin.tune.measure import Body, Tell, allocator, bare, unpacked
 from ts_plugin.tune.profile import Choice
 from ts_plugin.tune.room import Room

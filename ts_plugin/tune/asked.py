@@ -7,9 +7,9 @@ import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
 
-from ts_plugin.tune.archive import ArchiveError, read_archive
+from ts_plugin.trial.archive import ArchiveError, read_archive
+from ts_plugin.trial.load import CONTENT_TYPE
 from ts_plugin.tune.confirm import Model
-from ts_plugin.tune.load import CONTENT_TYPE
 from ts_plugin.tune.measure import Body
 from ts_plugin.tune.profile import Target
 

@@ -21,22 +21,22 @@ from rich.console import Console
 from ts_plugin import __version__
 from ts_plugin.machine.words import count
 from ts_plugin.operate.config import Config, read_config
+from ts_plugin.trial.archive import Archive, copy_with
+from ts_plugin.trial.bare import BareError
+from ts_plugin.trial.properties import Property
+from ts_plugin.trial.torchserve import TorchServeError
 from ts_plugin.tune.advise import advise
 from ts_plugin.tune.answer import DEFAULT, NOW, Answer
-from ts_plugin.tune.archive import Archive, copy_with
 from ts_plugin.tune.asked import TuneError, asked_models
-from ts_plugin.tune.bare import BareError
 from ts_plugin.tune.choose import choose, share
 from ts_plugin.tune.confirm import Candidate, Model, Served, confirm, pick, plugins
 from ts_plugin.tune.measure import FRONTEND, fitting, measure
 from ts_plugin.tune.profile import Choice, Profile
 from ts_plugin.tune.progress import Show
-from ts_plugin.tune.properties import Property
 from ts_plugin.tune.report import advice, name_of, picture, sentence, table, to_json
 from ts_plugin.tune.room import Room, RoomError, find_room
 from ts_plugin.tune.settings import Lines, archive_settings, lines, write
 from ts_plugin.tune.store import Store, cache_directory, key
-from ts_plugin.tune.torchserve import TorchServeError
 
 __all__ = ["TuneError", "candidates", "explained", "report", "shortlist", "tune"]
 

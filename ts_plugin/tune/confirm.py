@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from ts_plugin.leases.unbound import JAR
+from ts_plugin.trial.archive import Archive, copy_with
+from ts_plugin.trial.load import Answer, OpenLoop, percentile, poisson, take_turns
+from ts_plugin.trial.properties import Property
+from ts_plugin.trial.torchserve import TorchServe, TorchServeError
 from ts_plugin.tune.answer import Confirmed
-from ts_plugin.tune.archive import Archive, copy_with
 from ts_plugin.tune.choose import LOAD
-from ts_plugin.tune.load import Answer, OpenLoop, percentile, poisson, take_turns
 from ts_plugin.tune.measure import Body, Tell
 from ts_plugin.tune.profile import Choice, Target
-from ts_plugin.tune.properties import Property
 from ts_plugin.tune.report import name_of
 from ts_plugin.tune.settings import archive_settings
 from ts_plugin.tune.store import Store
-from ts_plugin.tune.torchserve import TorchServe, TorchServeError
 
 __all__ = [
     "Candidate",

@@ -22,9 +22,9 @@ from ts_plugin.leases.environment import prepare_environment
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Policy
-from ts_plugin.tune.archive import Archive
-from ts_plugin.tune.bare import Bare, BareError, Binding
-from ts_plugin.tune.load import CONTENT_TYPE
+from ts_plugin.trial.archive import Archive
+from ts_plugin.trial.bare import Bare, BareError, Binding
+from ts_plugin.trial.load import CONTENT_TYPE
 from ts_plugin.tune.profile import Cell, Profile
 from ts_plugin.tune.room import Room, RoomError
 from ts_plugin.tune.store import Store

@@ -18,8 +18,8 @@ from typing import Self
 
 import psutil
 
-from ts_plugin.tune.client import Client, RequestError, TorchServeError, model_path
-from ts_plugin.tune.properties import LOOPBACK, PORTS, Property, free_ports, read_properties, write_properties
+from ts_plugin.trial.client import Client, RequestError, TorchServeError, model_path
+from ts_plugin.trial.properties import LOOPBACK, PORTS, Property, free_ports, read_properties, write_properties
 
 __all__ = [
     "PORTS",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ts_plugin.tune.properties import Property
+from ts_plugin.trial.properties import Property
 
 __all__ = ["Client", "RequestError", "TorchServeError", "model_path"]
 

@@ -1,6 +1,6 @@
 """The handler of an archive in bare processes, without HTTP or Java: what one batch costs on so many cores.
 
-``python -P -m ts_plugin.tune.bare`` is one such process: it binds itself, loads the archive as a TorchServe worker
+``python -P -m ts_plugin.trial.bare`` is one such process: it binds itself, loads the archive as a TorchServe worker
 would, and then does what each line on its stdin says (JSON: ``{"work": "handle", "seconds": 5, "batch": 1, "fewest":
 1}``), answering with one line each: ``{"took": [0.1, 0.1]}``, or ``{"stage": "handle", "reason": "..."}``.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
-from ts_plugin.tune.load import CONTENT_TYPE
+from ts_plugin.trial.load import CONTENT_TYPE
 
 __all__ = ["BFLOAT16", "OPTIMIZE", "Bare", "BareError", "Binding"]
 
@@ -99,7 +99,7 @@ class Bare:
                     }
                     order |= {"cpus": binding.cpus, "threads": binding.threads, "change": self._change}
                     process = subprocess.Popen(
-                        [sys.executable, "-P", "-m", "ts_plugin.tune.bare", json.dumps(order)],
+                        [sys.executable, "-P", "-m", "ts_plugin.trial.bare", json.dumps(order)],
                         env=self._environment,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
