@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from benchmarks.harness import CHECKOUT
 from tests.claimants import Claimant
+
+hypothesis.settings.register_profile("ts-cores", deadline=None)  # no test asserts how long something takes
+hypothesis.settings.load_profile("ts-cores")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -153,7 +153,6 @@ def all_shapes(profile: Profile) -> Iterator[tuple[int, int, int]]:
             yield from ((workers, threads, batch) for batch in ((1, 2, 4, 8) if profile.batches else (1,)))
 
 
-@settings(deadline=None)
 @given(machines, targets)
 def test_all_there_is_in_the_order_that_was_asked_for(profile: Profile, target: Target) -> None:
     choices = choose(profile, target)
@@ -172,7 +171,7 @@ def test_all_there_is_in_the_order_that_was_asked_for(profile: Profile, target: 
         assert first.throughput * 1.021 >= max(one.throughput for one in choices)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.floats(0, 0.9), st.floats(0.2, 1), st.floats(0, 0.1))
 def test_the_most_throughput_of_an_exhaustive_search(cores: int, serial: float, each: float, crowd: float) -> None:
     time = amdahl(serial=serial, each=each, crowd=crowd)
@@ -195,7 +194,7 @@ def splits(cores: int, batch: int, widest: int) -> Iterator[list[tuple[int, int]
     yield from more(cores, batch, (cores, batch))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 6), st.floats(0, 0.9), st.floats(0, 1), st.floats(0, 0.3))
 def test_packrats_protocol_against_brute_force(
     cores: int, batch: int, serial: float, each: float, crowd: float
@@ -270,7 +269,7 @@ def test_two_models_share_by_their_load() -> None:
     assert best[0].workers * best[0].threads > best[1].workers * best[1].threads
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(0.01, 0.5), st.floats(0.5, 50)), min_size=1, max_size=3), st.integers(3, 8))
 def test_sharing_keeps_within_cores_and_memory_and_meets_what_can_be_met(
     models: list[tuple[float, float]], cores: int

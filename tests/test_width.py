@@ -166,7 +166,7 @@ def test_noise_on_rates_and_times_does_not_flap() -> None:
     assert chosen == {8}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     serial=st.floats(0, 1),
     load=st.floats(0, 1.2),
@@ -183,7 +183,7 @@ def test_every_decision_is_possible(serial: float, load: float, slices: list[int
     assert decision.until > NOW
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(serial=st.floats(0, 0.5), lower=st.floats(0, 1), higher=st.floats(0, 1))
 def test_more_load_never_means_more_cores(serial: float, lower: float, higher: float) -> None:
     lower, higher = sorted((lower, higher))
@@ -191,7 +191,7 @@ def test_more_load_never_means_more_cores(serial: float, lower: float, higher: f
     assert decide(domain(service, higher), 0, NOW).width <= decide(domain(service, lower), 0, NOW).width
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(load=st.floats(0, 1), better=st.floats(0, 1), worse=st.floats(0, 1))
 def test_a_model_that_scales_worse_never_gets_more_cores(load: float, better: float, worse: float) -> None:
     better, worse = sorted((better, worse))
