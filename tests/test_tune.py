@@ -20,6 +20,7 @@ from benchmarks.harness import archives
 from tests.claimants import CORES
 from tests.eventually import eventually
 from tests.machines import machine
+from ts_plugin.leases.ledger import Ledger
 from ts_plugin.leases.unbound import Unbound
 from ts_plugin.machine import discovery
 from ts_plugin.machine.cgroups import Cgroups
@@ -473,3 +474,32 @@ def test_from_end_to_end_and_again_after_being_killed(
     assert read_archive(path.with_name("tiny.mar.before-tune")).settings == {"minWorkers": 1}
     assert "load_models=all" in (tmp_path / "config.properties").read_text()
     assert (tmp_path / "config.properties.before-tune").read_text() == "# mine\nload_models=all\n"
+
+
+def test_a_handler_of_ours_leaves_a_bare_process_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "state"))
+    model = archive(tmp_path)
+    with zipfile.ZipFile(model, "a") as parts, pytest.warns(UserWarning, match="Duplicate name"):
+        parts.writestr(
+            "handler.py",
+            """
+import os
+import torch
+from ts_plugin.handlers import CoreSliceMixin
+
+def plain():
+    class Plain:
+        def initialize(self, context):
+            self.initialized = True
+        def handle(self, data, context):
+            assert os.sched_getaffinity(0) == set(CPUS) and torch.get_num_threads() == 3
+            return [1] * len(data)
+    return Plain
+
+class Handler(CoreSliceMixin, plain()):
+    pass
+""".replace("CPUS", str(sorted(os.sched_getaffinity(0)))),
+        )
+    with Bare(model, BODY, [Binding(tuple(os.sched_getaffinity(0)), 3)]) as bare:
+        assert len(bare.work(0, fewest=2)) == 2
+        assert Ledger().read().leases == ()
