@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ts_plugin.tune.choose import LOAD, choose, met, partition, share
-from ts_plugin.tune.profile import Cell, Choice, Profile, Target
+from ts_plugin.tune.choose import choose, met, partition, share
+from ts_plugin.tune.profile import LOAD, Cell, Choice, Profile, Target
 
 Seconds = Callable[[float, float, float], float]  # by threads, batch and instances at once
 

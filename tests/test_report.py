@@ -18,7 +18,7 @@ from rich.console import Console
 from ts_plugin.tune.answer import DEFAULT, NOW, Advice, Answer, Confirmed
 from ts_plugin.tune.choose import choose
 from ts_plugin.tune.profile import Cell, Choice, Profile, Target
-from ts_plugin.tune.report import advice, markdown, name_of, picture, sentence, table, to_json
+from ts_plugin.tune.report import advice, markdown, picture, sentence, table, to_json
 from ts_plugin.tune.settings import Lines, lines, write
 
 CELLS = tuple(
@@ -35,7 +35,7 @@ BEST = Choice(2, 1, 4, 50, 23.5, 16.5, 0.62, 650_000_000)
 def answer(target: Target = MOST, **changes: object) -> Answer:
     choices = tuple(choose(PROFILE, target))
     rows = (
-        Confirmed(name_of(choices[0]), choices[0], 22.0, 0.5, 0.2, 0.6, 0),
+        Confirmed(str(choices[0]), choices[0], 22.0, 0.5, 0.2, 0.6, 0),
         Confirmed(DEFAULT, None, 11.0, 0.25, 0.3, 1.25, 0),
         Confirmed(NOW, None, 16.0, 0.2, 0.3, math.inf, 7),
     )
@@ -50,8 +50,8 @@ def shown(answer: Answer) -> str:
 
 
 def test_the_name_of_a_choice() -> None:
-    assert name_of(BEST) == "2 workers x 1 core, batch 4"
-    assert name_of(replace(BEST, workers=1, threads=2, batch=1)) == "1 worker x 2 cores, batch 1"
+    assert str(BEST) == "2 workers x 1 core, batch 4"
+    assert str(replace(BEST, workers=1, threads=2, batch=1)) == "1 worker x 2 cores, batch 1"
 
 
 def test_the_table() -> None:

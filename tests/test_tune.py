@@ -36,7 +36,7 @@ from ts_plugin.tune.choose import choose
 from ts_plugin.tune.command import explained, shortlist
 from ts_plugin.tune.confirm import Candidate, Model, Served, pace, pick
 from ts_plugin.tune.measure import Body
-from ts_plugin.tune.profile import Cell, Choice, Profile, Target
+from ts_plugin.tune.profile import Cell, Choice, Profile, Target, fitting
 from ts_plugin.tune.room import Room
 from ts_plugin.tune.store import Store
 
@@ -122,7 +122,7 @@ def test_thread_counts_end_with_a_whole_node(cores: int, expected: list[int]) ->
     ("limit", "expected"), [(999, 0), (1000, 1), (1299, 1), (1300, 2), (1900, 4)], ids=lambda value: str(value)
 )
 def test_how_many_processes_fit_into_memory(limit: int, expected: int) -> None:
-    assert measure.fitting(limit, 1000, 300) == expected
+    assert fitting(limit, 1000, 300) == expected
 
 
 @pytest.mark.parametrize(

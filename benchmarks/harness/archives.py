@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import CHECKOUT
+from ts_plugin.tune.store import cache_directory
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ArchiveError",
     "Handler",
-    "cache_directory",
     "convolutions",
     "facts",
     "fetch_weights",
@@ -50,11 +49,6 @@ class Handler(StrEnum):
     OURS = "ours"  # the same under CoreSliceMixin
     ASYNC = "async"  # the same as a coroutine, for asyncCommunication
     THREADS = "threads"  # the same under torch.set_num_threads($TS_BENCHMARK_THREADS)
-
-
-def cache_directory() -> Path:
-    """Return where archives are kept: ``$XDG_CACHE_HOME/ts-cores``, by default ``~/.cache/ts-cores``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ts-cores"
 
 
 def resnet(

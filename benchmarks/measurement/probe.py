@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from ts_plugin.machine import process
+
 __all__ = ["Sampler", "Snapshot", "Trace", "pages", "pss_mib", "remote_share", "snapshot", "thread_masks"]
 
 PROC = Path("/proc")
@@ -70,15 +72,9 @@ def snapshot(pids: Iterable[int], *, proc: Path = PROC) -> Snapshot:
     return Snapshot(ticks / TICKS_PER_SECOND, len(switches), switches, preemptions, migrations)
 
 
-def pss_mib(pids: Iterable[int], *, proc: Path = PROC) -> float:
+def pss_mib(pids: Iterable[int]) -> float:
     """Return the proportional set size of all the processes together, in MiB: what ending them would free."""
-    kib = 0
-    for pid in pids:
-        try:
-            kib += _field((proc / str(pid) / "smaps_rollup").read_text(), "Pss")
-        except GONE:
-            continue
-    return kib / 1024
+    return sum(memory[0] for pid in pids if (memory := process.memory(pid))) / 2**20
 
 
 def pages(pid: int, *, proc: Path = PROC) -> dict[int, int]:

@@ -14,13 +14,11 @@ import sys
 from pathlib import Path
 
 from ts_plugin.trial.archive import read_archive
-from ts_plugin.trial.properties import Property
 from ts_plugin.trial.torchserve import TorchServe
 from ts_plugin.tune.command import candidates
-from ts_plugin.tune.confirm import Candidate, Model, clients_of, full_load, plugins, start, warm_up
+from ts_plugin.tune.confirm import Candidate, Model, clients_of, full_load, ours, start, warm_up
 from ts_plugin.tune.measure import Body, thread_counts
 from ts_plugin.tune.profile import Choice, Profile, Target
-from ts_plugin.tune.report import name_of
 from ts_plugin.tune.room import Room, find_room
 
 SECONDS = 5.0  # of full load, of which the first 1.5 do not count
@@ -45,10 +43,9 @@ def main() -> None:
     for title, values in sorted(found.items(), key=lambda item: -statistics.median(item[1])):
         print(f"{statistics.median(values):8.2f} requests/s  {title:34} {' '.join(f'{value:.2f}' for value in values)}")
     if tuned is not None:
-        ours = [title for title in found if title == name_of(tuned)]
         best = max(statistics.median(values) for values in found.values())
-        part = statistics.median(found[ours[0]]) / best
-        print(f"tune's choice, {ours[0]}, has {part:.1%} of the best")
+        part = statistics.median(found[str(tuned)]) / best
+        print(f"tune's choice, {tuned}, has {part:.1%} of the best")
 
 
 def everything(room: Room, batches: list[int]) -> list[Candidate]:
@@ -83,12 +80,7 @@ def sweep(models: list[Model], servers: list[Candidate], repetitions: int) -> di
 
 
 def _candidate(choice: Choice) -> Candidate:
-    properties: dict[str, Property | None] = {
-        "number_of_gpu": 0,
-        "cpu_launcher_enable": True,
-        "plugins_path": plugins(),
-    }
-    return Candidate(name_of(choice), (choice,), properties, 0)
+    return Candidate(str(choice), (choice,), ours(), 0)
 
 
 def _tuned(path: Path | None) -> Choice | None:

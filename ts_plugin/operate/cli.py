@@ -337,11 +337,12 @@ def _plugin_path(options: argparse.Namespace) -> int:
 
 
 def _plugins() -> Path:
-    directory = Path(str(resources.files("ts_plugin"))).resolve() / "frontend"
-    if not (directory / "ts-cores.jar").is_file():
-        remedy = "build it with a JDK, 11 or newer: pip install . in the checkout"
-        raise CommandError(f"{directory}/ts-cores.jar: not there; {remedy}")
-    return directory
+    from ts_plugin.operate.config import built_plugin
+
+    try:
+        return built_plugin()
+    except FileNotFoundError as error:
+        raise CommandError(str(error)) from error
 
 
 def _console() -> Console:

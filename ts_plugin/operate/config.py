@@ -15,11 +15,27 @@ from pathlib import Path
 
 import javaproperties
 
-__all__ = ["Config", "default_config", "parse_config", "read_config"]
+from ts_plugin.leases.unbound import JAR
+
+__all__ = ["PLUGIN", "Config", "built_plugin", "default_config", "parse_config", "read_config"]
+
+PLUGIN = Path(__file__).resolve().parents[1] / "frontend"  # for plugins_path
 
 OF_THE_COMMAND = ("plugins_path", "model_store")  # the properties that the Python side reads and the Java side does not
 BOM = "\u00ef\u00bb\u00bf"  # UTF-8's byte order mark as Java sees it
 VARIABLE = re.compile(r"\$\$([^$]+[^$])\$\$")
+
+
+def built_plugin() -> Path:
+    """Return the directory for plugins_path.
+
+    Raises:
+        FileNotFoundError: the plug-in's jar was not built; the message has the remedy.
+    """
+    if not (PLUGIN / JAR).is_file():
+        remedy = "build it with a JDK, 11 or newer: pip install . in the checkout"
+        raise FileNotFoundError(f"{PLUGIN}/{JAR}: not there; {remedy}")
+    return PLUGIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from ts_plugin.leases.unbound import JAR
 from ts_plugin.operate.arguments import MOST_WORKERS
+from ts_plugin.operate.config import PLUGIN
 from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.inspection import Inspection
 from ts_plugin.planning.planner import Demand, PlanError, plan
@@ -107,7 +108,7 @@ def check_plugin(seen: Inspection) -> Iterator[Finding]:
     if seen.config is None or not seen.config.on("cpu_launcher_enable"):
         return
     path = seen.config.get("plugins_path")
-    change = "plugins_path=" + str(Path(__file__).resolve().parents[1] / "frontend")
+    change = f"plugins_path={PLUGIN}"
     if not path:
         yield Finding(
             Severity.ERROR,

@@ -25,7 +25,7 @@ from ts_plugin.leases.unbound import JAR, Unbound, unbound_workers
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.machine.topology import Allowance, Topology
-from ts_plugin.operate.config import Config, read_config
+from ts_plugin.operate.config import PLUGIN, Config, read_config
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 
@@ -102,14 +102,13 @@ def inspect(path: Path | None) -> Inspection:
         ledger_error = str(error)
     unbound = tuple(unbound_workers(state)) if ledger_path else ()
     models = _models(config) if config else None
-    package = Path(__file__).resolve().parents[1]
     return Inspection(
         system=platform.system(),
         java=_java_version(environment),
         torchserve=_version("torchserve"),
         interpreter=_find_interpreter(),
         config=config,
-        jar=zipfile.is_zipfile(package / "frontend" / JAR),
+        jar=zipfile.is_zipfile(PLUGIN / JAR),
         plugins=_jars(config.get("plugins_path")) if config else None,
         models=len(models) if models is not None else None,
         absent=_absent(config, models or ()) if config else {},

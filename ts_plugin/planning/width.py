@@ -16,9 +16,9 @@ counts what a wide request costs the neighbours, and a short request's time as m
 load from 0.2 to 0.8: so the 99th percentile grows by no more than the mean falls.
 
 A wait is Sakasegawa's approximation, (1 + v) / 2 S u^(sqrt(2 (n + 1)) - 1) / (n (1 - u)), with utilisation u = l S / n
-and v the squared coefficient of variation of the service times: exact for one server. Longer waits are rarer
-exponentially; ``queueing`` says how fast. If every width saturates
-(u >= 0.97, and so many requests at once that some may queue), the cap is the width with the least utilisation.
+and v the squared coefficient of variation of the service times: exact for one server. ``queueing`` says how much rarer
+longer waits are. If every width saturates (u >= 0.97, and so many requests at once that some may queue), the cap is the
+width with the least utilisation.
 
 Example. 8 slices of 4 cores, S(g) = 0.4 s (0.03 + 0.97 / g), 22 requests/s (0.3 of what slices alone can serve):
 

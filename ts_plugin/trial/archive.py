@@ -59,7 +59,7 @@ def read_archive(path: Path) -> Archive:
             settings = yaml.safe_load(parts.read(config)) or {} if config else {}
             serialized = str(manifest.get("serializedFile", ""))
             torchscript = bool(serialized and not manifest.get("modelFile") and _is_torchscript(parts, serialized))
-            missing = [] if parts.testzip() is None else [f"{parts.testzip()} is damaged"]
+            damaged = parts.testzip()
     except zipfile.BadZipFile as error:
         raise ArchiveError(f"{path}: no model archive ({error}); make one with torch-model-archiver") from error
     except KeyError as error:
@@ -68,8 +68,8 @@ def read_archive(path: Path) -> Archive:
     except (ValueError, TypeError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())
         raise ArchiveError(f"{path}: broken archive: {told}; make it again with torch-model-archiver") from error
-    if missing or not handler or not isinstance(settings, dict):
-        told = ", ".join(missing) or (f"{config} holds no keys" if handler else "it names no handler")
+    if damaged or not handler or not isinstance(settings, dict):
+        told = f"{damaged} is damaged" if damaged else f"{config} holds no keys" if handler else "it names no handler"
         raise ArchiveError(f"{path}: broken archive: {told}; make it again with torch-model-archiver")
     if settings.get("asyncCommunication"):
         raise ArchiveError(

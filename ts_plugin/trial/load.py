@@ -12,7 +12,7 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Self
@@ -23,6 +23,7 @@ __all__ = [
     "LoadError",
     "OpenLoop",
     "closed_loop",
+    "in_threads",
     "percentile",
     "poisson",
     "take_turns",
@@ -49,6 +50,27 @@ class Load:
     p99_ms: float
 
 
+def in_threads(*work: Callable[[], None]) -> None:
+    """Do all of ``work`` at once, and return when it is done."""
+    threads = [threading.Thread(target=one, daemon=True) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _post(connection: http.client.HTTPConnection, path: str, body: bytes, headers: Mapping[str, str]) -> bool:
+    """Send one request and read its answer; return whether that is 2xx.
+
+    Raises:
+        OSError, http.client.HTTPException: there is none.
+    """
+    connection.request("POST", path, body, headers)
+    answer = connection.getresponse()
+    answer.read()
+    return 200 <= answer.status < 300
+
+
 def closed_loop(url: str, body: bytes, *, requests: int, concurrency: int) -> Load:
     """Send ``requests`` POSTs, always ``concurrency`` at once, each over a new connection."""
     target = urllib.parse.urlsplit(url)
@@ -69,18 +91,11 @@ def closed_loop(url: str, body: bytes, *, requests: int, concurrency: int) -> Lo
             with contextlib.suppress(OSError, http.client.HTTPException):
                 connection = http.client.HTTPConnection(str(target.hostname), target.port, timeout=ANSWER_SECONDS)
                 with contextlib.closing(connection):
-                    connection.request("POST", target.path, body, headers)
-                    answer = connection.getresponse()
-                    answer.read()
-                    good = 200 <= answer.status < 300
+                    good = _post(connection, target.path, body, headers)
             answers.append((time.perf_counter() - begun, good))
 
-    threads = [threading.Thread(target=client, daemon=True) for _ in range(min(concurrency, requests))]
     begun = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*[client] * min(concurrency, requests))
     seconds = time.perf_counter() - begun
     latencies = [1000 * latency for latency, _ in answers]
     return Load(
@@ -128,20 +143,13 @@ def take_turns(
             while (due := time.monotonic() - began) < seconds:
                 good = False
                 try:
-                    connection.request("POST", target.path, body, {"Content-Type": content_type})
-                    answer = connection.getresponse()
-                    answer.read()
-                    good = 200 <= answer.status < 300
+                    good = _post(connection, target.path, body, {"Content-Type": content_type})
                 except (OSError, http.client.HTTPException):
                     connection.close()  # the next request opens it again
                     time.sleep(0.1)  # and a server that is gone is not asked as fast as that can be refused
                 answers.append(Answer(due, time.monotonic() - began - due, good))
 
-    threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*[client] * clients)
     return sorted(answers, key=lambda answer: answer.due)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ts_plugin.tune.choose import LOAD, met
 from ts_plugin.tune.profile import Choice, Profile, Target
 
 __all__ = ["DEFAULT", "NOW", "Advice", "Answer", "Confirmed"]
@@ -72,7 +71,7 @@ class Answer:
             if own is None or row.choice is not None or row.failed or row.p99 > (target.p99 or math.inf):
                 continue
             if target.rate is not None and target.p99 is None:
-                if row.p99 * BETTER < own.p99 and target.rate <= LOAD * row.throughput:
+                if row.p99 * BETTER < own.p99 and target.serves(row.throughput):
                     return row
             elif row.throughput > own.throughput * BETTER:
                 return row
@@ -81,8 +80,5 @@ class Answer:
     @property
     def met(self) -> bool:
         """Whether the target is met, by what was measured if anything was."""
-        row, target = self.measured, self.target
-        if row is None:
-            return met(self.choice, target)
-        served = target.rate is None or target.rate <= LOAD * row.throughput
-        return served and (target.p99 is None or row.p99 <= target.p99)
+        known = self.measured or self.choice
+        return self.target.met(known.throughput, known.p99)

@@ -25,11 +25,10 @@ from dataclasses import replace
 from itertools import accumulate
 
 from ts_plugin.planning.queueing import waits
-from ts_plugin.tune.profile import Cell, Choice, Profile, Target
+from ts_plugin.tune.profile import LOAD, Cell, Choice, Profile, Target
 
-__all__ = ["LOAD", "choose", "met", "partition", "share"]
+__all__ = ["choose", "met", "partition", "share"]
 
-LOAD = 0.7  # of the throughput at full load: what a server may be asked for in the long run
 TIE = 0.02  # differences up to this part are none
 NORMAL_99 = 2.33  # standard deviations above the mean, of one in a hundred
 DIVISIONS = 4000  # of the cores among models that are compared at most
@@ -47,7 +46,7 @@ def choose(profile: Profile, target: Target) -> list[Choice]:
 
 def met(choice: Choice, target: Target) -> bool:
     """Tell whether the rate is served at a load of 0.7 at most, and the 99th percentile holds at the rate."""
-    return _serves(choice, target) and (target.p99 is None or choice.p99 <= target.p99)
+    return target.met(choice.throughput, choice.p99)
 
 
 def share(profiles: Sequence[Profile], targets: Sequence[Target]) -> list[list[Choice]]:
@@ -105,7 +104,7 @@ def partition(profile: Profile, batch: int) -> list[tuple[int, int, int]]:
     """
     curves, least = _Curves(profile), math.inf
     result: list[tuple[int, int]] = []
-    for instances in range(1, min(_most_workers(profile), profile.cores, batch) + 1):
+    for instances in range(1, min(profile.fits, profile.cores, batch) + 1):
         spare = profile.cores - instances
         times = {}
         for threads in range(1, min(profile.node_cores, spare + 1) + 1):
@@ -158,8 +157,7 @@ def _choices(profile: Profile, target: Target, busy: int) -> Iterator[Choice]:
     curves = _Curves(profile)
     delay = max(1, round(curves.seconds(1, 1, 1) * 500))
     for threads in range(1, min(profile.node_cores, profile.cores, max(1, *curves.threads)) + 1):
-        for workers in range(1, min(profile.cores // threads, _most_workers(profile)) + 1):
-            memory = profile.first_memory + (workers - 1) * profile.next_memory
+        for workers in range(1, min(profile.cores // threads, profile.fits) + 1):
             times = {b: curves.seconds(threads, b, workers * busy / profile.cores) for b in curves.batches}
             variation = curves.variation(threads, workers)
             for batch in curves.batches:
@@ -168,7 +166,7 @@ def _choices(profile: Profile, target: Target, busy: int) -> Iterator[Choice]:
                 wait = delay if batch > 1 else 0
                 usable = {size: seconds for size, seconds in times.items() if size <= batch}
                 p99 = _p99(workers, rate, usable, variation, wait / 1000)
-                yield Choice(workers, threads, batch, wait, throughput, rate, p99, memory)
+                yield Choice(workers, threads, batch, wait, throughput, rate, p99, profile.memory(workers))
 
 
 def _p99(workers: int, rate: float, times: dict[int, float], variation: float, delay: float) -> float:
@@ -191,8 +189,8 @@ def _p99(workers: int, rate: float, times: dict[int, float], variation: float, d
 
 def _rank(choices: list[Choice], target: Target) -> list[Choice]:
     held = [one for one in choices if met(one, target)]
-    near = [one for one in choices if _serves(one, target) and not met(one, target)]
-    rest = [one for one in choices if not _serves(one, target)]
+    near = [one for one in choices if target.serves(one.throughput) and not met(one, target)]
+    rest = [one for one in choices if not target.serves(one.throughput)]
     if target.p99 is None and target.rate is not None:
         held = _sorted(held, lambda one: one.p99)
     else:
@@ -210,17 +208,6 @@ def _sorted(choices: list[Choice], cost: Callable[[Choice], float]) -> list[Choi
         result += sorted(ties, key=lambda one: (one.batch, one.workers, -one.threads, cost(one)))
         left = left[len(ties) :]
     return result
-
-
-def _serves(choice: Choice, target: Target) -> bool:
-    return target.rate is None or target.rate <= LOAD * choice.throughput
-
-
-def _most_workers(profile: Profile) -> int:
-    """Return how many workers memory has room for; one is always tried."""
-    if profile.next_memory <= 0:
-        return profile.cores
-    return max(1, 1 + (profile.free_memory - profile.first_memory) // profile.next_memory)
 
 
 def _shares(cores: int, models: int, step: int) -> Iterator[tuple[int, ...]]:

@@ -29,13 +29,13 @@ from ts_plugin.tune.advise import advise
 from ts_plugin.tune.answer import DEFAULT, NOW, Answer
 from ts_plugin.tune.asked import TuneError, asked_models
 from ts_plugin.tune.choose import choose, share
-from ts_plugin.tune.confirm import Candidate, Model, Served, confirm, pick, plugins
-from ts_plugin.tune.measure import FRONTEND, fitting, measure
+from ts_plugin.tune.confirm import CPUS_ONLY, Candidate, Model, Served, confirm, ours, pick
+from ts_plugin.tune.measure import FRONTEND, measure
 from ts_plugin.tune.profile import Choice, Profile
 from ts_plugin.tune.progress import Show
-from ts_plugin.tune.report import advice, name_of, picture, sentence, table, to_json
+from ts_plugin.tune.report import advice, picture, sentence, table, to_json
 from ts_plugin.tune.room import Room, RoomError, find_room
-from ts_plugin.tune.settings import Lines, archive_settings, lines, write
+from ts_plugin.tune.settings import BEFORE, Lines, archive_settings, lines, write
 from ts_plugin.tune.store import Store, cache_directory, key
 
 __all__ = ["TuneError", "candidates", "explained", "report", "shortlist", "tune"]
@@ -135,20 +135,20 @@ def _tuned(
     best = found[pick(found, targets)]
     answers = []
     for at, (model, profile, store) in enumerate(zip(models, profiles, stores, strict=True)):
-        answers.append(_answer(model, profile, [division[at] for division in ranked], found, best, at))
+        answer = _answer(model, profile, [division[at] for division in ranked], found, best, at)
         with show.stage(f"what else helps {model.archive.path.name}", ADVISING / len(models)) as stage:
             tips = advise(
                 model.archive,
                 model.body,
                 room,
-                answers[-1].choice,
+                answer.choice,
                 store=store,
                 seconds=stage.seconds,
                 bfloat16=options.bfloat16,
-                fits=_fits(profile),
+                fits=profile.fits,
                 tell=stage.tell,
             )
-        answers[-1] = replace(answers[-1], advice=tips)
+        answers.append(replace(answer, advice=tips))
     return answers
 
 
@@ -173,19 +173,21 @@ def candidates(
     chosen: Sequence[tuple[Choice, ...]], profiles: Sequence[Profile], room: Room, config: Config | None
 ) -> list[Candidate]:
     """Return the servers to measure: the choices, TorchServe's default, and what the user runs now."""
-    bound: dict[str, Property | None] = {"number_of_gpu": 0}
-    ours = bound | {"cpu_launcher_enable": True, "plugins_path": plugins()}
+
+    def memory(workers: int) -> int:
+        return FRONTEND + sum(profile.memory(workers) for profile in profiles)
+
     found = [
-        Candidate("; ".join(map(name_of, one)), one, ours, FRONTEND + sum(choice.memory for choice in one))
+        Candidate("; ".join(map(str, one)), one, ours(), FRONTEND + sum(choice.memory for choice in one))
         for one in chosen
     ]
     workers = len(room.cpus)
-    found.append(Candidate(DEFAULT, None, bound, FRONTEND + _memory(profiles, workers)))
+    found.append(Candidate(DEFAULT, None, CPUS_ONLY, memory(workers)))
     if config is not None:
         kept: dict[str, Property | None] = {name: config.get(name) for name in KEPT if name in config.properties}
         number = config.get("default_workers_per_model")
         workers = int(number) if number.isascii() and number.isdecimal() else workers
-        found.append(Candidate(NOW, None, bound | kept, FRONTEND + _memory(profiles, workers)))
+        found.append(Candidate(NOW, None, CPUS_ONLY | kept, memory(workers)))
     return found
 
 
@@ -243,7 +245,7 @@ def _alone() -> Iterator[Path]:
     Raises:
         TuneError: another tuner runs.
     """
-    cache = cache_directory()
+    cache = cache_directory() / "tune"
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         try:
@@ -275,16 +277,8 @@ def _end(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _memory(profiles: Sequence[Profile], workers: int) -> int:
-    return sum(profile.first_memory + (workers - 1) * profile.next_memory for profile in profiles)
-
-
-def _fits(profile: Profile) -> int:
-    return max(fitting(profile.free_memory, profile.first_memory, profile.next_memory), 1)
-
-
 def _say_memory(profile: Profile, room: Room, show: Show) -> None:
-    fits, each = _fits(profile), f"{profile.next_memory / 1e6:.0f} MB"
+    fits, each = profile.fits, f"{profile.next_memory / 1e6:.0f} MB"
     first = f"{profile.archive}: the first worker takes {profile.first_memory / 1e6:.0f} MB, each further one {each}"
     if fits < room.cores:
         show.note(
@@ -364,7 +358,7 @@ def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wan
         for model, answer in zip(models, answers, strict=True):
             if model.archive.config or len(models) > 1:
                 path = model.archive.path
-                old = path.with_name(f"{path.name}.before-tune")
+                old = path.with_name(path.name + BEFORE)
                 if not old.exists():
                     os.link(path, old)
                 copy_with(model.archive, path, _with_profile(answer))

@@ -12,37 +12,35 @@ import json
 import math
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ts_plugin.leases.unbound import JAR
+from ts_plugin.operate.config import built_plugin
 from ts_plugin.trial.archive import Archive, copy_with
-from ts_plugin.trial.load import Answer, OpenLoop, percentile, poisson, take_turns
+from ts_plugin.trial.load import Answer, OpenLoop, in_threads, percentile, poisson, take_turns
 from ts_plugin.trial.properties import Property
 from ts_plugin.trial.torchserve import TorchServe, TorchServeError
 from ts_plugin.tune.answer import Confirmed
-from ts_plugin.tune.choose import LOAD
-from ts_plugin.tune.measure import Body, Tell
-from ts_plugin.tune.profile import Choice, Target
-from ts_plugin.tune.report import name_of
+from ts_plugin.tune.measure import Body, Tell, packed
+from ts_plugin.tune.profile import LOAD, Choice, Target
 from ts_plugin.tune.settings import archive_settings
 from ts_plugin.tune.store import Store
 
 __all__ = [
+    "CPUS_ONLY",
     "Candidate",
     "Model",
     "Served",
     "clients_of",
     "confirm",
     "full_load",
+    "ours",
     "pace",
     "pick",
-    "plugins",
     "start",
     "warm_up",
 ]
@@ -53,6 +51,7 @@ OPEN = 7.0  # seconds of open loop
 START = 15.0  # seconds that a server takes to start
 ROUNDS = 3
 MOST_CLIENTS = 96  # TorchServe refuses the 101st request in its queue
+CPUS_ONLY: dict[str, Property | None] = {"number_of_gpu": 0}
 SAME = 0.02  # throughputs that differ by less are the same
 
 
@@ -83,16 +82,16 @@ class Served:
     rows: tuple[Confirmed, ...]
 
 
-def plugins() -> Path:
-    """Return the directory of the frontend hook.
+def ours() -> dict[str, Property | None]:
+    """Return the properties of a server whose workers get their cores from ts-cores.
 
     Raises:
-        TorchServeError: the hook was not built.
+        TorchServeError: the frontend hook was not built.
     """
-    directory = Path(str(resources.files("ts_plugin"))).resolve() / "frontend"
-    if not (directory / JAR).is_file():
-        raise TorchServeError(f"{directory}/{JAR}: not there; build it with a JDK, 11 or newer: pip install .")
-    return directory
+    try:
+        return CPUS_ONLY | {"cpu_launcher_enable": True, "plugins_path": built_plugin()}
+    except FileNotFoundError as error:
+        raise TorchServeError(str(error)) from error
 
 
 def confirm(
@@ -127,18 +126,10 @@ def confirm(
 
 def _groups(candidates: Sequence[Candidate], memory: int, note: Callable[[str], None]) -> list[list[Candidate]]:
     """Return groups that fit into memory at once; what needs more by itself is left out."""
-    groups: list[list[Candidate]] = []
-    room = 0
     for one in candidates:
         if one.memory > memory:
             note(f"{one.title}: not measured, it needs {one.memory >> 20} MiB and {memory >> 20} may be used")
-            continue
-        if not groups or one.memory > room:
-            groups.append([])
-            room = memory
-        groups[-1].append(one)
-        room -= one.memory
-    return groups
+    return packed((one for one in candidates if one.memory <= memory), lambda one: one.memory, memory)
 
 
 class _Run:
@@ -340,11 +331,7 @@ def _at_once(
     def one(at: int) -> None:
         found[at] = work(server.prediction_url(models[at].archive.model), at)
 
-    threads = [threading.Thread(target=one, args=(at,), daemon=True) for at in range(len(models))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*(partial(one, at) for at in range(len(models))))
     return found
 
 
@@ -355,7 +342,7 @@ def _served(one: Candidate, rounds: Sequence[Mapping[str, Any]], rates: Sequence
         latencies = [value for each in rounds for value in each["latencies"][at]] or [math.inf]
         rows.append(
             Confirmed(
-                name=name_of(one.choices[at]) if one.choices else one.title,
+                name=str(one.choices[at]) if one.choices else one.title,
                 choice=one.choices[at] if one.choices else None,
                 throughput=statistics.median(full),
                 spread=(max(full) - min(full)) / 2,

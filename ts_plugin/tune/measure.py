@@ -14,9 +14,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ts_plugin.leases.environment import prepare_environment
 from ts_plugin.machine import discovery, process
@@ -25,7 +26,7 @@ from ts_plugin.planning.policy import Policy
 from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.bare import Bare, BareError, Binding
 from ts_plugin.trial.load import CONTENT_TYPE
-from ts_plugin.tune.profile import Cell, Profile
+from ts_plugin.tune.profile import Cell, Profile, fitting
 from ts_plugin.tune.room import Room, RoomError
 from ts_plugin.tune.store import Store
 
@@ -35,8 +36,8 @@ __all__ = [
     "Tell",
     "allocator",
     "bare",
-    "fitting",
     "measure",
+    "packed",
     "thread_counts",
     "together",
     "unpacked",
@@ -52,6 +53,7 @@ WARM_UP = 3  # batches of a new size that do not count: TorchScript and oneDNN p
 SPARE = 0.9  # of the free memory may be used
 FRONTEND = 500 << 20  # bytes of that are TorchServe's frontend's, a JVM
 
+T = TypeVar("T")
 Tell = Callable[[str, float], None]  # what is done now, and the seconds that this stage still takes
 
 
@@ -75,23 +77,22 @@ def thread_counts(node_cores: int) -> list[int]:
     return counts + [node_cores] * (node_cores > 1)
 
 
-def fitting(limit: int, first: int, further: int) -> int:
-    """Return how many processes fit into ``limit`` bytes: ``first`` for one, ``further`` for each other."""
-    return 0 if limit < first else 1 + (limit - first) // max(further, 1)
+def packed(items: Iterable[T], size: Callable[[T], int], room: int) -> list[list[T]]:
+    """Return groups of neighbours, each as large as ``room`` allows; every item fits by itself."""
+    groups: list[list[T]] = []
+    left = 0
+    for item in items:
+        if not groups or size(item) > left:
+            groups.append([])
+            left = room
+        groups[-1].append(item)
+        left -= size(item)
+    return groups
 
 
 def together(sets: Sequence[tuple[int, int]], fit: int) -> list[list[tuple[int, int]]]:
     """Return groups of (threads, instances) that run at once, as large as ``fit`` processes allow; none has more."""
-    groups: list[list[tuple[int, int]]] = []
-    room = 0
-    for threads, instances in sets:
-        wanted = min(instances, fit)
-        if not groups or wanted > room:
-            groups.append([])
-            room = fit
-        groups[-1].append((threads, wanted))
-        room -= wanted
-    return groups
+    return packed([(threads, min(instances, fit)) for threads, instances in sets], lambda one: one[1], fit)
 
 
 def measure(

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Cell", "Choice", "Profile", "Target"]
+from ts_plugin.machine.words import count
+
+__all__ = ["LOAD", "Cell", "Choice", "Profile", "Target", "fitting"]
+
+LOAD = 0.7  # of the throughput at full load: what a server may be asked for in the long run
+
+
+def fitting(limit: int, first: int, further: int) -> int:
+    """Return how many processes fit into ``limit`` bytes: ``first`` for one, ``further`` for each other."""
+    return 0 if limit < first else 1 + (limit - first) // max(further, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,15 @@ class Profile:
     batches: bool  # whether the handler answers a batch of several requests
     cells: tuple[Cell, ...]
 
+    @property
+    def fits(self) -> int:
+        """How many workers memory has room for; one is always tried."""
+        return max(fitting(self.free_memory, self.first_memory, self.next_memory), 1)
+
+    def memory(self, workers: int) -> int:
+        """Return the bytes of so many workers."""
+        return self.first_memory + (workers - 1) * self.next_memory
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -42,6 +60,14 @@ class Target:
 
     p99: float | None = None
     rate: float | None = None
+
+    def serves(self, throughput: float) -> bool:
+        """Tell whether the rate is a load of 0.7 at most."""
+        return self.rate is None or self.rate <= LOAD * throughput
+
+    def met(self, throughput: float, p99: float) -> bool:
+        """Tell whether the rate is served, and the 99th percentile holds at it."""
+        return self.serves(throughput) and (self.p99 is None or p99 <= self.p99)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +86,7 @@ class Choice:
     rate: float
     p99: float
     memory: int
+
+    def __str__(self) -> str:
+        """Return for example ``2 workers x 1 core, batch 4``."""
+        return f"{count(self.workers, 'worker')} x {count(self.threads, 'core')}, batch {self.batch}"

@@ -12,22 +12,15 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from ts_plugin.machine.words import count
 from ts_plugin.tune.answer import DEFAULT, Answer
-from ts_plugin.tune.choose import LOAD
-from ts_plugin.tune.profile import Choice
+from ts_plugin.tune.profile import LOAD, Choice
 from ts_plugin.tune.settings import Lines
 
-__all__ = ["advice", "markdown", "name_of", "picture", "sentence", "table", "to_json"]
+__all__ = ["advice", "markdown", "picture", "sentence", "table", "to_json"]
 
 HEADS = ("", "requests/s", "+/-", "p50 ms", "p99 ms", "failed", "memory MB")
 BATCHES = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#D55E00")  # Okabe and Ito's colours
 DRAWN = 10  # divisions in the picture at most
-
-
-def name_of(choice: Choice) -> str:
-    """Return for example ``2 workers x 1 core, batch 4``."""
-    return f"{_division(choice)}, batch {choice.batch}"
 
 
 def table(answer: Answer) -> Table:
@@ -54,16 +47,16 @@ def sentence(answer: Answer) -> str:
     throughput, p99 = (row.throughput, row.p99) if row else (choice.throughput, choice.p99)
     late = f"99 of 100 answers at {_figure(row.rate if row else choice.rate)} requests/s within {_ms(p99)} ms"
     most = f"{_figure(throughput)} requests/s at full load"
-    if not answer.met and target.rate is not None and target.rate > LOAD * throughput:
+    if target.rate is not None and not target.serves(throughput):
         return (
-            f"{_figure(target.rate)} requests/s are more than this machine serves: {name_of(choice)} comes nearest "
+            f"{_figure(target.rate)} requests/s are more than this machine serves: {choice} comes nearest "
             f"with {most}, of which {_figure(LOAD * throughput)} ({LOAD:.0%}) leave room for bursts."
         )
     if not answer.met and target.p99 is not None:
-        return f"Nothing holds {_ms(target.p99)} ms: {name_of(choice)} comes nearest, with {late} and {most}."
+        return f"Nothing holds {_ms(target.p99)} ms: {choice} comes nearest, with {late} and {most}."
     wish = "is fastest" if target.rate is not None and target.p99 is None else "serves most"
     within = f" within {_ms(target.p99)} ms" if target.p99 is not None else ""
-    return f"{name_of(choice)} {wish}{within}: {most}, {late}{_against(answer, throughput, p99)}."
+    return f"{choice} {wish}{within}: {most}, {late}{_against(answer, throughput, p99)}."
 
 
 def _against(answer: Answer, throughput: float, p99: float) -> str:
@@ -78,7 +71,7 @@ def _against(answer: Answer, throughput: float, p99: float) -> str:
     for other in answer.choices:
         if other.workers != answer.choice.workers:
             figure = f"{_ms(other.p99)} ms" if fastest else f"{_figure(other.throughput)} requests/s"
-            return f"; {name_of(other)} would have {figure}"
+            return f"; {other} would have {figure}"
     return ""
 
 
@@ -104,7 +97,7 @@ def picture(path: Path, answer: Answer) -> str:
     except ImportError:
         return "no picture: matplotlib is not installed here; pip install matplotlib draws it next time"
     choices = _drawn(answer)
-    divisions = list(dict.fromkeys(_division(one, short=True) for one in choices))
+    divisions = list(dict.fromkeys(_division(one) for one in choices))
     figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")  # a page's own background may be any
     panels: list[Any] = list(figure.subplots(1, 2))
     for axes, title, field, scale in zip(
@@ -117,13 +110,13 @@ def picture(path: Path, answer: Answer) -> str:
         for number, batch in enumerate(sorted({one.batch for one in choices})):
             drawn = [one for one in choices if one.batch == batch and math.isfinite(getattr(one, field))]
             axes.plot(
-                [divisions.index(_division(one, short=True)) for one in drawn],
+                [divisions.index(_division(one)) for one in drawn],
                 [scale * getattr(one, field) for one in drawn],
                 "o-",
                 color=BATCHES[number % len(BATCHES)],
                 label=f"batch {batch}",
             )
-        place = divisions.index(_division(answer.choice, short=True))
+        place = divisions.index(_division(answer.choice))
         marks = [("o", answer.choice, "chosen", 15), ("*", answer.measured, "measured", 11)]
         for mark, one, label, size in marks:
             if one and math.isfinite(getattr(one, field)):
@@ -160,7 +153,7 @@ def _rows(answer: Answer) -> Iterator[tuple[tuple[str, ...], bool]]:
         yield (row.name, *figures), answer.measured is row
     if answer.measured is None:
         one = answer.choice
-        expected = f"{name_of(one)} (expected)"
+        expected = f"{one} (expected)"
         yield (expected, _figure(one.throughput), "", "", _ms(one.p99), "", _megabytes(one)), True
 
 
@@ -178,10 +171,8 @@ def _drawn(answer: Answer) -> list[Choice]:
     )
 
 
-def _division(choice: Choice, *, short: bool = False) -> str:
-    if short:
-        return f"{choice.workers} x {choice.threads}"
-    return f"{count(choice.workers, 'worker')} x {count(choice.threads, 'core')}"
+def _division(choice: Choice) -> str:
+    return f"{choice.workers} x {choice.threads}"
 
 
 def _megabytes(choice: Choice) -> str:

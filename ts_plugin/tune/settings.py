@@ -19,9 +19,9 @@ import yaml
 from ts_plugin.tune.answer import Answer
 from ts_plugin.tune.profile import Choice
 
-__all__ = ["Lines", "archive_settings", "lines", "write"]
+__all__ = ["BEFORE", "Lines", "archive_settings", "lines", "write"]
 
-KEPT = ".before-tune"  # the end of an old file's name
+BEFORE = ".before-tune"  # the end of an old file's name
 OWN_CORES = re.compile(r"\s*--ncores?[-_]per[-_]instance(\s+|=)\S+")
 
 
@@ -128,7 +128,7 @@ def _keep(path: Path) -> Path:
     """Copy a file beside itself under a name that is free."""
     number = 1
     while True:
-        kept = path.with_name(path.name + KEPT + (f"-{number}" if number > 1 else ""))
+        kept = path.with_name(path.name + BEFORE + (f"-{number}" if number > 1 else ""))
         try:
             with kept.open("xb") as file:
                 file.write(path.read_bytes())

@@ -15,8 +15,8 @@ FORMAT = 1  # of the file; one of another format counts as absent
 
 
 def cache_directory() -> Path:
-    """Return where measurements are kept: ``$XDG_CACHE_HOME/ts-cores/tune``, by default in ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ts-cores" / "tune"
+    """Return where everything is kept that can be made again: ``$XDG_CACHE_HOME/ts-cores``, else in ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ts-cores"
 
 
 def key(parts: Iterable[object]) -> str:
