@@ -31,7 +31,7 @@ class CoreSliceMixin:
         """
         own = follower.current() or _start(context)
         if own is not None:
-            own.elastic.hold()
+            own.requests.hold()
         super().initialize(context)  # type: ignore[misc]
 
 
@@ -47,7 +47,7 @@ def _start(context: Any) -> follower.Follower | None:
         return None
     own = follower.attach(lease)
     own.on_load(context)  # came before this
-    own.elastic.on_load(context)
+    own.requests.on_load(context)
     return own
 
 

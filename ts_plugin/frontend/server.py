@@ -12,10 +12,10 @@ from typing import Any
 
 from ts_plugin.leases import registration
 from ts_plugin.leases.ledger import Ledger, LedgerError, Server
+from ts_plugin.lending import words
 from ts_plugin.machine import cpu_time, discovery, process
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.operate.core_map import core_map
-from ts_plugin.operate.lending import computing
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
 __all__ = ["LauncherError", "main", "register", "take_over"]
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         state = ledger.read()
         answer = {
             "enabled": "--enabled" in options,
-            **core_map(state, computing(ledger, state), server_pid=server_pid),
+            **core_map(state, words.look(ledger), server_pid=server_pid),
         }
     else:
         print("usage: python -m ts_plugin.frontend.server takeover [--launcher-args=TEXT]", file=sys.stderr)

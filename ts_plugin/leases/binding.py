@@ -32,11 +32,11 @@ class Outcome(NamedTuple):
     refused: tuple[int, ...] = ()
 
 
-def bind_tree(pid: int, cpus: Iterable[int], *, before: Iterable[int] = ()) -> Outcome:
+def bind_tree(pid: int, cpus: Iterable[int], *, before: Iterable[int] = (), borrows: Iterable[int] = ()) -> Outcome:
     """Keep every thread of ``pid`` and of its descendants on ``cpus``.
 
-    A thread that was narrowed on purpose inside ``cpus`` stays so; one that spanned all of ``before`` follows.
-    Threads that start meanwhile inherit their creator's mask, so the walk repeats until it finds nothing to do.
+    A thread that was narrowed on purpose inside ``cpus`` and ``borrows`` stays so; one that spanned all of ``before``
+    follows. Threads that start meanwhile inherit their creator's mask, so the walk repeats until nothing is left to do.
 
     Raises:
         OSError: the kernel takes none of ``cpus`` (EINVAL), or refuses ``pid`` itself (EPERM: another user, seccomp).
@@ -44,7 +44,7 @@ def bind_tree(pid: int, cpus: Iterable[int], *, before: Iterable[int] = ()) -> O
     changed, refused = 0, []
     for member in process.tree(pid):
         try:
-            changed += bind_process(member, cpus, before=before)
+            changed += bind_process(member, cpus, before=before, borrows=borrows)
         except OSError:
             if member == pid:
                 raise
@@ -52,22 +52,23 @@ def bind_tree(pid: int, cpus: Iterable[int], *, before: Iterable[int] = ()) -> O
     return Outcome(changed, tuple(refused))
 
 
-def bind_process(pid: int, cpus: Iterable[int], *, before: Iterable[int] = ()) -> int:
+def bind_process(pid: int, cpus: Iterable[int], *, before: Iterable[int] = (), borrows: Iterable[int] = ()) -> int:
     """Do what ``bind_tree`` does for the threads of ``pid`` alone; return how many masks had to change."""
     target, old = frozenset(cpus), frozenset(before)
+    allowed = target.union(borrows)
     changed = 0
     for _ in range(8):
-        moved = [tid for tid in process.threads(pid) if _bind_thread(tid, target, old)]
+        moved = [tid for tid in process.threads(pid) if _bind_thread(tid, target, old, allowed)]
         if not moved:
             break
         changed += len(moved)
     return changed
 
 
-def _bind_thread(tid: int, target: frozenset[int], old: frozenset[int]) -> bool:
+def _bind_thread(tid: int, target: frozenset[int], old: frozenset[int], allowed: frozenset[int]) -> bool:
     try:
         mask = os.sched_getaffinity(tid)
-        if mask == target or (mask < target and mask != old):
+        if mask == target or (mask <= allowed and mask != old):
             return False
         os.sched_setaffinity(tid, target)
         now = os.sched_getaffinity(tid)

@@ -6,8 +6,10 @@ only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -187,6 +189,7 @@ class Ledger:
             written = self._load()
             state = (_recover(self.directory) if written is None else written).living()
             self.stale = state != written
+            self._announce(state.generation)  # whoever wrote it may have died before this
             yield state
 
     def write(self, state: State) -> None:
@@ -207,8 +210,19 @@ class Ledger:
                 os.close(file)
             os.replace(f"{self.directory}/{draft}", self.path)
             self.stale = False
+            self._announce(state.generation)
         except OSError as error:
             raise self._directory.error(error) from error
+
+    def _announce(self, generation: int) -> None:
+        """Tell those who lend (``lending.words``, the first word) which plan holds; they read it at every region."""
+        directory, name = self.beside("lending")
+        with contextlib.suppress(FileNotFoundError):
+            file = directory.open(name, os.O_WRONLY)
+            try:
+                os.pwrite(file, struct.pack("=Q", generation), 0)
+            finally:
+                os.close(file)
 
     def _load(self) -> State | None:
         """Return the content; None where there is none, or none that this version can read."""

@@ -1,10 +1,11 @@
 """The only place that sets affinity masks. Who may set which:
 
-- Who holds the ledger's lock binds newcomers to their slice, keeps everybody else inside what the new plan lets it
-  reach, and moves the frontends aside.
-- Inside that, a worker binds its own process: to its slice, and the thread that runs a request (``bind_thread``), whose
-  threads inherit its mask, to what that request computes on.
+- Who holds the ledger's lock binds all workers to their slices, and moves the frontends aside.
+- A worker binds its own process to its slice again where something has changed its masks.
 - An owner that has waited too long for its slice takes it back from the worker that computes there (``evict``).
+
+In a request that computes wide, the threads of the OpenMP team may reach the slices that lend (regions.c sets their
+masks, and takes them back), as long as no slice changes.
 """
 
 from __future__ import annotations
@@ -18,32 +19,19 @@ from ts_plugin.leases.binding import Outcome
 from ts_plugin.leases.ledger import Lease, Server, State
 from ts_plugin.machine import process
 
-__all__ = ["bind_thread", "enforce", "enforce_all", "evict", "outside", "reach", "release"]
+__all__ = ["enforce", "enforce_all", "evict", "outside", "release"]
 
 
-def reach(lease: Lease) -> frozenset[int]:
-    """Return the CPUs that the threads of a worker may run on at most: its slice, and those that lend to it."""
-    return lease.slice.reach or frozenset(lease.slice.cpus)
+def enforce(lease: Lease, *, before: Iterable[int] = (), borrows: Iterable[int] = ()) -> Outcome:
+    """Keep all threads of a worker and of its children on its slice; see ``binding.bind_tree``.
 
-
-def enforce(lease: Lease, cpus: Iterable[int], *, before: Iterable[int] = ()) -> Outcome:
-    """Keep all threads of a worker and of its children on ``cpus``; see ``binding.bind_tree``.
-
-    ``before`` are the CPUs that it could use until now: threads that spanned them follow.
+    ``before`` are the CPUs that it could use until now: threads that spanned them follow. Threads that reach
+    ``borrows`` too stay as they are.
 
     Raises:
         OSError: the kernel refuses this for the worker itself.
     """
-    return binding.bind_tree(lease.pid, cpus, before=before)
-
-
-def bind_thread(cpus: Iterable[int]) -> None:
-    """Bind the calling thread; threads that it starts inherit its mask.
-
-    Raises:
-        OSError: the kernel refuses it.
-    """
-    os.sched_setaffinity(0, cpus)
+    return binding.bind_tree(lease.pid, lease.slice.cpus, before=before, borrows=borrows)
 
 
 def evict(pid: int, cpus: Iterable[int]) -> None:
@@ -67,18 +55,18 @@ def enforce_all(before: State, after: State) -> dict[int, OSError]:
 
     Those who only lose cores come first, then those who gain some, newcomers last: no two meet on a core on the way.
     """
+    slices = {lease.pid: lease.slice for lease in after.leases}
+    unchanged = slices == {lease.pid: lease.slice for lease in before.leases}
     changes = []
     for lease in after.leases:
         known = before.lease_of(lease.pid)
-        old = None if known is None else reach(known)
-        changes.append((old is None, old is None or not reach(lease) <= old, lease, old))
+        old = None if known is None else frozenset(known.slice.cpus)
+        changes.append((old is None, old is None or not old.issuperset(lease.slice.cpus), lease, old))
     refused = {}
     for _, _, lease, old in sorted(changes, key=lambda change: change[:2]):
         try:
-            if old is None:
-                enforce(lease, lease.slice.cpus, before=os.sched_getaffinity(lease.pid))
-            else:  # what lends and borrows is never widened from outside: a request may compute there
-                enforce(lease, reach(lease), before=() if lease.slice.reach else old)
+            spanned = os.sched_getaffinity(lease.pid) if old is None else old
+            enforce(lease, before=spanned, borrows=lease.slice.reach if unchanged else ())
         except ProcessLookupError:  # just ended
             continue
         except OSError as error:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from ts_plugin.leases.ledger import Ledger, LedgerError
 from ts_plugin.leases.unbound import unbound_workers
+from ts_plugin.lending import status, words
 from ts_plugin.machine import cpu_time, discovery
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.machine.topology import Allowance, Topology
 from ts_plugin.operate import view
 from ts_plugin.operate.arguments import PlannedModel, parse_arguments
 from ts_plugin.operate.core_map import core_map, lease_document, slice_document
-from ts_plugin.operate.lending import computing, entries, learned, learned_document
 from ts_plugin.planning.planner import Demand, Plan, PlanError, plan
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
@@ -149,7 +149,7 @@ def _show(options: argparse.Namespace) -> int:
     if options.json:
         ledger = Ledger()
         state = ledger.read()
-        document = core_map(state, computing(ledger, state), server_pid=options.server)
+        document = core_map(state, words.look(ledger), server_pid=options.server)
         idle = sorted(view.current_view(options.server).idle())
         print(json.dumps({**document, "idle_cpus": idle, "ledger": ledger.path}))
     elif options.watch and not drawn:
@@ -230,26 +230,22 @@ def _explain(options: argparse.Namespace) -> int:
         hint = f"models with a slice: {', '.join(known)}" if known else "no worker holds a slice now"
         raise CommandError(f"no slice is held by {options.who!r}; {hint}")
     topology = discovery.read_topology()
-    published, now = entries(ledger), time.monotonic()
-    found = []
-    for lease in leases:
-        about_requests = learned(lease, state, published, now)
-        found.append((lease, about_requests, explain(lease, state, topology, about_requests)))
+    seen = words.look(ledger)
+    found = [(lease, explain(lease, state, topology, status.status_of(state, lease.pid, seen))) for lease in leases]
     if options.json:
-        users = computing(ledger, state)
+        users = status.computing(seen, state)
         documents = [
             {
-                **lease_document(lease, users),
-                "width": learned_document(about_requests),
+                **lease_document(lease, users, seen),
                 "reasons": [{"about": about, "text": text} for about, text in reasons],
             }
-            for lease, about_requests, reasons in found
+            for lease, reasons in found
         ]
         print(json.dumps({"workers": documents}))
         return 0
     from ts_plugin.operate.terminal import reasons_table
 
-    for lease, _, reasons in found:
+    for lease, reasons in found:
         _console().print(reasons_table(f"{lease}, pid {lease.pid}", reasons))
     return 0
 

@@ -7,24 +7,29 @@ from typing import Any
 
 from ts_plugin.leases.ledger import Lease, State
 from ts_plugin.leases.unbound import unbound_workers
-from ts_plugin.operate.lending import computes_on
+from ts_plugin.lending import status
+from ts_plugin.lending.words import Seen
+from ts_plugin.machine.process import Identity
 from ts_plugin.planning.planner import Slice
 
 __all__ = ["core_map", "lease_document", "slice_document"]
 
 
-def core_map(state: State, users: Mapping[int, int] | None = None, *, server_pid: int | None = None) -> dict[str, Any]:
+def core_map(
+    state: State, seen: Mapping[Identity, Seen] | None = None, *, server_pid: int | None = None
+) -> dict[str, Any]:
     """Return who holds what as JSON values; only the workers of one frontend if ``server_pid`` is given.
 
-    ``users`` is what ``lending.computing`` returned.
+    ``seen`` is what ``lending.words.look`` returned.
     """
 
     def wanted(owner: int | None) -> bool:
         return server_pid is None or owner == server_pid
 
+    users = status.computing(seen, state)
     workers = [worker for worker in unbound_workers(state) if wanted(worker.server_pid)]
     return {
-        "slices": [lease_document(lease, users) for lease in state.leases if wanted(lease.server_pid)],
+        "slices": [lease_document(lease, users, seen) for lease in state.leases if wanted(lease.server_pid)],
         "unbound": [{"pid": worker.pid, "reason": worker.reason} for worker in workers if not worker.elsewhere],
         "elsewhere": [{"pid": worker.pid, "whose": worker.elsewhere} for worker in workers if worker.elsewhere],
         "reserved_cpus": sorted(state.reserved),
@@ -44,9 +49,11 @@ def slice_document(cores: Slice) -> dict[str, Any]:
     }
 
 
-def lease_document(lease: Lease, users: Mapping[int, int] | None = None) -> dict[str, Any]:
-    """Return a worker and its slice as JSON values, and who computes there now."""
-    now = computes_on(lease.pid, lease.slice, users)
+def lease_document(
+    lease: Lease, users: Mapping[int, int] | None, seen: Mapping[Identity, Seen] | None
+) -> dict[str, Any]:
+    """Return a worker and its slice as JSON values, who computes there now, and what lending has done for it."""
+    now = status.computes_on(lease.pid, lease.slice, users)
     lent = [cpu for cpu in lease.slice.cpus if (users or {}).get(cpu, lease.pid) != lease.pid]
     return {
         "pid": lease.pid,
@@ -57,6 +64,7 @@ def lease_document(lease: Lease, users: Mapping[int, int] | None = None) -> dict
         **slice_document(lease.slice),
         "computes_on": now,
         "lent_cpus": None if now is None else lent,
+        "lending": status.document(lease, seen) if lease.slice.reach else None,
         "moves": lease.moves,
         "notes": list(lease.notes),
     }

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.lending.status import faster
+from ts_plugin.lending.words import Status
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology
 from ts_plugin.machine.words import count
-from ts_plugin.operate.lending import Learned
-from ts_plugin.planning import width
 from ts_plugin.planning.policy import Lend, Pin
-from ts_plugin.planning.width import Decision, Traffic
 
 __all__ = ["explain", "find"]
 
@@ -27,13 +25,13 @@ def find(state: State, who: str) -> tuple[Lease, ...]:
     )
 
 
-def explain(lease: Lease, state: State, topology: Topology, learned: Learned | None = None) -> list[tuple[str, str]]:
-    """Return (heading, sentence) pairs in the order of the reasons; ``learned`` is what the worker has published."""
+def explain(lease: Lease, state: State, topology: Topology, lending: Status | None = None) -> list[tuple[str, str]]:
+    """Return (heading, sentence) pairs in the order of the reasons; ``lending`` is what the worker tells of it."""
     rows = [("owns", _owns(lease, topology)), ("threads", _threads(lease, topology))]
     rows += [("may use", text) for text in _allowed(lease, topology)]
     rows += [("size", text) for text in _size(lease, state, topology)]
     rows += [("place", text) for text in _place(lease, topology)]
-    rows += _width(lease, state, learned)
+    rows += _width(lease, state, lending)
     rows += [("note", text) for text in (*lease.notes, *lease.demand.policy.notes, *state.notes)]
     return rows
 
@@ -153,38 +151,44 @@ def _place(lease: Lease, topology: Topology) -> Iterator[str]:
         yield f"it had to change its NUMA node {count(lease.moves, 'time')} since it started"
 
 
-def _width(lease: Lease, state: State, learned: Learned | None) -> Iterator[tuple[str, str]]:
+def _width(lease: Lease, state: State, status: Status | None) -> Iterator[tuple[str, str]]:
     """Tell how wide its requests compute, and why: on its slice, or on idle neighbours' slices too."""
     neighbours = state.neighbours(lease)
     if not neighbours:
         yield "width", f"its slice, always: {_alone(lease, state)}"
         return
     others = f"{count(len(neighbours), 'other worker')} ({', '.join(sorted({other.model for other in neighbours}))})"
-    if learned is None:
-        yield "width", f"its slice until now: it has not joined {others}, which lend to each other"
+    if status is None:
+        yield "width", f"its slice: it has not joined {others}, which lend to each other; its log may say why"
         return
-    if learned.traffic is None or learned.decision is None:
-        yield (
-            "width",
-            f"its slice, always, and it lends it to none of {others}: its requests overlap or have no clear boundaries "
-            "(asyncCommunication, torchrun, MicroBatching), or a GPU computes them; its log says which",
-        )
+    if status.keeps:
+        yield "width", f"its slice, always, and it lends it to none of {others}: {status.why}"
         return
-    yield "width", f"its slice, and for the length of a request idle slices of {others}, which borrow its own likewise"
-    yield from _cap(learned, learned.traffic, learned.decision)
-    totals = learned.totals
-    if totals.requests:
-        yield (
-            "so far",
-            f"{count(totals.requests, 'request')}, {totals.wide} of them wide: {totals.borrowed:,.1f} core-seconds on "
-            f"borrowed cores; {totals.waited:,.1f} s of waiting for its own slice",
+    yield "width", f"its slice and idle ones of {others}, which get theirs back inside the request when they want it"
+    if status.times:
+        times = (f"{_milliseconds(seconds)} on {count(cores, 'core')}" for cores, seconds in status.times.items())
+        yield "service time", ", ".join(times)
+    if status.requests:
+        text = (
+            f"{status.wide} of {count(status.requests, 'request')} computed wide ({status.wide / status.requests:.0%})"
         )
+        gain = faster(status)
+        text += f", {gain:.2f} x as fast as on its slice" if gain and status.wide else ""
+        text += f"; {status.borrowed:,.1f} core-seconds on borrowed cores"
+        yield "so far", f"{text}; {status.handed_back} of them gave cores back before they ended"
+    if status.waited:
+        mean, longest = status.wait / status.waited, status.longest
+        text = f"{count(status.waited, 'request')} had to take its slice back, in {_milliseconds(mean)} on average"
+        text += f", {_milliseconds(longest)} at most"
+        yield "waits", text + (f"; {count(status.forced, 'time')} by force" if status.forced else "")
+    if status.why:
+        yield "lately", f"it did not borrow: {status.why}"
 
 
 def _alone(lease: Lease, state: State) -> str:
     policy, own = lease.demand.policy, lease.slice
     if policy.lend is Lend.NEVER:
-        return "lending is off; --lend auto in cpu_launcher_args turns it on"
+        return "lending is off (--lend never in cpu_launcher_args)"
     if own.pinned and any(
         other.pid != lease.pid and other.slice.pinned and not set(own.cpus).isdisjoint(other.slice.cpus)
         for other in state.leases
@@ -193,48 +197,6 @@ def _alone(lease: Lease, state: State) -> str:
     return (
         "there is no worker to lend to or borrow from: no other slice on its NUMA node with its core type and options"
     )
-
-
-def _cap(learned: Learned, traffic: Traffic, decision: Decision) -> Iterator[tuple[str, str]]:
-    record, estimates = learned.record, decision.estimates
-    yield (
-        "load",
-        f"{traffic.rate:,.1f} requests/s for its model; all models of these slices take {traffic.load:.0%} of what "
-        f"slices alone can serve, at most {count(round(traffic.at_once), 'request')} at once lately",
-    )
-    times = {one.cores: (one.seconds, one.weight) for one in estimates if one.seconds}
-    for one in record.measured:
-        if one.weight >= width.KNOWN:
-            times.setdefault(one.cores, (one.seconds, one.weight))
-    if times:
-        yield "service time", ", ".join(_service(cores, *times[cores]) for cores in sorted(times))
-    expected = [f"{_response(one.response)} on {one.cores}" for one in estimates if one.seconds]
-    if len(expected) > 1:
-        yield "expected", f"from arrival to answer: {', '.join(expected)}"
-    cap = f"at most {count(record.width, 'core')} a request"
-    if traffic.crowded:
-        why = f"no worker borrows from a load of {width.CROWDED:.0%} on"
-    elif estimates[0].weight < width.KNOWN:
-        why = "it borrows when it knows how long its requests take on its slice"
-    elif len(estimates) < 2:
-        why = "its requests take so long that those of the others, which are shorter, would wait for them"
-    elif decision.width != record.width:
-        why = f"its next request would have {decision.width}"
-    elif decision.width == min(estimates, key=lambda one: one.response).cores:
-        why = "its requests are answered soonest with that"
-    else:
-        why = "a wider request would save less time than the others would lose by waiting for it"
-    yield "cap", f"{cap}: {why}"
-
-
-def _service(cores: int, seconds: float, weight: float) -> str:
-    if weight < width.KNOWN:
-        return f"{_milliseconds(seconds)} on {count(cores, 'core')} (guessed)"
-    return f"{_milliseconds(seconds)} on {count(cores, 'core')} ({count(round(weight), 'request')})"
-
-
-def _response(seconds: float) -> str:
-    return "endless" if math.isinf(seconds) else _milliseconds(seconds)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -10,10 +10,11 @@ from itertools import groupby
 
 from ts_plugin.leases.ledger import Ledger, State
 from ts_plugin.leases.unbound import Unbound, unbound_workers
+from ts_plugin.lending import words as lending_words
+from ts_plugin.lending.status import computes_on, computing, status_of, summary
 from ts_plugin.machine import discovery
 from ts_plugin.machine.topology import Core, Topology
 from ts_plugin.machine.words import count
-from ts_plugin.operate.lending import computes_on, computing
 from ts_plugin.planning.planner import Plan, Slice
 
 __all__ = [
@@ -212,8 +213,17 @@ def current_view(server_pid: int | None = None) -> View:
     state = ledger.read()
     unbound = unbound_workers(state)
     picture = of_state(state, discovery.read_topology(), discovery.read_allowance().cpus, unbound, server_pid)
-    users = computing(ledger, state)
-    return replace(picture, ledger=ledger.path, host=os.uname().nodename, server_pid=server_pid, users=users)
+    seen = lending_words.look(ledger)
+    shown = [one for worker in picture.workers if (one := status_of(state, worker.pid, seen))]
+    told = summary(shown)
+    return replace(
+        picture,
+        ledger=ledger.path,
+        host=os.uname().nodename,
+        server_pid=server_pid,
+        users=computing(seen, state),
+        notes=(*picture.notes, *[told] * bool(told)),
+    )
 
 
 def of_state(

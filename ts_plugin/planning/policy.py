@@ -42,7 +42,7 @@ class Pin(StrEnum):
 
 
 class Lend(StrEnum):
-    AUTO = "auto"  # requests also compute on the slices of idle workers
+    AUTO = "auto"  # requests also compute on the slices of idle workers, until these want them back
     NEVER = "never"
 
 
@@ -84,7 +84,7 @@ class Policy:
     use_e_cores: bool = False
     reserve_cores: int = 0
     pin: Pin = Pin.AUTO
-    lend: Lend = Lend.NEVER
+    lend: Lend = Lend.AUTO
     memory: Memory = Memory.PREFERRED
     allocator: Allocator | None = None
     omp_runtime: OmpRuntime | None = None
@@ -338,8 +338,8 @@ OPTIONS: tuple[Option, ...] = (
         "auto|never",
         "lend",
         _member(Lend),
-        "auto lets a request also compute on the cores of idle workers of its NUMA node, where that makes it faster",
-        "never",
+        "auto lets a request also compute on the cores of idle workers of its NUMA node, which get them back at once",
+        "auto",
     ),
     Option(
         ("--memory",),

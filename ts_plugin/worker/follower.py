@@ -2,7 +2,7 @@
 
 A thread waits for the death of any other worker (pidfd) and for a new ledger (one stat every half second), and binds
 this process; every few seconds it reads back whether reality agrees. What belongs to the thread that computes, such as
-its thread count, ``elastic`` sets there, at request boundaries.
+its thread count, ``requests`` sets there, at request boundaries.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from ts_plugin.leases import binding, claim, coordinator
-from ts_plugin.leases.board import Totals
 from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.lending.words import Status
 from ts_plugin.machine import discovery
 from ts_plugin.worker import hooks, readback
-from ts_plugin.worker.elastic import Elastic
 from ts_plugin.worker.log import say
+from ts_plugin.worker.requests import Requests
 
 __all__ = ["Follower", "attach", "current"]
 
@@ -44,9 +44,9 @@ class Follower(hooks.Hook):
         self._metrics: Any = None
         self._looks = 0
         self._resizes = 0
-        self._exported = Totals()
+        self._exported = Status()
         self._reported: set[str] = set()
-        self.elastic = Elastic(ledger, lease, self._report)
+        self.requests = Requests(ledger, lease, self._report)
 
     @property
     def lease(self) -> Lease:
@@ -86,10 +86,11 @@ class Follower(hooks.Hook):
         next_look = time.monotonic() + LOOK_INTERVAL
         while True:
             try:
+                self.requests.publish()
                 if self._blind and not all(lease.identity.alive() for lease in self._peers):
                     version = None
                 now = self._ledger.version()
-                if now != version:
+                if now != version or self.requests.outdated:
                     with self._mutex:
                         self._catch_up(poll)
                     version = now  # only now: what failed half-way is done again
@@ -115,6 +116,8 @@ class Follower(hooks.Hook):
         if state.leases != written.leases:
             state, refused = coordinator.replan(self._ledger)
         self._adopt(state, refused.get(self._lease.pid))
+        if self.requests.unannounced:  # there is a new file of words, or whoever planned died before it told
+            self._adopt(coordinator.replan(self._ledger)[0])
         self._observe(poll, state)
 
     def _look(self) -> None:
@@ -123,7 +126,7 @@ class Follower(hooks.Hook):
         demand = replace(self._lease.demand, allowed=allowance.cpus, quota=allowance.quota)
         self._tell(replace(self._lease, demand=demand))
         self._looks += 1
-        reading = self._readback.read(self._lease, self.elastic, thorough=self._looks % THOROUGH == 1)
+        reading = self._readback.read(self._lease, self.requests, thorough=self._looks % THOROUGH == 1)
         for problem in reading.problems:
             self._report(problem)
         if reading.refusal is not None or any(note.startswith(NOT_BOUND) for note in self._lease.notes):
@@ -142,10 +145,10 @@ class Follower(hooks.Hook):
         if self._resizes:
             export("Resizes", self._resizes)
             self._resizes = 0
-        totals = self.elastic.totals
-        for name, value in readback.lending(self._exported, totals).items():
+        status = self.requests.status
+        for name, value in readback.lending(self._exported, status).items():
             export(name, value)
-        self._exported = totals
+        self._exported = status
 
     def _adopt(self, state: State, refused: OSError | None = None) -> None:
         """Take over what ``state`` says of this worker; ``refused``: the kernel has said already that it does not."""
@@ -159,7 +162,7 @@ class Follower(hooks.Hook):
         if lease.slice != own.slice:
             say(claim.describe(lease))
         self._lease = lease  # even if the kernel says no: the threads, at least, are ours to count
-        self.elastic.adopt(lease, state)
+        self.requests.adopt(lease, state)
         self._bind(refused=refused)
         lease = self._lease  # may have changed on the way
         if lease.slice != own.slice:
@@ -176,7 +179,7 @@ class Follower(hooks.Hook):
         try:
             if refused is not None:
                 raise refused
-            children = self.elastic.bind(before=before).refused
+            children = self.requests.bind(before=before).refused
         except OSError as error:
             note = f"{NOT_BOUND}: {readback.refusal(lease, error)}"
             self._report(note)
@@ -221,12 +224,12 @@ def attach(lease: Lease) -> Follower:
     global _current
     own = _current = Follower(Ledger(), lease)
     try:
-        own.elastic.hold()
+        own.requests.hold()
     except OSError as error:
         own._report(str(error))
     own.start()  # before TorchServe is imported, which takes seconds
     try:
-        hooks.install([own, own.elastic])
+        hooks.install([own, own.requests])
     except Exception as error:  # noqa: BLE001 - the worker is bound already; it must serve even if it cannot follow
         own._report(f"its threads will not follow its slice: {type(error).__name__}: {error}")
     return own

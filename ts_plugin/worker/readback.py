@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ts_plugin.leases import masks
-from ts_plugin.leases.board import Totals
 from ts_plugin.leases.ledger import Lease
+from ts_plugin.lending.words import Status
 from ts_plugin.machine import process
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.worker import openmp
-from ts_plugin.worker.elastic import Elastic
+from ts_plugin.worker.requests import Requests
 
 __all__ = ["METRICS", "ReadBack", "Reading"]
 
@@ -27,6 +27,7 @@ METRICS = {  # name in metrics.yaml -> (unit, kind); all with the dimensions Mod
     "Resizes": ("Count", "counter"),
     "WideRequests": ("Count", "counter"),
     "BorrowedCoreSeconds": ("Seconds", "counter"),
+    "HandBacks": ("Count", "counter"),
     "SliceWaitSeconds": ("Seconds", "counter"),
 }
 
@@ -55,8 +56,8 @@ class ReadBack:
         self._migrations: dict[int, int] = {}
         self._crowded = 0
 
-    def read(self, lease: Lease, elastic: Elastic, *, thorough: bool) -> Reading:
-        """Let ``elastic`` correct the masks, and check what this process does on the slice of ``lease``.
+    def read(self, lease: Lease, requests: Requests, *, thorough: bool) -> Reading:
+        """Let ``requests`` correct the masks, and check what this process does on the slice of ``lease``.
 
         ``thorough`` also looks at memory and libraries.
 
@@ -66,16 +67,16 @@ class ReadBack:
         problems = []
         refused = None
         try:
-            outside, children = elastic.bind()
+            outside, children = requests.bind()
         except OSError as error:
-            outside, children = masks.outside(pid, elastic.cpus), ()
+            outside, children = masks.outside(pid, requests.cpus), ()
             refused = error
         else:
             if outside:
-                where = format_cpulist(elastic.cpus)
+                where = format_cpulist(requests.cpus)
                 problems.append(f"{outside} threads had a mask outside the slice (CPUs {where}); put back")
         problems += map(foreign_child, children)
-        if lease.slice.pinned and (crowd := self._crowd(pid, lease.slice.threads)):
+        if lease.slice.pinned and (crowd := self._crowd(pid, requests.threads)):
             problems.append(crowd)
         remote = None
         if thorough:
@@ -105,14 +106,15 @@ class ReadBack:
         return 0 if first else max(0, moves)
 
 
-def lending(before: Totals, after: Totals) -> dict[str, float]:
+def lending(before: Status, after: Status) -> dict[str, float]:
     """Return what to add to the counters of lending, by metric; a worker that joined anew counts from nothing."""
     if after.requests < before.requests:
-        before = Totals()
+        before = Status()
     added = {
         "WideRequests": after.wide - before.wide,
         "BorrowedCoreSeconds": after.borrowed - before.borrowed,
-        "SliceWaitSeconds": after.waited - before.waited,
+        "HandBacks": after.handed_back - before.handed_back,
+        "SliceWaitSeconds": after.wait - before.wait,
     }
     return {name: value for name, value in added.items() if value > 0}
 
