@@ -1,221 +1,446 @@
-"""Idle cores compute for whoever has a request: real processes with the board between them, without TorchServe."""
+"""Lending between real processes that compute with torch, by the words of a state directory."""
 
 from __future__ import annotations
 
+import mmap
 import os
+import resource
+import shutil
 import signal
+import struct
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.checks import watch
-from benchmarks.harness import CHECKOUT
-from tests.claimants import ALLOWED, CORES, TOPOLOGY, Claimant
+from tests.borrower import Borrower
 from tests.eventually import eventually
-from ts_plugin.leases import coordinator
-from ts_plugin.leases.ledger import Ledger, Server
-from ts_plugin.machine import process
-from ts_plugin.planning.policy import Lend, Policy
+from ts_plugin.leases.directory import StateError
+from ts_plugin.leases.ledger import Ledger, State
+from ts_plugin.lending import library, words
+from ts_plugin.lending.words import BUSY, HEAD, SIZE, SLOT, Status, Words
+from ts_plugin.machine.process import Identity
 
-NODES = len({core.node for core in TOPOLOGY.cores_of(ALLOWED)})
-pytestmark = [
-    pytest.mark.skipif(CORES < 2, reason="needs two cores to lend one"),
-    pytest.mark.skipif(NODES > 1, reason="cores are lent inside one NUMA node"),
-]
-
-ALL = sorted(core.number for core in TOPOLOGY.cores_of(ALLOWED))
-Start = Callable[..., Claimant]
+ALLOWED = sorted(os.sched_getaffinity(0))
+FREE, NOBODY_IDLE, LONG_REGIONS, OTHER_PLAN = range(4)
+Start = Callable[[], Borrower]
 
 
-@pytest.fixture(autouse=True)
-def _server(state: Path) -> None:
-    register(state, Lend.AUTO)
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lending") / "state"
 
 
-def register(state: Path, lend: Lend) -> None:
-    """Let this process be the workers' frontend, which says whether they lend."""
-    me = process.identify(os.getpid())
-    assert me is not None
-    coordinator.register_server(Ledger(str(state)), Server(me.pid, me.start_time, Policy(lend=lend), ALLOWED))
+@pytest.fixture(scope="module")
+def started(state: Path) -> Iterator[list[Borrower]]:
+    """All borrowers of these tests: to load torch takes seconds, so those that live are used again."""
+    borrowers: list[Borrower] = []
+    yield borrowers
+    for one in borrowers:
+        one.close()
 
 
-def pair(start: Start, **options: Any) -> tuple[Claimant, Claimant]:
-    """Return two idle workers that have half of the cores each, and know it."""
-    first = start(worker="9000", wide=True, **options)
-    first.facts()
-    second = start(worker="9001", wide=True, **options)
-    second.facts()
-    assert eventually(lambda: len(first.follow()["cpus"]) == CORES - CORES // 2)
-    assert eventually(lambda: len(second.follow()["cpus"]) == CORES // 2)
+@pytest.fixture
+def start(started: list[Borrower], state: Path) -> Iterator[Start]:
+    """Return a function that returns a borrower which has just started, as far as anybody can see."""
+    living = [one for one in started if one.process.poll() is None]
+    idle = sorted(living, key=lambda one: one.slot)
+    Ledger(str(state)).write(State())
+
+    def start() -> Borrower:
+        if idle:
+            return idle.pop(0)
+        started.append(Borrower(state))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.ask("reset")
+
+
+class Sight:
+    """The words of a state directory, as another process sees them."""
+
+    def __init__(self, state: Path) -> None:
+        (file,) = state.glob("lending-*")
+        with file.open("r+b") as stream:
+            self.memory = mmap.mmap(stream.fileno(), SIZE)
+
+    def slot(self, slot: int) -> tuple[int, ...]:
+        found: tuple[int, ...] = SLOT.unpack_from(self.memory, HEAD.size + slot * SLOT.size)
+        return found
+
+    def user(self, slot: int) -> int:
+        """Return slot + 1 of who computes on the slice; negative inside a region."""
+        word = self.slot(slot)[0]
+        return -(word & ~BUSY) if word & BUSY else word
+
+
+def lend(*workers: Borrower, cpus: list[int] | None = None) -> None:
+    """Let all of them lend to each other: one thread each, on one of ``cpus`` each, and idle by now."""
+    for number, one in enumerate(workers):
+        others = [
+            (other.slot, 1, None if cpus is None else [cpus[place]])
+            for place, other in enumerate(workers)
+            if other is not one
+        ]
+        one.ask("plan", 0, 1, None if cpus is None else [cpus[number]], others)
+    for one in workers:
+        one.ask("end")
+        one.ask("typical", 10.0)
+
+
+def begin_wide(worker: Borrower, threads: int, budget: float = 0.0) -> None:
+    """Begin a request on ``threads`` threads; right after its owner's request a slice is not lent yet."""
+    while worker.ask("begin", threads, budget)["threads"] < threads:
+        worker.ask("end")
+
+
+@pytest.fixture
+def fresh(started: list[Borrower], state: Path) -> Start:
+    """Return a function that really starts a borrower."""
+
+    def fresh() -> Borrower:
+        started.append(Borrower(state))
+        return started[-1]
+
+    return fresh
+
+
+@pytest.fixture
+def pair(start: Start) -> tuple[Borrower, Borrower]:
+    first, second = start(), start()
+    lend(first, second)
     return first, second
 
 
-def test_a_lone_request_computes_on_all_cores_and_gives_them_back(start: Start) -> None:
-    first, second = pair(start)
-    for worker in (first, second, first):
-        begin_wide(worker)
-        after = worker.follow("end")
-        assert after["mask"] == after["cpus"]
-        assert after["wide"] >= 1
+def test_an_idle_slice_is_borrowed_and_goes_back_with_the_request(pair: tuple[Borrower, Borrower], state: Path) -> None:
+    sight = Sight(state)
+    for worker, other in (pair, pair[::-1], pair):
+        begin_wide(worker, 2)
+        assert worker.ask("compute", 5)["threads"] == 2
+        assert sight.user(other.slot) == worker.slot + 1
+        answer = worker.ask("end")
+        assert (answer["began"], answer["ended"], answer["handed_back"]) == (2, 2, 0)
+        assert answer["regions"] >= 5
+        assert answer["borrowed"] > 0
+        assert [sight.user(one.slot) for one in pair] == [0, 0]
+        assert worker.ask("compute", 1)["threads"] == 1
 
 
-def begin_wide(worker: Claimant) -> None:
-    """Begin a request that computes on all cores; the first ones may still find that the other worker starts."""
-    while worker.follow("begin")["mask"] != ALL:
-        worker.follow("end")
+def test_a_borrower_gives_back_inside_its_request(pair: tuple[Borrower, Borrower]) -> None:
+    first, second = pair
+    begin_wide(first, 2)
+    first.send("compute until", 1)
+    assert second.ask("begin", 2, 0.0) == {"threads": 1, "forced": -1}, "while the first one's request goes on"
+    assert first.answer()["threads"] == 1
+    second.ask("end")
+    assert first.ask("compute", 3)["threads"] == 1, "never wider again in the same request"
+    answer = first.ask("end")
+    assert (answer["began"], answer["ended"], answer["handed_back"] + answer["lost"]) == (2, 1, 1)
 
 
-def test_an_owner_waits_for_its_borrower_and_borrows_from_it_then(start: Start) -> None:
-    first, second = pair(start, patience=60)
-    begin_wide(second)
-    second.follow("end")
-    begin_wide(first)
-    assert second.process.stdin is not None
-    second.process.stdin.write("begin\n")
-    second.process.stdin.flush()
-    assert eventually(lambda: waits(second)), "the owner waits"
-    first.follow("end")
-    facts = second.facts()
-    assert facts["waited"] > 0
-    assert facts["mask"] == ALL
-
-
-def waits(worker: Claimant) -> bool:
-    """Whether ``worker`` sleeps between two tries for a lock: its main thread is neither reading nor running."""
-    with open(f"/proc/{worker.pid}/wchan", encoding="ascii") as file:
-        return "nanosleep" in file.read()
-
-
-def test_an_owner_takes_its_cores_back_in_the_end(start: Start) -> None:
-    first, second = pair(start)
-    begin_wide(first)
-    facts = second.follow("begin")  # returns although the first one's request does not end
-    assert facts["mask"] == facts["cpus"]
-    assert all(mask.isdisjoint(facts["cpus"]) for mask in first.masks()), "the borrower computes on with the rest"
-    assert facts["waited"] > 0
-    after = first.follow("end")
-    assert after["mask"] == after["cpus"]
-    assert set(first.follow("begin")["mask"]).isdisjoint(facts["cpus"]), "the owner computes there by right"
-
-
-def test_a_stopped_borrower_keeps_nobody_waiting(start: Start) -> None:
-    first, second = pair(start)
-    begin_wide(first)
-    first.process.send_signal(signal.SIGSTOP)
-    facts = second.follow("begin")
-    assert facts["mask"] == facts["cpus"]
-    assert all(mask.isdisjoint(facts["cpus"]) for mask in first.masks())
+def test_an_owner_does_not_wait_for_a_borrower_between_two_regions(pair: tuple[Borrower, Borrower]) -> None:
+    first, second = pair
+    begin_wide(first, 2)
+    first.ask("compute", 1)
+    first.process.send_signal(signal.SIGSTOP)  # whatever it does instead of computing
+    assert second.ask("begin", 1, 0.0)["forced"] == -1
+    assert second.ask("end")["waited"] >= 0
     first.process.send_signal(signal.SIGCONT)
+    assert first.ask("compute", 1)["threads"] == 1 or first.ask("end")["lost"] == 0
 
 
-def test_a_borrower_that_is_killed_leaves_nothing(start: Start) -> None:
-    first, second = pair(start)
-    begin_wide(first)
-    first.kill()
-    assert eventually(lambda: second.follow()["cpus"] == ALL)
-    begin_wide(second)
+def test_what_was_taken_between_two_regions_is_not_used_in_the_next(pair: tuple[Borrower, Borrower]) -> None:
+    first, second = pair
+    begin_wide(first, 2)
+    second.ask("begin", 1, 0.0)
+    assert first.ask("compute", 1)["threads"] == 1
+    answer = first.ask("end")
+    assert answer["ended"] == 1
+    assert answer["handed_back"] + answer["lost"] == 1
+    second.ask("end")
 
 
-def test_requests_that_overlap_end_the_lending(start: Start) -> None:
-    first, second = pair(start)
-    first.follow("begin")
-    first.follow("begin")
-    first.follow("end")
-    first.follow("end")
-    facts = second.follow("begin")
-    assert facts["mask"] == facts["cpus"], "the slice of the first worker is never idle for certain"
+def stop_inside_a_region(worker: Borrower, lender: Borrower, sight: Sight) -> None:
+    worker.send("long region", 4000)
+    assert eventually(lambda: sight.user(lender.slot) == -(worker.slot + 1))
+    worker.process.send_signal(signal.SIGSTOP)
+    assert sight.user(lender.slot) == -(worker.slot + 1), "the region was over before it could be stopped"
 
 
-def test_a_worker_that_still_starts_does_not_lend(start: Start) -> None:
-    first = start(worker="9000", wide=True)
-    first.facts()
-    second = start(worker="9001", wide=True, loads=True)
-    second.facts()
-    assert eventually(lambda: len(first.follow()["cpus"]) == CORES - CORES // 2)
-    for _ in range(3):
-        facts = first.follow("begin")
-        assert facts["mask"] == facts["cpus"]
-        first.follow("end")
-
-
-@pytest.mark.parametrize(("lend", "widest"), [(Lend.AUTO, ALL), (Lend.NEVER, None)], ids=["auto", "never"])
-def test_the_server_says_whether_cores_are_lent(
-    start: Start,
-    state: Path,
-    lend: Lend,
-    widest: list[int] | None,
+def test_a_borrower_that_is_stopped_inside_a_region_holds_up_one_request(
+    pair: tuple[Borrower, Borrower], state: Path
 ) -> None:
-    register(state, lend)
-    first, _ = pair(start)
-    masks = []
+    first, second = pair
+    begin_wide(first, 2)
+    stop_inside_a_region(first, second, Sight(state))
+    assert [second.ask("begin", 1, 0.0)["forced"], second.ask("end")["forced"]] == [first.slot, 1]
     for _ in range(5):
-        masks.append(first.follow("begin")["mask"])
-        first.follow("end")
-    assert masks[-1] == (widest or first.follow()["cpus"])
+        assert [second.ask("begin", 1, 0.0)["forced"], second.ask("end")["forced"]] == [-1, 0]
+    first.process.send_signal(signal.SIGCONT)
+    assert first.answer()["sum"] == 4000
+    assert first.ask("compute", 1)["threads"] == 1
+    assert first.ask("end")["lost"] == 1
 
 
-def test_a_child_that_is_forked_meanwhile_stays_on_the_slice(start: Start) -> None:
-    first, _ = pair(start)
-    begin_wide(first)
-    facts = first.follow("fork")
-    assert facts["child_mask"] == facts["cpus"]
+def test_a_borrower_that_is_killed_inside_a_region_leaves_nothing(
+    pair: tuple[Borrower, Borrower], fresh: Start, state: Path
+) -> None:
+    first, second = pair
+    sight = Sight(state)
+    begin_wide(first, 2)
+    stop_inside_a_region(first, second, sight)
+    first.kill()
+    assert second.ask("begin", 1, 0.0)["forced"] == -1, "nobody has to be driven off"
+    second.ask("end")
+    assert fresh().slot == first.slot
 
 
-def test_a_deleted_state_directory_ends_no_lending(start: Start, state: Path) -> None:
-    first, second = pair(start)
-    begin_wide(first)
-    for file in state.iterdir():
-        file.unlink()
-    first.follow("end")
-    assert eventually(lambda: len(Ledger(str(state)).read().leases) == 2)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        begin_wide(first)
-        second_mask = second.follow("begin")
-        first.follow("end")
-        second.follow("end")
-        if second_mask["mask"] == second_mask["cpus"]:
-            return
-    pytest.fail("both computed on one core")
+def test_what_a_killed_borrower_held_is_free_when_its_slot_is_taken_again(
+    pair: tuple[Borrower, Borrower], fresh: Start, state: Path
+) -> None:
+    first, second = pair
+    sight = Sight(state)
+    begin_wide(first, 2)
+    first.kill()
+    assert sight.user(second.slot) == first.slot + 1
+    assert fresh().slot == first.slot
+    assert sight.user(second.slot) == 0
 
 
-def test_all_threads_follow_a_slice_that_grows_during_a_request(start: Start) -> None:
-    first = start(worker="9000")
-    first.facts()
-    second = start(worker="9001")
-    half = second.facts()["cpus"]
-    assert eventually(lambda: set(first.follow()["cpus"]).isdisjoint(half))
-    first.follow("begin")
-    second.kill()
-    assert eventually(lambda: first.follow("fork")["cpus"] == ALL)
-    first.follow("end")
-    assert first.masks() == {frozenset(ALL)}
+def test_another_plan_ends_all_loans_at_the_next_region(pair: tuple[Borrower, Borrower], state: Path) -> None:
+    first, second = pair
+    begin_wide(first, 2)
+    Ledger(str(state)).write(State(generation=7))
+    assert first.ask("compute", 1)["threads"] == 1
+    assert first.ask("end")["stale"] == 1
+    assert first.ask("begin", 2, 0.0)["threads"] == 1
+    assert first.ask("end")["why"] == OTHER_PLAN
+    first.ask("plan", 7, 1, None, [(second.slot, 1, None)])
+    begin_wide(first, 2)
+    first.ask("end")
 
 
-STARTS = """
-from ts_plugin.leases import claim
-from ts_plugin.leases.claim import Archive
-from ts_plugin.leases.ledger import Ledger
-from ts_plugin.worker import follower
-follower.attach(claim.claim(Ledger(), archive=Archive("m", "1.0"), worker="9000"))
-print("attached", flush=True)
-input()
+def test_a_request_with_less_than_its_share_gets_some_from_who_has_more(start: Start) -> None:
+    workers = [start() for _ in range(4)]
+    first, second, *_ = workers
+    lend(*workers)
+    begin_wide(first, 4)
+    first.send("compute until", 2)
+    assert second.ask("begin", 4, 1.0)["threads"] == 2, "its own, and one of the two that the first has borrowed more"
+    assert first.answer()["threads"] == 2
+    second.ask("end")
+    first.ask("end")
+
+
+def test_only_the_team_reaches_borrowed_cpus(start: Start) -> None:
+    if len(ALLOWED) < 2:
+        pytest.skip("needs two CPUs")
+    first, second = start(), start()
+    cpus = ALLOWED[:2]
+    lend(first, second, cpus=cpus)
+    assert first.ask("compute", 1)["mask"] == cpus[:1]
+    begin_wide(first, 2)
+    assert first.ask("compute", 2) == {"threads": 2, "mask": cpus[:1]}
+    assert frozenset(cpus) in first.masks()
+    assert first.ask("fork") == {"threads": 1, "mask": cpus[:1]}
+    assert first.ask("subprocess")["mask"] == cpus[:1]
+    assert first.ask("compute", 1)["threads"] == 2, "the child has changed nothing"
+    first.ask("end")
+    assert eventually(lambda: frozenset(cpus) not in first.masks())
+
+
+def test_a_budget_that_is_used_up_ends_the_loan(pair: tuple[Borrower, Borrower]) -> None:
+    first, _ = pair
+    begin_wide(first, 2, 0.05)
+    assert first.ask("compute until", 1)["threads"] == 1
+    answer = first.ask("end")
+    assert (answer["late"], answer["handed_back"]) == (1, 1)
+
+
+def test_long_regions_borrow_only_from_those_with_longer_requests(pair: tuple[Borrower, Borrower]) -> None:
+    first, second = pair
+    for _ in range(20):
+        begin_wide(first, 2)
+        first.ask("long region", 600)
+        first.ask("end")
+    second.ask("typical", 0.002)
+    for _ in range(5):
+        assert first.ask("begin", 2, 0.0)["threads"] == 1
+        assert first.ask("end")["why"] in (LONG_REGIONS, NOBODY_IDLE)
+    second.ask("typical", 100.0)
+    begin_wide(first, 2)
+    first.ask("end")
+
+
+def test_a_worker_that_starts_lends_nothing(start: Start, fresh: Start) -> None:
+    first, second = start(), fresh()
+    first.ask("plan", 0, 1, None, [(second.slot, 1, None)])
+    first.ask("end")
+    for _ in range(5):
+        assert first.ask("begin", 2, 0.0)["threads"] == 1
+        assert first.ask("end")["why"] == NOBODY_IDLE
+
+
+# ---- the words ---------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_told_of_before_a_word_is_touched(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(StateError, match="too large"):
+            Words(Ledger(str(tmp_path / "state")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    Words(Ledger(str(tmp_path / "state"))).close()
+
+
+def test_deleted_words_are_noticed_and_poisoned(tmp_path: Path) -> None:
+    own = Words(Ledger(str(tmp_path / "state")))
+    assert not own.lost
+    shutil.rmtree(tmp_path / "state")
+    assert own.lost
+    own.poison()
+    assert own.generation == words.NO_PLAN
+    own.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"7", b"\0" * 100, b'{"times": 1}', b'{"times": {}, "unknown": 1}', b'{"times": {"x": 1}}'],
+)
+def test_a_status_that_is_none(text: bytes) -> None:
+    assert Status.unpack(text) is None
+
+
+def test_a_status_is_read_as_it_was_written() -> None:
+    status = Status(9, 4, 2.5, 3, 2, 0.001, 0.0007, 1, {1: 0.1, 2: 0.06}, "why", True)
+    assert Status.unpack(status.pack()) == status
+    many = Status(requests=5, times={n: n / 7 for n in range(1, 200)}, why="x" * 2000)
+    short = Status.unpack(many.pack())
+    assert short is not None
+    assert (short.requests, short.times) == (5, {})
+
+
+def test_a_reader_sees_living_workers_and_makes_nothing(start: Start, state: Path, tmp_path: Path) -> None:
+    assert words.look(Ledger(str(tmp_path / "state"))) is None
+    assert not list(tmp_path.iterdir())
+    ledger = Ledger(str(state))
+    first, second = start(), start()
+    lend(first, second)
+    begin_wide(first, 2)
+    seen = {identity.pid: one for identity, one in (words.look(ledger) or {}).items()}
+    assert {first.pid, second.pid} <= set(seen)
+    assert [isinstance(seen[one.pid].user, Identity) for one in (first, second)] == [True, True]
+    assert [one.user and one.user.pid for one in (seen[first.pid], seen[second.pid])] == [first.pid] * 2
+    assert [seen[first.pid].wanted, seen[second.pid].wanted] == [True, False]
+    first.kill()
+    seen = {identity.pid: one for identity, one in (words.look(ledger) or {}).items()}
+    assert first.pid not in seen
+    assert seen[second.pid].user is None
+
+
+# ---- what is not trusted -------------------------------------------------------------------------------------
+
+
+def run(code: str, *arguments: str) -> str:
+    text = textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", text, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_without_torch_there_is_no_runtime_to_stand_before() -> None:
+    assert "another OpenMP runtime" in run(
+        "from ts_plugin.lending import library\nprint(library.load().regions_hook())\
+\nprint(library.NO_HOOK[library.load().regions_hook()])"
+    )
+
+
+OWN_LIBGOMP = """
+import sys
+if sys.argv[1] == "before":
+    from sklearn.linear_model import LinearRegression
+    from sklearn.cluster import KMeans
+import torch
+from ts_plugin.lending import library
+print(repr(library.what_keeps_from_borrowing()))
+from sklearn.linear_model import LinearRegression
+from sklearn.cluster import KMeans
+import numpy as np
+print(repr(library.what_keeps_from_borrowing()))
+chance = np.random.default_rng(0)
+x = chance.random((2000, 3))
+points = [[0.0], [0.1], [9.0], [9.1], [9.2]]
+y = x @ [1.0, 2.0, 3.0] + 0.5
+print(abs(LinearRegression().fit(x, y).predict([[1.0, 1.0, 1.0]])[0] - 6.5) < 1e-6)
+print(sorted(np.bincount(KMeans(2, n_init=1, random_state=0).fit(points).labels_)) == [2, 3])
 """
 
 
-def test_a_worker_holds_its_slice_while_it_imports(state: Path) -> None:
-    environment = {**os.environ, "TS_CORES_STATE_DIR": str(state), "PYTHONPATH": str(CHECKOUT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", STARTS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as worker:
-        assert worker.stdout is not None
-        assert any(line == "attached\n" for line in worker.stdout)
-        (board,) = state.glob("board-*")
-        held = watch.locks(board)[worker.pid]
-        worker.communicate("\n")
-    assert held.use == held.right == frozenset(ALL)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_library_with_a_libgomp_of_its_own_stays_untouched(when: str) -> None:
+    assert run(OWN_LIBGOMP, when).split("\n") == ["''", "''", "True", "True"]
+
+
+STRANGE = """
+void GOMP_parallel_sections(void (*)(void *), void *, unsigned, unsigned, unsigned);
+void strange(void (*work)(void *)) { GOMP_parallel_sections(work, 0, 2, 2, 0); }
+"""
+
+
+def test_regions_that_cannot_be_watched_keep_a_worker_from_borrowing(tmp_path: Path) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    (tmp_path / "strange.c").write_text(STRANGE)
+    command = ["cc", "-shared", "-fPIC", "-fopenmp", "-O2", "-o", "strange.so", "strange.c"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    code = """
+    import ctypes, sys, torch
+    from ts_plugin.lending import library
+    print(library.what_keeps_from_borrowing() or "nothing")
+    ctypes.CDLL(sys.argv[1])
+    print(library.what_keeps_from_borrowing() or "nothing")
+    """
+    before, after = run(code, str(tmp_path / "strange.so")).split("\n")
+    assert before == "nothing"
+    assert "GOMP_parallel_" in after
+
+
+def test_a_library_that_is_missing_or_for_another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "regions-none.so"
+    monkeypatch.setattr(library, "path", lambda: broken)
+    library.load.cache_clear()
+    try:
+        with pytest.raises(library.LibraryError, match="not there"):
+            library.load()
+        broken.write_bytes(b"no ELF file")
+        with pytest.raises(library.LibraryError, match="cannot be loaded"):
+            library.load()
+    finally:
+        library.load.cache_clear()
+
+
+def test_the_layout_of_the_words_is_that_of_the_library(tmp_path: Path) -> None:
+    """Python reads what the library writes: identity, use and time of a worker in slot 3."""
+    memory = mmap.mmap(-1, SIZE)
+    worker = library.Worker(memory, -1, 3, pid=4711, start_time=2**60)
+    worker.plan(5, 2, None, [])
+    worker.typical(0.5)
+    user, wanted, asked, pid, start_time, idle_since, lent_at, request = SLOT.unpack_from(
+        memory, HEAD.size + 3 * SLOT.size
+    )
+    assert (user, wanted, asked, pid, start_time, lent_at, request) == (4 | BUSY, 1, 0, 4711, 2**60, 0, 500_000_000)
+    worker.end()
+    user, wanted, _, _, _, idle_since, *_ = SLOT.unpack_from(memory, HEAD.size + 3 * SLOT.size)
+    assert (user, wanted) == (0, 0)
+    assert idle_since > 0
+    assert struct.unpack_from("=QQ", memory) == (0, 1)
+    worker.close()
+    assert SLOT.unpack_from(memory, HEAD.size + 3 * SLOT.size)[1:4] == (1, 0, 0)

@@ -37,10 +37,12 @@ def vision() -> Iterator[Model]:
         model = getattr(torchvision.models, name)(weights=None).eval()
         yield name, model, image
         if name in ("resnet18", "mobilenet_v3_small"):
-            traced = torch.jit.trace(model, image, check_trace=False)
+            traced = torch.jit.trace(model, image, check_trace=False)  # type: ignore[no-untyped-call]
             yield f"{name} traced", traced, image
             yield f"{name} frozen", torch.jit.optimize_for_inference(torch.jit.freeze(traced)), image
-    yield "vit", torchvision.models.VisionTransformer(96, 16, 4, 4, 128, 256).eval(), image
+    transformer = torchvision.models.VisionTransformer(96, 16, 4, 4, 128, 256).eval()
+    torch.nn.init.normal_(transformer.heads[0].weight)  # zero at first, as everything that comes out is then
+    yield "vit", transformer, image
     yield "swin", torchvision.models.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4]).eval(), image
 
 
@@ -50,9 +52,13 @@ def layers() -> Iterator[Model]:
     layer = torch.nn.TransformerEncoderLayer(256, 8, 1024, batch_first=True)
     yield "transformer", torch.nn.TransformerEncoder(layer, 2).eval(), torch.rand(2, 128, 256)
     dense = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 512))
-    yield "dynamic int8", torch.ao.quantization.quantize_dynamic(dense, {torch.nn.Linear}), torch.rand(64, 512)
+    yield "dynamic int8", _quantized(dense), torch.rand(64, 512)
     bag = torch.nn.EmbeddingBag(20000, 256, mode="mean").eval()
     yield "embedding bag", bag, torch.randint(0, 20000, (512, 64))
+
+
+def _quantized(model: torch.nn.Module) -> Any:
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})  # type: ignore[no-untyped-call]
 
 
 def operators() -> Iterator[Model]:
