@@ -1,10 +1,11 @@
 """A process that claims a slice as a worker does, without TorchServe around it: for tests of leases.
 
-Every line that it reads is answered with a JSON line of facts. "begin" and "end" are the boundaries of a request; with
-the option "wide" it takes all idle cores that it may have. "fork" starts a child for a moment. "full" and "free" let
-every write of this process fail as on a full disk, or succeed again; "forbid" lets the kernel refuse every mask that
-this process sets from then on, as the option "forbid" does from the start. These three, and an empty line, also apply
-the slice's threads, as a request would.
+Every line that it reads is answered with a JSON line of facts. "begin" and "end" are the boundaries of a request, and
+"compute" starts some parallel regions, for which the option "torch" loads torch: it borrows all that is idle then, as
+far as it goes, whether that makes its tiny requests faster or not. "full" and "free" let every write of this process
+fail as on a full disk, or succeed again; "forbid" lets the kernel refuse every mask that this process sets from then
+on, as the option "forbid" does from the start. These three, and an empty line, also apply the slice's threads, as a
+request would.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Mapping
 
 from tests.seccomp import forbid_affinity
 from ts_plugin.leases import claim, coordinator
 from ts_plugin.leases.claim import Archive
 from ts_plugin.leases.ledger import Ledger
-from ts_plugin.planning import width
+from ts_plugin.lending.gains import Gains
 from ts_plugin.planning.planner import PlanError
-from ts_plugin.worker import follower
+from ts_plugin.worker import follower, openmp
 
 LIMITS = {"full": 0, "free": resource.RLIM_INFINITY}  # bytes that a file may have
 
@@ -32,34 +32,15 @@ def tell(facts: dict[str, object]) -> None:
     os.write(1, f"{json.dumps(facts)}\n".encode())
 
 
-def widest(domain: Mapping[int, width.Record], me: int, now: float) -> width.Decision:
-    """Return the decision that takes the whole domain, and holds for one request."""
-    cores = sum(record.cores for record in domain.values())
-    others = [width.Lender(slot, record.cores, record.model, 0.0) for slot, record in domain.items() if slot != me]
-    return width.Decision(cores, cores, width.widths(domain[me].cores, cores), tuple(others), now, ())
-
-
-def child_mask() -> list[int]:
-    """Return the mask of a child that is forked here."""
-    reader, writer = os.pipe()
-    if not (child := os.fork()):
-        os.write(writer, json.dumps(sorted(os.sched_getaffinity(0))).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    mask: list[int] = json.loads(os.read(reader, 1 << 16))
-    os.close(reader)
-    os.close(writer)
-    return mask
-
-
 def facts(own: follower.Follower) -> dict[str, object]:
     return {
         "pid": os.getpid(),
         "mask": sorted(os.sched_getaffinity(0)),
         "cpus": list(own.lease.slice.cpus),
         "threads": int(os.environ["OMP_NUM_THREADS"]),
-        "waited": own.elastic.totals.waited,
-        "wide": own.elastic.totals.wide,
+        "computes_with": torch.get_num_threads() if (torch := sys.modules.get("torch")) else 0,
+        "wide": own.requests.status.wide,
+        "keeps": own.requests.status.keeps,
     }
 
 
@@ -71,9 +52,13 @@ def main() -> None:
         os.sched_setaffinity(0, options["only"])
     if options.get("forbid"):
         forbid_affinity()
-    if options.get("wide"):
-        width.decide = widest
-    width.PATIENCE_SECONDS = options.get("patience", width.PATIENCE_SECONDS)
+    if options.get("torch"):
+        openmp.load()
+        import torch
+
+        ones = torch.ones(1 << 18)
+        setattr(Gains, "most", lambda self, threads, now: threads)  # noqa: B010 - mypy knows its type
+        setattr(Gains, "alone", 0.0)  # noqa: B010
     try:
         lease = claim.claim(ledger, archive=archive, worker=options.get("worker", "9000"))
     except (OSError, PlanError, coordinator.CannotBind) as error:
@@ -86,27 +71,27 @@ def main() -> None:
     own = follower.Follower(ledger, lease)  # not attach(): that needs TorchServe, and would import torch 64 times
     if options.get("follows", True):
         own.start()
-    own.elastic.hold()
+    own.requests.hold()
     if not options.get("loads"):
-        own.elastic.on_loaded()
+        own.requests.on_loaded()
     tell(facts(own))
     for line in sys.stdin:
         order = line.strip()
         if order == "begin":
-            own.elastic.on_request_start()
+            own.requests.on_request_start()
         elif order == "end":
-            own.elastic.on_request_end()
-        elif order == "fork":
-            tell({**facts(own), "child_mask": child_mask()})
-            continue
+            own.requests.on_request_end()
+        elif order == "compute":
+            for _ in range(20):
+                ones.add_(1)
         else:
             if order in LIMITS:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (LIMITS[order], resource.RLIM_INFINITY))
             elif order == "forbid":
                 forbid_affinity()
-            own.elastic.hold()
+            own.requests.hold()
             if not options.get("loads"):
-                own.elastic.on_loaded()
+                own.requests.on_loaded()
         tell(facts(own))
 
 

@@ -18,6 +18,7 @@ import pytest
 from benchmarks.harness import archives
 from tests.eventually import eventually
 from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.lending.words import HEAD, SLOT, Status, Words
 from ts_plugin.machine import discovery, process
 from ts_plugin.operate.core_map import core_map
 from ts_plugin.planning.planner import Demand, plan
@@ -274,7 +275,7 @@ def test_the_documented_answer_has_the_fields_that_there_are(held: list[int], ch
 
 
 def test_show_tells_borrowed_cores(held: list[int]) -> None:
-    """The second worker computes on the first one's slice, as far as a lock of its process says."""
+    """The second worker computes on the first one's slice, as far as the words say."""
     ledger = Ledger()
     with ledger.locked() as state:
         reach = frozenset(cpu for lease in state.leases for cpu in lease.slice.cpus)
@@ -282,17 +283,17 @@ def test_show_tells_borrowed_cores(held: list[int]) -> None:
         if leases[0].slice.cpus == leases[1].slice.cpus:
             pytest.skip("two workers share the only core")
     borrowed = list(leases[0].slice.cpus)
-    code = (
-        "import sys; from ts_plugin.leases.board import Board; from ts_plugin.leases.ledger import Ledger\n"
-        f"board = Board(*Ledger().beside('board')); print(board.borrow({borrowed}), flush=True); sys.stdin.read()"
-    )
-    borrower = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    borrower = subprocess.Popen(["sleep", "600"])
     try:
-        assert borrower.stdout is not None
-        assert borrower.stdout.readline() == "True\n"
         identity = process.identify(borrower.pid)
         assert identity is not None
         second = replace(leases[1], pid=borrower.pid, start_time=identity.start_time)
+        known = Words(ledger)
+        for slot, (user, lease) in enumerate([(2, leases[0]), (2, second)]):
+            entry = SLOT.pack(user, slot, 0, lease.pid, lease.start_time, 0, 0, 0)
+            known.memory[HEAD.size + slot * SLOT.size : HEAD.size + (slot + 1) * SLOT.size] = entry
+        known.publish(Status(9, 4, 1.5, 2, 3, 0.0006, 0.0004, times={1: 0.1, 2: 0.05}))
+        known.close()
         with ledger.locked() as state:
             ledger.write(replace(state, leases=(leases[0], second)))
         lender, other = answer("show")["slices"]
@@ -301,6 +302,12 @@ def test_show_tells_borrowed_cores(held: list[int]) -> None:
         shown, _ = ts_cores("show")
         assert f"{len(borrowed)} borrowed" in shown
         assert "A←B" in shown
+        assert "lending: 4 requests of 9 computed on idle workers' cores, too (2.00 x as fast)" in " ".join(
+            shown.split()
+        )
+        assert lender["lending"]["times_faster"] == 2.0
+        assert lender["lending"]["mean_wait"] == pytest.approx(0.0002)
+        assert other["lending"] is None, "it has told nothing"
         (alone,) = answer("show", "--server", "70")["slices"]
         assert alone["lent_cpus"] == borrowed, "whoever computes there, other servers' workers included"
         (worker,) = answer("explain", "model1")["workers"]

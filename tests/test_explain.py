@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
 
 from tests.machines import machine
-from ts_plugin.leases.board import Entry, Totals
 from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.lending.words import Status
 from ts_plugin.machine.topology import Topology
 from ts_plugin.operate.explain import explain, find
-from ts_plugin.operate.lending import learned
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import Lend, Policy
-from ts_plugin.planning.width import Measured, Record, new_record
 
 
 def leases(topology: Topology, *demands: Demand) -> tuple[Lease, ...]:
@@ -64,96 +61,43 @@ def test_reasons(demands: list[Demand], words: str) -> None:
 
 NODE = machine(cores=4)
 TWO = [Demand(NODE.online, Policy(lend=Lend.AUTO))] * 2
-MEASURED = (Measured(2, 0.1, 20.0), Measured(4, 0.055, 9.0))
-RECORD = Record(5, 2, 4, MEASURED, 1.0, 2.0, 1000.0, 900.0, 1000.05)
+STATUS = Status(50, 20, 2.5, 3, 4, 0.001, 0.0007, 1, {2: 0.1, 4: 0.055})
 
 
-def widths(record: Record | None, *, demands: list[Demand] = TWO, other: Record = RECORD) -> dict[str, str]:
-    """Return what is said of the first worker's width, by heading; ``other`` is the second one's record."""
+def widths(status: Status | None, demands: list[Demand] = TWO) -> dict[str, str]:
+    """Return what is said of the first worker's width, by heading, after it has told ``status``."""
     held = leases(NODE, *demands)
-    state = State(leases=held)
-    published = {lease.identity: Entry(lease.identity, other, Totals(50, 20, 2.5, 0.3)) for lease in held}
-    if record is None:
-        del published[held[0].identity]
-    else:
-        published[held[0].identity] = Entry(held[0].identity, record, Totals(50, 20, 2.5, 0.3))
-    rows = explain(held[0], state, NODE, learned(held[0], state, published, 1000.1))
-    return {head: text for head, text in rows if head in ("width", "load", "service time", "expected", "cap", "so far")}
+    rows = explain(held[0], State(leases=held), NODE, status)
+    return {head: text for head, text in rows if head in ("width", "service time", "so far", "waits", "lately")}
 
 
-def test_widths_that_were_measured() -> None:
-    said = widths(RECORD)
-    assert said["width"] == (
-        "its slice, and for the length of a request idle slices of 1 other worker (b), which borrow its own likewise"
-    )
-    times = r"100\.0 ms on 2 cores \(40 requests\), 5\d\.\d ms on 4 cores \(18 requests\)"
-    assert re.fullmatch(times, said["service time"])
-    assert said["load"].endswith("2 requests at once lately")
-    assert re.match(r"\d\.\d requests/s for its model; all models of these slices take \d+%", said["load"])
-    assert re.match(r"from arrival to answer: \d+\.\d ms on 2, \d+\.\d ms on 4", said["expected"])
-    assert said["cap"] == "at most 4 cores a request: its requests are answered soonest with that"
-    assert said["so far"] == (
-        "50 requests, 20 of them wide: 2.5 core-seconds on borrowed cores; 0.3 s of waiting for its own slice"
-    )
-
-
-@pytest.mark.parametrize(
-    ("record", "why"),
-    [
-        pytest.param(
-            replace(RECORD, width=2), "at most 2 cores a request: its next request would have 4", id="changes"
-        ),
-        pytest.param(
-            replace(RECORD, rate=40.0, width=2),
-            "at most 2 cores a request: no worker borrows from a load of 85%",
-            id="full",
-        ),
-    ],
-)
-def test_why_the_present_cap(record: Record, why: str) -> None:
-    assert widths(record)["cap"].startswith(why)
-
-
-def test_a_width_that_does_not_pay() -> None:
-    slower = (Measured(2, 0.1, 20.0), Measured(4, 0.2, 20.0))
-    said = widths(replace(RECORD, measured=slower, width=2), other=replace(RECORD, measured=slower, width=2))
-    assert said["cap"] == "at most 2 cores a request: its requests are answered soonest with that"
-
-
-def test_a_width_that_is_only_guessed() -> None:
-    known = replace(RECORD, measured=MEASURED[:1])
-    assert re.search(r", \d+\.\d ms on 4 cores \(guessed\)$", widths(known, other=known)["service time"])
-
-
-def test_whoever_runs_long_does_not_borrow_from_whoever_runs_short() -> None:
-    short = replace(RECORD, model=6, measured=(Measured(2, 0.01, 20.0),), rate=5.0)
-    said = widths(replace(RECORD, width=2), other=short)
-    assert said["cap"].startswith("at most 2 cores a request: its requests take so long that those of the others")
-    assert "55.0 ms on 4 cores (9 requests)" in said["service time"], "it was measured all the same"
+def test_what_lending_has_done() -> None:
+    assert widths(STATUS) == {
+        "width": "its slice and idle ones of 1 other worker (b), which get theirs back inside the request when they "
+        "want it",
+        "service time": "100.0 ms on 2 cores, 55.0 ms on 4 cores",
+        "so far": "20 of 50 requests computed wide (40%), 1.82 x as fast as on its slice; 2.5 core-seconds on borrowed "
+        "cores; 3 of them gave cores back before they ended",
+        "waits": "4 requests had to take its slice back, in 0.2 ms on average, 0.7 ms at most; 1 time by force",
+    }
 
 
 def test_nothing_served_yet() -> None:
-    fresh = new_record(5, 2, 1000.0)
-    said = widths(fresh, other=fresh)
-    assert said["cap"] == "at most 2 cores a request: it borrows when it knows how long its requests take on its slice"
-    assert "service time" not in said
-    assert "expected" not in said
+    assert set(widths(Status(why="no reason"))) == {"width", "lately"}
 
 
 @pytest.mark.parametrize(
-    ("record", "demands", "words"),
+    ("status", "demands", "words"),
     [
-        pytest.param(RECORD, [replace(TWO[0], policy=Policy(lend=Lend.NEVER))] * 2, "lending is off", id="never"),
-        pytest.param(RECORD, TWO[:1], "there is no worker to lend to", id="alone"),
-        pytest.param(RECORD, TWO[:1] * 9, "workers that share cores may compute at the same time", id="crowd"),
-        pytest.param(
-            replace(RECORD, cores=0), TWO, "(asyncCommunication, torchrun, MicroBatching), or a GPU", id="keeps"
-        ),
-        pytest.param(None, TWO, "it has not joined 1 other worker (b)", id="no record"),
+        pytest.param(STATUS, [replace(TWO[0], policy=Policy(lend=Lend.NEVER))] * 2, "lending is off", id="never"),
+        pytest.param(STATUS, TWO[:1], "there is no worker to lend to", id="alone"),
+        pytest.param(STATUS, TWO[:1] * 9, "workers that share cores may compute at the same time", id="crowd"),
+        pytest.param(replace(STATUS, keeps=True, why="its requests overlap"), TWO, "its requests overlap", id="keeps"),
+        pytest.param(None, TWO, "it has not joined 1 other worker (b)", id="no status"),
     ],
 )
-def test_why_a_worker_computes_on_its_slice_alone(record: Record | None, demands: list[Demand], words: str) -> None:
-    said = widths(record, demands=demands)
+def test_why_a_worker_computes_on_its_slice_alone(status: Status | None, demands: list[Demand], words: str) -> None:
+    said = widths(status, demands)
     assert words in said.pop("width")
     assert said == {}
 

@@ -30,12 +30,12 @@ there = Slice(tuple(cpus), 2, (1,), (0,), (0,))
 demand = Demand(cpus, Policy(memory=Memory.PREFERRED))
 lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, demand, there)
 own = Follower(Ledger(), lease)
-own.elastic.hold()
+own.requests.hold()
 ones = torch.ones(512, 512)
 torch.mm(ones, ones).relu_()
 team = set(process.threads(os.getpid())) - before
-own.elastic.adopt(replace(lease, slice=replace(there, numa_nodes=(0,))), State())  # moved to node 0
-own.elastic.hold()
+own.requests.adopt(replace(lease, slice=replace(there, numa_nodes=(0,))), State())  # moved to node 0
+own.requests.hold()
 torch.mm(ones, ones).relu_()
 after = policies()
 team_after = set(process.threads(os.getpid())) - before

@@ -158,12 +158,12 @@ from dataclasses import replace
 from ts.handler_utils import micro_batching
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.planning.planner import Demand, Slice
-from ts_plugin.worker.elastic import Elastic
+from ts_plugin.worker.requests import Requests
 
 cpus = tuple(os.sched_getaffinity(0))
 lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus, 3, (0,), (0,), (0,)))
-elastic = Elastic(Ledger(), lease, print)
-hooks.install([elastic])
+requests = Requests(Ledger(), lease, print)
+hooks.install([requests])
 
 class Handler:
     def preprocess(self, data):
@@ -176,7 +176,7 @@ class Handler:
 handler = micro_batching.MicroBatching(Handler(), 1)
 found = []
 for threads in (3, 1, 2):
-    elastic.adopt(replace(lease, slice=replace(lease.slice, threads=threads)), State())
+    requests.adopt(replace(lease, slice=replace(lease.slice, threads=threads)), State())
     found.append(handler.handle([0, 0]))
 handler.shutdown()
 print(json.dumps(found))

@@ -13,13 +13,13 @@ import pytest
 
 from ts_plugin.leases import masks
 from ts_plugin.leases.binding import Outcome
-from ts_plugin.leases.board import Totals
 from ts_plugin.leases.ledger import Lease, Ledger
+from ts_plugin.lending.words import Status
 from ts_plugin.machine import process
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.worker import openmp
-from ts_plugin.worker.elastic import Elastic
 from ts_plugin.worker.readback import METRICS, ReadBack, lending
+from ts_plugin.worker.requests import Requests
 
 ALLOWED = tuple(sorted(os.sched_getaffinity(0)))
 needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
@@ -28,11 +28,11 @@ SETUP = """
 import json, os, sys, threading
 from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.planning.planner import Demand, Slice
-from ts_plugin.worker.elastic import Elastic
 from ts_plugin.worker.readback import ReadBack
+from ts_plugin.worker.requests import Requests
 cpus = tuple(sorted(os.sched_getaffinity(0)))
 lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus[:1], 1, (0,), (0,), (0,)))
-look, elastic = ReadBack(), Elastic(Ledger(), lease, print)
+look, requests = ReadBack(), Requests(Ledger(), lease, print)
 """
 
 
@@ -53,8 +53,8 @@ def lease_here(cpus: tuple[int, ...] = ALLOWED) -> Lease:
 def test_masks_outside_the_slice_are_put_back_and_counted_once() -> None:
     found = run("""
 threading.Thread(target=threading.Event().wait, daemon=True).start()
-first = look.read(lease, elastic, thorough=False)
-second = look.read(lease, elastic, thorough=False)
+first = look.read(lease, requests, thorough=False)
+second = look.read(lease, requests, thorough=False)
 print(json.dumps([first.outside, list(first.problems), second.outside, sorted(os.sched_getaffinity(0)), cpus]))
 """)
     outside, problems, again, mask, cpus = found
@@ -69,13 +69,13 @@ def test_moves_between_cpus_are_counted_since_the_last_look() -> None:
     found = run("""
 wide = lease.__class__(*[getattr(lease, n) for n in ("pid", "start_time", "model", "version", "worker_id", "server_pid",
     "demand")], Slice(cpus, len(cpus), (0,), (0,), (0,)))
-elastic = Elastic(Ledger(), wide, print)
-first = look.read(wide, elastic, thorough=False).migrations
+requests = Requests(Ledger(), wide, print)
+first = look.read(wide, requests, thorough=False).migrations
 for _ in range(10):
     for cpu in cpus[:2]:
         os.sched_setaffinity(0, {cpu})
 os.sched_setaffinity(0, cpus)
-print(json.dumps([first, look.read(wide, elastic, thorough=False).migrations]))
+print(json.dumps([first, look.read(wide, requests, thorough=False).migrations]))
 """)
     first, moved = found
     if first is None:
@@ -84,8 +84,8 @@ print(json.dumps([first, look.read(wide, elastic, thorough=False).migrations]))
     assert moved >= 10
 
 
-def look_at(lease: Lease) -> tuple[Lease, Elastic]:
-    return lease, Elastic(Ledger(), lease, print)
+def look_at(lease: Lease) -> tuple[Lease, Requests]:
+    return lease, Requests(Ledger(), lease, print)
 
 
 def test_a_thorough_look_finds_two_openmp_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,20 +117,18 @@ def test_pages_on_other_nodes_are_remote() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "added"),
     [
-        pytest.param(Totals(), Totals(), {}, id="nothing"),
-        pytest.param(Totals(9, 1, 0.5, 0.2), Totals(10, 1, 0.5, 0.2), {}, id="a request on its slice"),
+        pytest.param(Status(), Status(), {}, id="nothing"),
+        pytest.param(Status(9, 1, 0.5, 2), Status(10, 1, 0.5, 2), {}, id="a request on its slice"),
         pytest.param(
-            Totals(9, 1, 0.5, 0.25),
-            Totals(12, 3, 1.5, 0.5),
-            {"WideRequests": 2, "BorrowedCoreSeconds": 1.0, "SliceWaitSeconds": 0.25},
-            id="all three",
+            Status(9, 1, 0.5, 2, wait=0.25),
+            Status(12, 3, 1.5, 5, wait=0.5),
+            {"WideRequests": 2, "BorrowedCoreSeconds": 1.0, "HandBacks": 3, "SliceWaitSeconds": 0.25},
+            id="all four",
         ),
-        pytest.param(
-            Totals(9, 8, 7.0, 6.0), Totals(1, 1, 0.5), {"WideRequests": 1, "BorrowedCoreSeconds": 0.5}, id="anew"
-        ),
+        pytest.param(Status(9, 8, 7.0), Status(1, 1, 0.5), {"WideRequests": 1, "BorrowedCoreSeconds": 0.5}, id="anew"),
     ],
 )
-def test_counters_of_lending_get_what_is_new(before: Totals, after: Totals, added: dict[str, float]) -> None:
+def test_counters_of_lending_get_what_is_new(before: Status, after: Status, added: dict[str, float]) -> None:
     assert lending(before, after) == added
     assert set(added) <= set(METRICS)
 
@@ -138,7 +136,7 @@ def test_counters_of_lending_get_what_is_new(before: Totals, after: Totals, adde
 def test_a_crowd_is_reported_once_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "state", lambda pid, tid: "R")
     monkeypatch.setattr(process, "threads", lambda pid: list(range(100)))
-    monkeypatch.setattr(masks, "enforce", lambda lease, cpus, before: Outcome(0))
+    monkeypatch.setattr(masks, "enforce", lambda lease, before, borrows: Outcome(0))
     look = ReadBack()
     problems = [look.read(*look_at(lease_here()), thorough=False).problems for _ in range(5)]
     assert [len(found) for found in problems] == [0, 0, 1, 0, 0]

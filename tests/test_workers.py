@@ -30,7 +30,7 @@ from ts_plugin.trial.torchserve import Property, RequestError, TorchServe
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 PINNED: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
-LENDING = {**PINNED, "cpu_launcher_args": "--lend auto"}
+NEVER = {**PINNED, "cpu_launcher_args": "--lend never"}
 CORES = len(discovery.read_topology().cores_of(os.sched_getaffinity(0)))
 
 WORKFLOW = """
@@ -65,23 +65,35 @@ def assert_bound(server: TorchServe, answer: dict[str, Any]) -> None:
     """Check what a worker says of itself against its lease and against the kernel."""
     held = {lease.pid: lease.slice for lease in Ledger(str(server.state_directory)).read().leases}
     own = held[answer["pid"]]
-    assert set(own.cpus) <= set(answer["affinity"]) <= (own.reach or set(own.cpus)), "its slice, and what it may borrow"
-    assert answer["threads"] == len(answer["affinity"])
+    assert answer["affinity"] == sorted(own.cpus)
     masks = {frozenset(parse_cpulist(mask)) for mask in answer["masks"].values()}
-    assert masks <= {frozenset(own.cpus), frozenset(answer["affinity"])}, "all threads, whoever made them"
+    wider = masks - {frozenset(own.cpus)}
+    assert all(mask <= own.reach for mask in wider), "only what it may borrow, and only threads of the team"
+    assert own.threads <= answer["threads"] <= max(own.threads, len(own.reach))
     cpus = [cpu for piece in held.values() for cpu in piece.cpus]
     assert len(cpus) == len(set(cpus)), "disjoint"
 
 
-def test_a_lone_request_borrows_the_cores_of_idle_workers() -> None:
-    with TorchServe(archives.facts(), workers=2, properties=LENDING) as server:
-        answers = [ask(server, "facts", {"sleep": 0.05}) for _ in range(40)]
+@pytest.mark.parametrize("properties", [PINNED, NEVER], ids=["default", "never"])
+def test_a_lone_request_borrows_the_cores_of_idle_workers(properties: dict[str, Property]) -> None:
+    with TorchServe(archives.facts(), workers=2, properties=properties) as server:
+        own = leases(server)
+        answers = [ask(server, "facts", {"work": 1024}) for _ in range(40)]
         for answer in answers:
             assert_bound(server, answer)
-        own = leases(server)
-        wide = [answer for answer in answers if len(answer["affinity"]) > len(own[answer["pid"]])]
-        assert wide, "a width that is not known yet is tried"
+        wide = [answer for answer in answers if answer["threads"] > len(own[answer["pid"]])]
+        assert bool(wide) == (properties is PINNED)
         assert eventually(lambda: all(idle(pid, cpus) for pid, cpus in own.items())), "and given back"
+        told = [piece["lending"] for piece in server.cores()["slices"]]
+        if properties is NEVER:
+            assert told == [None, None]
+            assert not list(server.state_directory.glob("lending-*"))
+        else:
+            assert eventually(
+                lambda: sum(piece["lending"]["wide_requests"] for piece in server.cores()["slices"]) == len(wide)
+            )
+            regions = [Path(f"/proc/{pid}/maps").read_text().count("/regions-") for pid in own]
+            assert all(regions)
 
 
 def idle(pid: int, cpus: tuple[int, ...]) -> bool:

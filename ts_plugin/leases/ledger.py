@@ -217,7 +217,7 @@ class Ledger:
     def _announce(self, generation: int) -> None:
         """Tell those who lend (``lending.words``, the first word) which plan holds; they read it at every region."""
         directory, name = self.beside("lending")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # without the file nobody lends; with a wrong one neither
             file = directory.open(name, os.O_WRONLY)
             try:
                 os.pwrite(file, struct.pack("=Q", generation), 0)

@@ -237,7 +237,7 @@ static int borrow(struct worker *w, int lender, uint64_t t) {
   if (atomic_load(&s->wanted) || !swap(&s->user, 0, me)) return 0;
   uint64_t request = atomic_load(&s->request);
   if (!request) request = atomic_load(&w->words->slots[w->slot].request); /* it has answered none: as ours, then */
-  if (w->longest > SHORT_REGION && w->longest > request / SHORT_PART) {
+  if (request && w->longest > SHORT_REGION && w->longest > request / SHORT_PART) {
     swap(&s->user, me, 0);
     w->answer.why = LONG_REGIONS;
     return 0;
@@ -413,7 +413,8 @@ void worker_end(struct worker *w, struct answer *answer) {
   w->answer.seconds = t - w->began;
   w->answer.ended = w->width;
   int wide = w->answer.began > w->threads;
-  if (wide) w->longest += w->answer.longest_region / 8 - w->longest / 8;
+  /* Fades in narrow requests, where regions are not timed, so that it is tried again. */
+  w->longest += wide ? w->answer.longest_region / 8 - w->longest / 8 : -(w->longest / 64);
   if (pause_all && (wide || (w->lenders && atomic_load(&own->lent_at) + LENT_MEMORY > t))) pause_all(PAUSE_SOFT);
   for (int i = 0; i < w->held_count; i++) swap(&slot_of(w, w->held[i])->user, me, 0);
   w->held_count = 0;
