@@ -76,8 +76,9 @@ def check_config(seen: Inspection) -> Iterator[Finding]:
         yield Finding(Severity.ERROR, "config", f"{path}: {refusal.what}", stop, refusal.change)
     for name, why in seen.unusable.items():
         yield Finding(Severity.ERROR, "config", f"{path}: {name}={config.get(name)}: {why}", stop, f"correct {name}")
-    for note in seen.startup.notes:
-        yield Finding(Severity.WARNING, "config", f"{path}: {note}")
+    for one in seen.startup.overlooked:
+        why = "TorchServe does not say so, and goes on"
+        yield Finding(Severity.WARNING, "config", f"{path}: {one.what}", why, one.change)
     yield from _misread(config)
     yield from _unknown(config)
     if not config.get("model_store"):
@@ -189,6 +190,9 @@ def check_plan(seen: Inspection) -> Iterator[Finding]:
             f"TorchServe then starts {number} workers per model, one per CPU that its JVM counts",
             f"{name}={max(1, min(4, seen.cores // 4))}",
         )
+    if not served and number < 0:
+        what, why = f"{seen.config.path}: {number} workers for each model", "the server stops at the first model"
+        yield Finding(Severity.ERROR, "workers", what, why, f"{name}=1")
     if not served and source == name and number > seen.cores:
         workers, told = number, f"{name}={number}"
     else:

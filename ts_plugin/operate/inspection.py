@@ -54,9 +54,9 @@ class Inspection:
     ``plugins`` are the jars in plugins_path, ``store`` the archives that the file names, by address, ``absent`` the
     properties that name files which are not there, with these files, ``unusable`` the properties that name an address
     or a key which TorchServe cannot use here, with the reason, ``gpus`` the number of GPUs that it finds,
-    ``preload_notes`` what the launcher would say of libraries, ``ledger`` the file of ``state``, ``unbound`` the workers
-    without a lease in it, ``astray`` the workers (PID, number of threads) with threads whose mask reaches outside their
-    slice, ``busy`` other processes (PID, name, mask, used share of one CPU).
+    ``preload_notes`` what the launcher would say of libraries, ``ledger`` the file of ``state``, ``unbound`` the
+    workers without a lease in it, ``astray`` the workers (PID, number of threads) with threads whose mask reaches
+    outside their slice, ``busy`` other processes (PID, name, mask, used share of one CPU).
     """
 
     system: str = "Linux"

@@ -1,7 +1,7 @@
 """The properties that TorchServe knows, and which values of them keep it from starting.
 
 Source: org.pytorch.serve.util.ConfigManager, Connector, ServerGroups; org.pytorch.serve.ModelServer (startRESTserver,
-startGRPCServer); tests/test_properties.py asks these classes themselves.
+startGRPCServer); tests/test_verdict.py asks these classes themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
     "SWITCHES",
     "VARIABLES",
     "Address",
-    "Refusal",
+    "Fault",
     "address",
     "nearest",
     "on",
@@ -131,8 +131,8 @@ MOST_MINUTES = 10**12  # until a token expires; Java's clock ends there
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """A property that ends TorchServe's start: ``what`` about it, and the ``change`` that cures it."""
+class Fault:
+    """What is wrong with a property, and the ``change`` that cures it."""
 
     what: str
     change: str
@@ -188,22 +188,20 @@ def nearest(name: str) -> str | None:
     return close[0] if close else None
 
 
-def refused(properties: Mapping[str, str]) -> Iterator[Refusal]:
+def refused(properties: Mapping[str, str]) -> Iterator[Fault]:
     """Yield what ends the start of the server whatever models it loads; what is not there has its default."""
     for name, integer in INTEGERS.items():
         if name in properties and name not in LATER and _is_read(name, properties):
             problem = integer.problem(properties[name])
             if problem:
-                yield Refusal(f"{name}={properties[name]!r} {problem}", f"{name}={integer.sample}")
+                yield Fault(f"{name}={properties[name]!r} {problem}", f"{name}={integer.sample}")
     yield from _addresses(properties)
     if problem := pattern_problem(properties.get("blacklist_env_vars", "")):
         text = properties["blacklist_env_vars"]
-        yield Refusal(f"blacklist_env_vars={text!r} is no regular expression: {problem}", "correct it")
+        yield Fault(f"blacklist_env_vars={text!r} is no regular expression: {problem}", "correct it")
     minutes = properties.get("token_expiration_min", "60")
     if not on(properties, "disable_token_authorization") and _is_endless(minutes):
-        yield Refusal(
-            f"token_expiration_min={minutes!r} is more than Java's clock can count", "token_expiration_min=60"
-        )
+        yield Fault(f"token_expiration_min={minutes!r} is more than Java's clock can count", "token_expiration_min=60")
 
 
 def _is_read(name: str, properties: Mapping[str, str]) -> bool:
@@ -220,7 +218,7 @@ def _is_endless(minutes: str) -> bool:
         return False  # TorchServe takes 60 then
 
 
-def _addresses(properties: Mapping[str, str]) -> Iterator[Refusal]:
+def _addresses(properties: Mapping[str, str]) -> Iterator[Fault]:
     metrics = on(properties, "enable_metrics_api")
     keys = "keystore" in properties or {"private_key_file", "certificate_file"} <= properties.keys()
     listening: dict[str, Address] = {}
@@ -229,14 +227,14 @@ def _addresses(properties: Mapping[str, str]) -> Iterator[Refusal]:
         found = address(name, text)
         change = f"{name}=http://127.0.0.1:{port}"
         if found is None:
-            yield Refusal(f"{name}={text!r} is no address that TorchServe reads", change)
+            yield Fault(f"{name}={text!r} is no address that TorchServe reads", change)
             continue
         if found.path and not on(properties, "use_native_io"):
-            yield Refusal(f"{name}={text!r} needs use_native_io=true, for UNIX sockets", change)
+            yield Fault(f"{name}={text!r} needs use_native_io=true, for UNIX sockets", change)
         if name == "metrics_address" and not metrics:
             continue
         if found.tls and not keys:
-            yield Refusal(
+            yield Fault(
                 f"{name}={text!r}, but there is no key for it, and Java from 16 on lets TorchServe make none",
                 "keystore=FILE, or private_key_file=FILE and certificate_file=FILE",
             )
@@ -248,18 +246,18 @@ def _addresses(properties: Mapping[str, str]) -> Iterator[Refusal]:
         number = java_int(properties.get(f"grpc_{kind}_port", str(INTEGERS[f"grpc_{kind}_port"].sample)))
         listening[f"grpc_{kind}_port"] = Address(properties.get(f"grpc_{kind}_address", "127.0.0.1"), number or 0)
     if on(properties, "enable_grpc_ssl") and not {"private_key_file", "certificate_file"} <= properties.keys():
-        yield Refusal("enable_grpc_ssl=true without a key", "private_key_file=FILE and certificate_file=FILE")
+        yield Fault("enable_grpc_ssl=true without a key", "private_key_file=FILE and certificate_file=FILE")
     yield from _clashes(listening)
 
 
-def _clashes(listening: Mapping[str, Address]) -> Iterator[Refusal]:
+def _clashes(listening: Mapping[str, Address]) -> Iterator[Fault]:
     """Yield those that want a port which one before them has."""
     taken: dict[tuple[str, int], str] = {}
     for name, one in listening.items():
         host = {"localhost": "127.0.0.1", "": "127.0.0.1"}.get(one.host.lower(), one.host)
         for (other, port), holder in taken.items():
             if one.port == port != 0 and (host == other or "0.0.0.0" in (host, other)):
-                yield Refusal(f"{name} wants port {port}, which {holder} has", f"another port for {name}")
+                yield Fault(f"{name} wants port {port}, which {holder} has", f"another port for {name}")
                 break
         if one.port:
             taken.setdefault((host, one.port), name)

@@ -2,7 +2,7 @@
 
 Source: org.pytorch.serve.ModelServer (initModelStore), wlm.ModelManager (createModel), wlm.WorkLoadManager
 (modelChanged), snapshot.SnapshotManager (restore), archive.model.ModelArchive and ModelConfig, util.ConfigManager
-(getDefaultWorkers, getJsonIntValue); tests/test_served.py asks these classes themselves.
+(getDefaultWorkers, getJsonIntValue); tests/test_verdict.py asks these classes themselves.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any
 import yaml
 
 from ts_plugin.leases.claim import read_wishes
+from ts_plugin.machine.words import count
 from ts_plugin.operate.config import Config
 from ts_plugin.operate.gson import GsonError, Pairs, as_int, java_int, model_map, parse
-from ts_plugin.operate.properties import INTEGERS, Refusal, on, pattern_problem
+from ts_plugin.operate.properties import INTEGERS, Fault, on, pattern_problem
 
 __all__ = [
     "Served",
@@ -77,8 +78,8 @@ class Startup:
     """What becomes of a start: the models, what ends it, and what TorchServe overlooks without a word."""
 
     served: tuple[Served, ...] = ()
-    refusals: tuple[Refusal, ...] = ()
-    notes: tuple[str, ...] = ()
+    refusals: tuple[Fault, ...] = ()
+    overlooked: tuple[Fault, ...] = ()
 
 
 def java_cpus(cpus: int, quota: float | None, options: str) -> int:
@@ -218,7 +219,7 @@ def startup(config: Config, store: Mapping[str, Stored], *, cpus: int, gpus: int
         start.restore(config.properties["model_snapshot"])
     else:
         start.load()
-    return Startup(tuple(start.served), tuple(dict.fromkeys(start.refusals)), tuple(dict.fromkeys(start.notes)))
+    return Startup(tuple(start.served), tuple(dict.fromkeys(start.refusals)), tuple(dict.fromkeys(start.overlooked)))
 
 
 class _Start:
@@ -228,8 +229,8 @@ class _Start:
         self.properties, self.store = properties, store
         self.default, self.origin = default
         self.served: list[Served] = []
-        self.refusals: list[Refusal] = []
-        self.notes: list[str] = []
+        self.refusals: list[Fault] = []
+        self.overlooked: list[Fault] = []
         self.models: Mapping[str, Mapping[str, Mapping[str, Any]] | None] | None = {}
         if "models" in properties:
             try:
@@ -238,7 +239,10 @@ class _Start:
                 self._refuse(f"models is not the JSON that TorchServe reads: {error}", "correct that line")
 
     def _refuse(self, what: str, change: str) -> None:
-        self.refusals.append(Refusal(what, change))
+        self.refusals.append(Fault(what, change))
+
+    def _overlook(self, what: str, change: str) -> None:
+        self.overlooked.append(Fault(what, change))
 
     def load(self) -> None:
         """What load_models names."""
@@ -262,7 +266,7 @@ class _Start:
             if not isinstance(snapshot, Pairs):
                 raise GsonError("it must be an object {...}")
             fields = dict(snapshot)
-            count = _gson_int(fields.get("modelCount"), 32)
+            number = _gson_int(fields.get("modelCount"), 32)
             _gson_int(fields.get("created"), 64)
             if isinstance(fields.get("name"), list):
                 raise GsonError("its name must be a text")
@@ -276,9 +280,9 @@ class _Start:
             if versions is None:
                 self._refuse(f"{line}: {model!r} is null", "take the model out, or start without the snapshot")
             for version, settings in (versions or {}).items():
-                self._restore(model, version, settings, counted=count > 0)
-        if count <= 0 and models:
-            self.notes.append(f"{line}: its modelCount is {count}, so TorchServe loads none of its models")
+                self._restore(model, version, settings, counted=number > 0)
+        if number <= 0 and models:
+            self._overlook(f"{line}: its modelCount is {number}, so none of its models is loaded", "start without it")
 
     def _restore(self, model: str, version: str, settings: Mapping[str, Any], *, counted: bool) -> None:
         where = f"model_snapshot: {model} {version}"
@@ -363,10 +367,10 @@ class _Start:
             if _whole(own, "minWorkers") is not None and most >= least:
                 return least, most, "model-config.yaml"
             if "minWorkers" in own or "maxWorkers" in own:
-                self.notes.append(
-                    f"{model}: TorchServe overlooks minWorkers and maxWorkers of its model-config.yaml "
-                    f"({own.get('minWorkers')!r} and {own.get('maxWorkers')!r}): both must be whole numbers, the "
-                    "second not below the first"
+                both = f"minWorkers: {own.get('minWorkers')!r} and maxWorkers: {own.get('maxWorkers')!r}"
+                self._overlook(
+                    f"{model}: {both} in its model-config.yaml count for nothing",
+                    "write both there, as whole numbers, the second not below the first",
                 )
         return minimum, maximum, source
 
@@ -385,7 +389,7 @@ class _Start:
         if settings is None:
             if versions:
                 there = ", ".join(versions)
-                self.notes.append(f"models has {model} {there}, but the archive's version is {stored.version}")
+                self._overlook(f"models has {model} {there}, its archive is {stored.version}", "name that version")
             return None
         own = stored.settings
         unread = [] if own is None else ["responseTimeout", "startupTimeout"]
@@ -410,7 +414,7 @@ class _Start:
             self._refuse(f"{where} is {error}, which is no number that Java reads", f'"{key}": 1')
             return None
         if number is None or number <= 0:
-            self.notes.append(f"{where} is {settings[key]!r}: TorchServe takes the default instead")
+            self._overlook(f"{where} is {settings[key]!r}: the default is taken instead", f'"{key}": 1')
             return None
         return number
 
@@ -422,7 +426,7 @@ class _Start:
             try:
                 cores, share = read_wishes(stored.settings.get("cpu"))
             except ValueError as error:
-                self.notes.append(f"{model}: {error}; the section has no effect")
+                self._overlook(f"{model}: {error}; the section has no effect", "correct its model-config.yaml")
         self.served.append(Served(model, stored.version, max(0, minimum), source, maximum, cores, share))
 
 
@@ -450,6 +454,9 @@ def _gson_int(value: Any, bits: int) -> int:
 
 
 def describe(served: Sequence[Served]) -> Iterator[str]:
-    """Yield ``bert 2 (models=)`` for each model."""
+    """Yield ``2 workers for each of bert, bart (models=)`` for all models with one source."""
+    groups: dict[tuple[int, str], list[str]] = {}
     for one in served:
-        yield f"{one.model} {one.workers} ({one.source})"
+        groups.setdefault((one.workers, one.source), []).append(one.model)
+    for (workers, source), names in groups.items():
+        yield f"{count(workers, 'worker')} for {'each of ' * (len(names) > 1)}{', '.join(names)} ({source})"

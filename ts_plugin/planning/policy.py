@@ -285,7 +285,7 @@ _NO_IPEX = "the model stays as it is; a handler may call ipex.optimize"
 _NO_MPI = "TorchServe starts the workers, on this machine alone and without MPI"
 
 OPTIONS: tuple[Option, ...] = (
-    Option(("--node-id", "--nodes-list"), "LIST", "node_ids", _numbers, "use only these NUMA nodes", "all nodes"),
+    Option(("--node-id", "--nodes-list", "--socket-id"), "LIST", "node_ids", _numbers, "use only these NUMA nodes", "all nodes"),
     Option(("--core-list", "--cores-list"), "LIST", "core_list", _numbers, "use only these CPUs", "all allowed CPUs"),
     Option(
         ("--ncores-per-instance", "--ncore-per-instance"),
