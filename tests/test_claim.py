@@ -36,7 +36,7 @@ def archive(tmp_path: Path) -> Path:
         pytest.param("", None, 1.0, id="an empty file"),
         pytest.param("cpu : {cores: 4}\n", 4, 1.0, id="a blank before the colon"),
         pytest.param('{"minWorkers": 1, "cpu": {"cores": 4}}', 4, 1.0, id="JSON"),
-        pytest.param("'cpu'\t: {cores: 4}\n", 4, 1.0, id="quotes and a tab"),
+        pytest.param("'cpu'  : {cores: 4}\n", 4, 1.0, id="quotes"),
         pytest.param("? cpu\n: {cores: 4}\n", 4, 1.0, id="a key in a line of its own"),
     ],
 )
