@@ -185,6 +185,13 @@ def test_every_java_that_the_jar_runs_on_will_do(release: str) -> None:
             "2 CPUs' worth",
             id="pinned under a quota",
         ),
+        pytest.param(
+            {"environment": {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}},
+            "warning",
+            "cpuset",
+            "neither a CPU limit nor CPUs of its own",
+            id="a pod with a request alone",
+        ),
         pytest.param({"environment": {"OMP_PROC_BIND": "true"}}, "warning", "OpenMP", "OMP_PROC_BIND", id="trap"),
         pytest.param(
             {"environment": {"LD_PRELOAD": "/x/libiomp5.so"}}, "warning", "OpenMP", "libiomp5", id="two runtimes"
@@ -225,6 +232,15 @@ def test_finds(change: dict[str, Any], severity: str, subject: str, words: str) 
         pytest.param({"config": without("disable_token_authorization")}, id="tokens"),
         pytest.param({"allowance": Allowance(EIGHT, 2.0)}, id="a quota"),
         pytest.param({"environment": {"OMP_NUM_THREADS": "4"}}, id="a thread count"),
+        pytest.param({"environment": {"OMP_PROC_BIND": "false", "KMP_AFFINITY": "disabled"}}, id="no binding"),
+        pytest.param(
+            {"environment": {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "allowance": Allowance(EIGHT, 2.0)},
+            id="a pod with a limit",
+        ),
+        pytest.param(
+            {"environment": {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "allowance": Allowance(frozenset({0, 1, 2}))},
+            id="a pod with CPUs of its own",
+        ),
         pytest.param({"java": "21"}, id="java 21"),
         pytest.param(
             {

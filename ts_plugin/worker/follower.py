@@ -21,6 +21,8 @@ from ts_plugin.machine import discovery
 from ts_plugin.worker import hooks, readback
 from ts_plugin.worker.elastic import Elastic
 from ts_plugin.worker.log import say
+from ts_plugin.worker.onnx_threads import OnnxThreads
+from ts_plugin.worker.overruled import Overruled
 
 __all__ = ["Follower", "attach", "current"]
 
@@ -226,7 +228,10 @@ def attach(lease: Lease) -> Follower:
         own._report(str(error))
     own.start()  # before TorchServe is imported, which takes seconds
     try:
-        hooks.install([own, own.elastic])
+        overruled = Overruled(own._report)
+        onnx = OnnxThreads(lambda: own._lease.slice.threads, own._report)
+        hooks.install([overruled.before, own, own.elastic, overruled.behind, onnx])
+        overruled.remember()  # what `import torch`, which TorchServe has done by now, made of the slice's number
     except Exception as error:  # noqa: BLE001 - the worker is bound already; it must serve even if it cannot follow
         own._report(f"its threads will not follow its slice: {type(error).__name__}: {error}")
     return own
