@@ -7,8 +7,6 @@ import subprocess
 import sys
 from typing import Any
 
-import pytest
-
 SETUP = """
 import asyncio, json, threading, types
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
@@ -184,98 +182,3 @@ handler.shutdown()
 print(json.dumps(found))
 """)
     assert threads == [[3, 3], [1, 1], [2, 2]]
-
-
-@pytest.mark.parametrize("where", ["nowhere", "import", "initialize", "request"])
-def test_a_handlers_own_number_of_threads_is_overruled_and_said_once(where: str) -> None:
-    """Where it may call torch.set_num_threads: its module, `initialize`, or each request; the slice has 2 threads."""
-    (counts, said), _ = run(f"""
-import torch
-from ts_plugin.worker.overruled import Overruled
-where = {where!r}
-
-class Slices(hooks.Hook):
-    def on_load(self, context):
-        torch.set_num_threads(2)
-    def on_request_start(self):
-        torch.set_num_threads(2)
-
-said = []
-overruled = Overruled(said.append)
-torch.set_num_threads(2)
-hooks.install([overruled.before, Slices(), overruled.behind])
-overruled.remember()
-
-def handler(data, context):
-    counts.append(torch.get_num_threads())
-    if where == "request":
-        torch.set_num_threads(1)
-    return ["1", "2"]
-
-counts = []
-if where == "import":
-    torch.set_num_threads(1)
-made = service(handler)
-if where == "initialize":
-    torch.set_num_threads(1)
-for _ in range(3):
-    made.predict(BATCH)
-print(json.dumps([counts, said]))
-""")
-    assert counts == [2, 2, 2]
-    assert len(said) == (where != "nowhere")
-    assert all("torch.set_num_threads(1)" in text and "the slice's number is 2" in text for text in said)
-
-
-ONNX = """
-import sys
-from ts_plugin.worker.onnx_threads import OnnxThreads
-
-class SessionOptions:
-    intra_op_num_threads = 0
-
-class InferenceSession:
-    def __init__(self, path_or_bytes, sess_options=None, providers=None, **kwargs):
-        seen.append([path_or_bytes, sess_options.intra_op_num_threads, providers])
-
-sys.modules["onnxruntime"] = types.SimpleNamespace(SessionOptions=SessionOptions, InferenceSession=InferenceSession)
-"""
-
-
-def test_onnx_sessions_get_the_slices_threads() -> None:
-    """On a stand-in with the library's two names: it is no dependency; that they do what is said here was tried."""
-    (found, said), _ = run(f"""{ONNX}
-said, threads = [], [3]
-hooks.install([OnnxThreads(lambda: threads[0], said.append)])
-service(lambda data, context: ["1", "2"])
-seen.clear()
-import onnxruntime as ort
-
-def options(number):
-    made = ort.SessionOptions()
-    made.intra_op_num_threads = number
-    return made
-
-ort.InferenceSession("default")
-ort.InferenceSession("all CPUs", sess_options=options(64), providers=["CPU"])
-ort.InferenceSession("fewer", options(2), ["CPU"])
-threads[0] = 1
-ort.InferenceSession("later", options(2))
-print(json.dumps([seen, said]))
-""")
-    assert found == [["default", 3, None], ["all CPUs", 3, ["CPU"]], ["fewer", 2, ["CPU"]], ["later", 1, None]]
-    assert [text.partition(", and")[0] for text in said] == [
-        "a session of ONNX Runtime gets 3 threads instead of one per core of the machine",
-        "a session of ONNX Runtime gets 3 threads instead of 64",
-        "a session of ONNX Runtime gets 1 threads instead of 2",
-    ]
-
-
-def test_no_onnx_no_patch() -> None:
-    seen, _ = run("""
-from ts_plugin.worker.onnx_threads import OnnxThreads
-hooks.install([OnnxThreads(lambda: 3, seen.append)])
-service(lambda data, context: ["1", "2"])
-print(json.dumps(seen))
-""")
-    assert seen == []

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ts_plugin.machine.words import count
 from ts_plugin.worker.hooks import Hook
 
 __all__ = ["OnnxThreads"]
@@ -46,6 +47,6 @@ class OnnxThreads(Hook):
             return
         options.intra_op_num_threads = threads
         self._report(
-            f"a session of ONNX Runtime gets {threads} threads instead of "
+            f"a session of ONNX Runtime gets {count(threads, 'thread')} instead of "
             f"{asked or 'one per core of the machine'}, and keeps that number when the slice changes"
         )
