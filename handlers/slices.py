@@ -31,7 +31,7 @@ class CoreSliceMixin:
         """
         own = follower.current() or _start(context)
         if own is not None:
-            own.elastic.hold()
+            own.hold()
         super().initialize(context)  # type: ignore[misc]
 
 

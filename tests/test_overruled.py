@@ -95,8 +95,8 @@ def test_onnx_sessions_get_the_slices_threads(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "onnxruntime", library)
     said, threads = list[str](), [3]
     hook = OnnxThreads(lambda: threads[0], said.append)
-    hook.on_load(None)
-    hook.on_load(None)
+    hook.patch()
+    hook.patch()
     assert session("default").kept == (3, None)
     assert session("all CPUs", sess_options=options(64), providers=["CPU"]).kept == (3, ["CPU"])
     assert session("fewer", options(2), ["CPU"]).kept == (2, ["CPU"])
@@ -111,5 +111,5 @@ def test_onnx_sessions_get_the_slices_threads(monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_onnx_nothing_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
-    OnnxThreads(lambda: 3, pytest.fail).on_load(None)
+    OnnxThreads(lambda: 3, pytest.fail).patch()
     assert "onnxruntime" not in sys.modules

@@ -49,6 +49,8 @@ class Follower(hooks.Hook):
         self._exported = Totals()
         self._reported: set[str] = set()
         self.elastic = Elastic(ledger, lease, self._report)
+        self.overruled = Overruled(self._report)
+        self._onnx = OnnxThreads(lambda: self._lease.slice.threads, self._report)
 
     @property
     def lease(self) -> Lease:
@@ -73,6 +75,12 @@ class Follower(hooks.Hook):
             except Exception as error:  # noqa: BLE001 - the model loads all the same
                 self._report(str(error))
             self._metrics = context.metrics
+        self._onnx.patch()
+
+    def hold(self) -> None:
+        """Let this thread compute on the slice alone, as a handler of ours asks before it loads its model."""
+        self.elastic.hold()
+        self.overruled.remember()
 
     def _tell(self, lease: Lease) -> None:
         """Enter what has changed about this worker; remembered, so that a rebuilt ledger learns it again."""
@@ -228,10 +236,8 @@ def attach(lease: Lease) -> Follower:
         own._report(str(error))
     own.start()  # before TorchServe is imported, which takes seconds
     try:
-        overruled = Overruled(own._report)
-        onnx = OnnxThreads(lambda: own._lease.slice.threads, own._report)
-        hooks.install([overruled.before, own, own.elastic, overruled.behind, onnx])
-        overruled.remember()  # what `import torch`, which TorchServe has done by now, made of the slice's number
+        hooks.install([own.overruled.before, own, own.elastic, own.overruled.behind])
+        own.overruled.remember()  # what `import torch`, which TorchServe has done by now, made of the slice's number
     except Exception as error:  # noqa: BLE001 - the worker is bound already; it must serve even if it cannot follow
         own._report(f"its threads will not follow its slice: {type(error).__name__}: {error}")
     return own

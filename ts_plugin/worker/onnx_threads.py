@@ -13,22 +13,21 @@ from collections.abc import Callable
 from typing import Any
 
 from ts_plugin.machine.words import count
-from ts_plugin.worker.hooks import Hook
 
 __all__ = ["OnnxThreads"]
 
 
-class OnnxThreads(Hook):
+class OnnxThreads:
     """Bounds the sessions of this process; ``threads`` returns what the slice has at that moment."""
 
     def __init__(self, threads: Callable[[], int], report: Callable[[str], None]) -> None:
         self._threads, self._report = threads, report
         self._patched = False
 
-    def on_load(self, context: Any) -> None:
+    def patch(self) -> None:
         """Patch the library if the handler, which is imported by now, has imported it."""
-        library = sys.modules.get("onnxruntime")
-        if library is None or self._patched:
+        library: Any = sys.modules.get("onnxruntime")
+        if self._patched or not hasattr(library, "InferenceSession"):
             return
         self._patched = True
         construct = library.InferenceSession.__init__
