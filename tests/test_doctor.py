@@ -415,6 +415,8 @@ def test_max_workers_is_explained_once() -> None:
     store = {"a.mar": Stored("a"), "b.mar": Stored("b")}
     seen = replace(HEALTHY, config=config(load_models="a.mar,b.mar", models=both), store=store)
     (note,) = [one for one in examine(seen) if "maxWorkers" in one.what]
+    alone = replace(HEALTHY, config=config(default_workers_per_model="8", models="{a: {1.0: {minWorkers: 1}}}"))
+    assert [one for one in examine(alone) if "maxWorkers" in one.what] == [], "it says none"
     assert note.what == "maxWorkers of a, b is above minWorkers"
     assert "adds none by itself" in note.why
 

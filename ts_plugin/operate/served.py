@@ -59,9 +59,10 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model that is loaded at the start: ``workers`` of it start, as ``source`` says; ``most`` is its maxWorkers.
+    """A model that is loaded at the start: ``workers`` of it start, as ``source`` says.
 
-    ``cores`` and ``share`` are the wishes of its archive for each worker.
+    ``most`` is its maxWorkers where it says one, else 0; ``cores`` and ``share`` are what its archive wishes for each
+    worker.
     """
 
     model: str
@@ -255,8 +256,7 @@ class _Start:
             model = name or stored.model
             if not self._enter(model, stored):
                 continue
-            minimum, maximum, source = self._workers(model, stored)
-            self._serve(model, stored, minimum, maximum, source)
+            self._serve(model, stored, *self._workers(model, stored))
 
     def restore(self, text: str) -> None:
         """What a snapshot has."""
@@ -352,27 +352,24 @@ class _Start:
             self._refuse(f"{queue}={self.properties[queue]!r} is below 1", f"{queue}=100")
         return True
 
-    def _workers(self, model: str, stored: Stored) -> tuple[int, int, str]:
-        """Return minWorkers, maxWorkers and where they come from."""
+    def _workers(self, model: str, stored: Stored) -> tuple[int, int | None, str]:
+        """Return minWorkers, maxWorkers where one is given, and where the first comes from."""
         settings, own = self._in_models(model, stored), stored.settings
-        minimum = maximum = self.default
-        source = self.origin
+        least = most = None
         if settings:
-            given = self._read(model, stored, settings, "minWorkers")
-            minimum = given or self.default
-            maximum = self._read(model, stored, settings, "maxWorkers") or self.default
-            source = "models=" if given else source
+            least = self._read(model, stored, settings, "minWorkers")
+            most = self._read(model, stored, settings, "maxWorkers")
         if own is not None:
-            least, most = max(1, _whole(own, "minWorkers") or 1), _whole(own, "maxWorkers") or 0
-            if _whole(own, "minWorkers") is not None and most >= least:
-                return least, most, "model-config.yaml"
+            minimum, maximum = max(1, _whole(own, "minWorkers") or 1), _whole(own, "maxWorkers") or 0
+            if _whole(own, "minWorkers") is not None and maximum >= minimum:
+                return minimum, maximum, "model-config.yaml"
             if "minWorkers" in own or "maxWorkers" in own:
                 both = f"minWorkers: {own.get('minWorkers')!r} and maxWorkers: {own.get('maxWorkers')!r}"
                 self._overlook(
                     f"{model}: {both} in its model-config.yaml count for nothing",
                     "write both there, as whole numbers, the second not below the first",
                 )
-        return minimum, maximum, source
+        return least or self.default, most, "models=" if least else self.origin
 
     def _in_models(self, model: str, stored: Stored) -> Mapping[str, Any] | None:
         """Return what ``models`` has for a model that is loaded; it is read even where the archive's own file wins."""
@@ -418,8 +415,8 @@ class _Start:
             return None
         return number
 
-    def _serve(self, model: str, stored: Stored, minimum: int, maximum: int, source: str) -> None:
-        if minimum < 0 and maximum < 0:
+    def _serve(self, model: str, stored: Stored, minimum: int, maximum: int | None, source: str) -> None:
+        if minimum < 0 and (minimum if maximum is None else maximum) < 0:
             self._refuse(f"{model}: {minimum} workers ({source})", f"{source.rstrip('=')}=1")
         cores, share = None, 1.0
         if stored.settings is not None:
@@ -427,7 +424,7 @@ class _Start:
                 cores, share = read_wishes(stored.settings.get("cpu"))
             except ValueError as error:
                 self._overlook(f"{model}: {error}; the section has no effect", "correct its model-config.yaml")
-        self.served.append(Served(model, stored.version, max(0, minimum), source, maximum, cores, share))
+        self.served.append(Served(model, stored.version, max(0, minimum), source, maximum or 0, cores, share))
 
 
 def _whole(settings: Mapping[str, Any] | None, key: str) -> int | None:
