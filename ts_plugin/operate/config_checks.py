@@ -98,7 +98,8 @@ def _misread(config: Config) -> Iterator[Finding]:
     """Say which values TorchServe takes for others without a word, or finds wrong only when it is too late."""
     for name, otherwise in SWITCHES.items():
         value = config.properties.get(name)
-        if value is not None and value.lower() not in ("true", "false"):
+        said = name == "cpu_launcher_enable"  # in check_switch
+        if value is not None and value.lower() not in ("true", "false") and not said:
             blank = "; a blank at its end is part of it" if value != value.strip() else ""
             yield Finding(
                 Severity.WARNING,
@@ -129,7 +130,7 @@ def _unknown(config: Config) -> Iterator[Finding]:
             "config",
             f"{config.path}: TorchServe has no property {name}" + (f"; did you mean {meant}?" if meant else ""),
             "it overlooks the line",
-            f"{meant}={config.get(name)}" if meant else "",
+            f"{meant}={config.get(name)}, or take the line out" if meant else "",
         )
 
 
