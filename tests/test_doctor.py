@@ -158,6 +158,13 @@ def test_every_java_that_the_jar_runs_on_will_do(release: str) -> None:
             {"config": config(number_of_cpu="1")}, "warning", "config", "mean number_of_gpu?", id="another of them"
         ),
         pytest.param(
+            {"config": Config(Path("x"), PROPERTIES | {"cpu-launcher-args": ""})},
+            "warning",
+            "config",
+            "did you mean cpu_launcher_args?",
+            id="dashes in a name",
+        ),
+        pytest.param(
             {"config": config(install_py_dep_per_model="true ")},
             "warning",
             "config",

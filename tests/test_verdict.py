@@ -119,7 +119,7 @@ INTEGERS = [
 ADDRESSES = [
     "inference_address=",
     "inference_address=0.0.0.0:PORT",
-    "inference_address=http://0.0.0.0:PORT",
+    "inference_address=http://127.0.0.2:PORT",
     "inference_address=HTTP://127.0.0.1:PORT",
     "inference_address=http://localhost:PORT",
     "inference_address=http://127.0.0.1:0",
@@ -136,7 +136,6 @@ ADDRESSES = [
     "inference_address=unix:/nonexistent/x.sock",
     "inference_address=unix:/tmp/x.sock\nuse_native_io=false",
     "inference_address=http://127.0.0.1:PORT\nmanagement_address=http://127.0.0.1:PORT",
-    "inference_address=http://0.0.0.0:PORT\nmanagement_address=http://127.0.0.1:PORT",
     "inference_address=http://localhost:PORT\nmanagement_address=http://127.0.0.1:PORT",
     "inference_address=http://127.0.0.1:PORT\nmetrics_address=http://127.0.0.1:PORT",
     "inference_address=http://127.0.0.1:PORT\nmetrics_address=http://127.0.0.1:PORT\nenable_metrics_api=false",
@@ -415,6 +414,13 @@ def test_every_property_and_every_variable_is_known(jvm: Jvm) -> None:
     others += ["PYTHON_EXECUTABLE", "SYSTEM_METRICS_CMD", "USE_ENV_ALLOWED_URLS", "USE_NATIVE_IO", "VERSION"]
     without = {constants[name] for name in others}
     assert {*VARIABLES.values(), *without, "tsConfigFile", "plugins_path", "vmargs"} == KNOWN
+
+
+def test_a_port_on_all_addresses_is_taken_on_each() -> None:
+    """Not asked of the JVM: no test listens beyond this machine."""
+    both = {"inference_address": "http://0.0.0.0:8085", "management_address": "http://127.0.0.1:8085"}
+    (found,) = refused(both)
+    assert found.what == "management_address wants port 8085, which inference_address has"
 
 
 @pytest.mark.parametrize(
