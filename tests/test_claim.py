@@ -34,6 +34,10 @@ def archive(tmp_path: Path) -> Path:
         pytest.param("cpu: {profile: {1: 0.09, 2: 0.055}}\n", None, 1.0, id="a profile"),
         pytest.param("cpu:\n", None, 1.0, id="an empty section"),
         pytest.param("", None, 1.0, id="an empty file"),
+        pytest.param("cpu : {cores: 4}\n", 4, 1.0, id="a blank before the colon"),
+        pytest.param('{"minWorkers": 1, "cpu": {"cores": 4}}', 4, 1.0, id="JSON"),
+        pytest.param("'cpu'  : {cores: 4}\n", 4, 1.0, id="quotes"),
+        pytest.param("? cpu\n: {cores: 4}\n", 4, 1.0, id="a key in a line of its own"),
     ],
 )
 def test_wishes_of_an_archive(archive: Path, config: str, cores: int | None, share: float) -> None:
@@ -52,9 +56,11 @@ def test_wishes_of_an_archive(archive: Path, config: str, cores: int | None, sha
         pytest.param("cpu: {share: -1}\n", "cpu.share must be a number above 0, not -1", id="a negative share"),
         pytest.param("cpu: {share: .inf}\n", "not inf", id="everything"),
         pytest.param("cpu: {share: .nan}\n", "not nan", id="no number at all"),
-        pytest.param("cpu: 4\n", "model-config.yaml", id="not a section"),
+        pytest.param("cpu: 4\n", "cpu: must be a section such as {cores: 4} or {share: 2}, not 4", id="no section"),
+        pytest.param("cpu: four\n", "not 'four'", id="a word"),
+        pytest.param("cpu: {1: 4}\n", "cpu: has no '1'", id="a number for a key"),
         pytest.param("cpu: {cores: [\n", "model-config.yaml", id="not YAML"),
-        pytest.param("- cpu:\n", "model-config.yaml", id="a list"),
+        pytest.param("- cpu:\n", "the file must hold keys, not a list", id="a list"),
         pytest.param(None, "No such file", id="no file"),
     ],
 )
@@ -66,6 +72,16 @@ def test_wrong_wishes_become_a_note_and_an_equal_share(archive: Path, config: st
     (note,) = found.notes
     assert complaint in note
     assert note.endswith("; the section has no effect")
+
+
+@pytest.mark.parametrize("config", ["deviceType: cpu\n", '{"deviceType": "cpu", "cpus": 4}', "# cpu and gpu\na: 1\n"])
+def test_yaml_is_not_imported_for_an_archive_without_the_section(
+    archive: Path, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would cost each start of a worker 20 ms."""
+    (archive / "model-config.yaml").write_text(config)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert claim.read_archive(str(archive)).notes == ()
 
 
 @pytest.mark.parametrize("manifest", [None, "{", "[]", '{"model": {}}', '{"model": null}'])

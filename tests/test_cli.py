@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.harness import archives
 from tests.eventually import eventually
+from tests.test_verdict import write_archive
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.lending.words import HEAD, SLOT, Status, Words
 from ts_plugin.machine import discovery, process
@@ -179,8 +180,68 @@ def test_plan_that_does_not_exist(tree: Path, words: list[str], complaint: str) 
     assert error.count("\n") == 1
 
 
+def test_plan_for_a_config(tree: Path, tmp_path: Path) -> None:
+    """The models that a server with the file would load, with as many workers as it would start."""
+    for name, config in (("bert", "minWorkers: 1\nmaxWorkers: 4\ncpu: {share: 3}\n"), ("tiny", None)):
+        write_archive(tmp_path / f"{name}.mar", name, config)
+    lines = [
+        "default_workers_per_model=4",
+        f"model_store={tmp_path}",
+        "load_models=bert.mar,tiny.mar",
+        "models={'tiny': {'1.0': {'minWorkers': 2}}}",
+        "cpu_launcher_args=--reserve-cores 1",
+    ]
+    file = tmp_path / "config.properties"
+    file.write_text("\n".join(lines))
+    document = answer("plan", "--config", file, "--sys-root", tree)
+    assert [worker["model"] for worker in document["workers"]] == ["bert", "tiny", "tiny"]
+    threads = [worker["threads"] for worker in document["workers"]]
+    assert sum(threads) == 7
+    assert threads[0] > threads[1]
+    assert "1 worker for bert (model-config.yaml)" in document["notes"]
+    assert "2 workers for tiny (models=)" in document["notes"]
+    more = answer("plan", "--config", file, "--sys-root", tree, "--model", "other=1", "--launcher-args", "--equal")
+    assert len(more["workers"]) == 4
+    assert sum(worker["threads"] for worker in more["workers"]) == 8, "the command line wins over the file"
+
+
+def test_plan_for_a_config_without_models_has_its_workers(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.properties").write_text("default_workers_per_model=3\n")
+    document = answer("plan", "--config", tmp_path / "config.properties", "--sys-root", tree)
+    assert len(document["workers"]) == 3
+    assert "the file loads no model: 3 workers of one (default_workers_per_model)" in document["notes"]
+
+
+def test_plan_for_a_config_counts_cpus_like_the_jvm(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.properties").write_text("vmargs=-Xmx1g -XX:ActiveProcessorCount=3\n")
+    words = ["plan", "--sys-root", str(tree), "--config", str(tmp_path / "config.properties")]
+    assert len(answer(*words)["workers"]) == 3
+    (tmp_path / "config.properties").write_text("")
+    assert len(answer(*words)["workers"]) == 16
+    assert len(answer(*words, "--quota", "2.5")["workers"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        pytest.param("models={", "models is not the JSON", id="no start"),
+        pytest.param("model_snapshot={'models':{}}", "no worker starts", id="nothing to plan"),
+        pytest.param(
+            "default_workers_per_model=99999", "it starts 99999, and a plan takes at most 4096", id="too many"
+        ),
+        pytest.param(None, "No such file", id="no file"),
+    ],
+)
+def test_plan_for_a_config_that_has_none(tree: Path, tmp_path: Path, text: str | None, complaint: str) -> None:
+    if text is not None:
+        (tmp_path / "config.properties").write_text(text)
+    words = ["plan", "--config", str(tmp_path / "config.properties"), "--sys-root", str(tree)]
+    _, error = ts_cores(*words, status=2)
+    assert complaint in error
+
+
 WRONG = [
-    pytest.param(["plan"], "plan needs --workers N or --model NAME=N", id="no number"),
+    pytest.param(["plan"], "plan needs --workers N, --model NAME=N or --config FILE", id="no number"),
     pytest.param(["plan", "--workers", "0"], "must be a whole number from 1 to", id="no worker"),
     pytest.param(["plan", "--workers", "x"], "not 'x'", id="not a number"),
     pytest.param(["plan", "--workers", "\u00b2"], "not '\u00b2'", id="superscript two"),
@@ -502,11 +563,11 @@ BROKEN = [
     pytest.param("{good}# Gr\u00f6\u00dfe\n".encode("latin-1"), "is not UTF-8", id="Latin-1, which stops the command"),
     pytest.param("{good}#\nx=\\u12", "Invalid \\u escape", id="half an escape"),
     pytest.param("{good}cpu_launcher_enable=true \n", "'true ', not true", id="a blank after true"),
-    pytest.param("{good}default_workers_per_model=\u00b2\n", "is no number", id="superscript two"),
-    pytest.param("{good}default_workers_per_model=2 \n", "'2 ' is no number", id="a blank after the number"),
-    pytest.param("{good}default_workers_per_model=99999999999\n", "is no number", id="more than 32 bits"),
-    pytest.param("{good}default_workers_per_model=-2\n", "is no number", id="less than nothing"),
-    pytest.param("{good}management_address=http://[bad:8081\n", "is no address", id="half a bracket"),
+    pytest.param("{good}default_workers_per_model=\u00b2\n", "is no whole number", id="superscript two"),
+    pytest.param("{good}default_workers_per_model=2 \n", "'2 ' is no whole number", id="a blank after the number"),
+    pytest.param("{good}default_workers_per_model=99999999999\n", "is no whole number", id="more than 32 bits"),
+    pytest.param("{good}default_workers_per_model=-2\n", "-2 workers for each model", id="less than nothing"),
+    pytest.param("{good}management_address=http://[bad:8081\n", "[bad: ", id="half a bracket"),
     pytest.param("{good}management_address=http://[::1]:8081\n", "is no address", id="IPv6, which TorchServe lacks"),
     pytest.param("{good}inference_address=http://127.0.0.1:99999\n", "is no address", id="no such port"),
     pytest.param("{good}model_store=/nowhere\n", "/nowhere is not there", id="no model store"),

@@ -154,6 +154,7 @@ OF_OTHERS = {  # options of torchserve, torch-model-archiver, pip, docker, syste
     *("--disable-token-auth", "--model-name", "--version", "--model-file", "--serialized-file", "--config-file"),
     *("--export-path", "--requirements-file", "--force", "--handler", "--no-deps", "--cpuset-cpus", "--cpus"),
     *("--build-arg", "--help"),
+    *("--cores", "--nodes"),  # abbreviations, which are refused
 }
 
 

@@ -21,6 +21,7 @@ from ts_plugin.operate.config import Config, default_config, read_config
 from ts_plugin.operate.doctor import JAVA_NEEDED, examine
 from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.inspection import Inspection, Interpreter, inspect
+from ts_plugin.operate.served import Stored
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Policy
 
@@ -29,16 +30,18 @@ PROPERTIES = {
     "cpu_launcher_enable": "true",
     "plugins_path": "/plugins",
     "model_store": "/models",
+    "load_models": "a.mar",
     "default_workers_per_model": "2",
     "disable_token_authorization": "true",
 }
+MODELS = {"models": "{'a': {'1.0': {'minWorkers': 2, 'maxWorkers': 2}}}", "default_workers_per_model": "0"}
 HEALTHY = Inspection(
     java="17.0.15",
     torchserve="0.12.0",
     interpreter=Interpreter("/venv/bin/python"),
     config=Config(Path("/etc/config.properties"), PROPERTIES),
     plugins=frozenset({JAR}),
-    models=1,
+    store={"a.mar": Stored("a")},
     topology=machine(cores=8),
     allowance=Allowance(EIGHT),
 )
@@ -100,15 +103,87 @@ def test_every_java_that_the_jar_runs_on_will_do(release: str) -> None:
         ),
         pytest.param({"config": config(cpu_launcher_args="--node-id 7")}, "error", "plan", "node 7", id="no such node"),
         pytest.param(
-            {"config": without("default_workers_per_model")}, "warning", "workers", "no default_", id="no number"
+            {"config": without("default_workers_per_model")}, "warning", "workers", "says nothing for a", id="no number"
         ),
         pytest.param(
-            {"config": config(default_workers_per_model="some")}, "error", "workers", "no number", id="not a number"
+            {"config": without("default_workers_per_model", "load_models")},
+            "warning",
+            "workers",
+            "default_workers_per_model says nothing",
+            id="no number and no model",
+        ),
+        pytest.param(
+            {"config": config(default_workers_per_model="some")}, "error", "config", "no whole number", id="no integer"
         ),
         pytest.param(
             {"config": config(default_workers_per_model="9")}, "warning", "workers", "9 workers", id="too many"
         ),
-        pytest.param({"models": 5}, "warning", "workers", "10 workers for 8 cores", id="too many models"),
+        pytest.param(
+            {"config": config(load_models="all"), "store": {name: Stored(name) for name in "abcde"}},
+            "warning",
+            "workers",
+            "2 workers for each of a, b, c, d, e (default_workers_per_model): 10 workers for 8 cores",
+            id="too many models",
+        ),
+        pytest.param(
+            {"config": config(models='{"a": {"1.0": {"minWorkers": 50}}}')},
+            "warning",
+            "workers",
+            "50 workers for a (models=): 50 workers for 8 cores",
+            id="too many in models",
+        ),
+        pytest.param(
+            {"store": {"a.mar": Stored("a", settings={"minWorkers": 9, "maxWorkers": 9})}},
+            "warning",
+            "workers",
+            "9 workers for a (model-config.yaml): 9 workers",
+            id="too many in an archive",
+        ),
+        pytest.param(
+            {"store": {"a.mar": Stored("a", settings={"minWorkers": 9})}},
+            "warning",
+            "config",
+            "minWorkers: 9 and maxWorkers: None in its model-config.yaml count for nothing",
+            id="minWorkers alone",
+        ),
+        pytest.param({"config": config(models="{")}, "error", "config", "models is not the JSON", id="no JSON"),
+        pytest.param(
+            {"config": config(default_worker_per_model="1")},
+            "warning",
+            "config",
+            "no property default_worker_per_model; did you mean default_workers_per_model?",
+            id="a misspelt property",
+        ),
+        pytest.param(
+            {"config": config(number_of_cpu="1")}, "warning", "config", "mean number_of_gpu?", id="another of them"
+        ),
+        pytest.param(
+            {"config": Config(Path("x"), PROPERTIES | {"cpu-launcher-args": ""})},
+            "warning",
+            "config",
+            "did you mean cpu_launcher_args?",
+            id="dashes in a name",
+        ),
+        pytest.param(
+            {"config": config(install_py_dep_per_model="true ")},
+            "warning",
+            "config",
+            "reads false; a blank at its end is part of it",
+            id="a switch with a blank",
+        ),
+        pytest.param(
+            {"config": config(enable_metrics_api="yes")}, "warning", "config", "TorchServe reads false", id="yes"
+        ),
+        pytest.param(
+            {"config": config(metrics_mode="promethues")}, "warning", "config", "metrics_mode='prom", id="a mode"
+        ),
+        pytest.param(
+            {"config": config(max_response_size="10MB")}, "error", "config", "no whole number", id="read by workers"
+        ),
+        pytest.param(
+            {"unusable": {"inference_address": "no host"}}, "error", "config", "inference_address=: no host", id="host"
+        ),
+        pytest.param({"absent": {"load_models": "' b.mar'"}}, "error", "config", "' b.mar' is not", id="a blank"),
         pytest.param({"topology": None}, "error", "topology", "cannot be read", id="no /sys"),
         pytest.param(
             {"allowance": Allowance(EIGHT, 2.0), "config": config(cpu_launcher_args="--pin always")},
@@ -116,6 +191,13 @@ def test_every_java_that_the_jar_runs_on_will_do(release: str) -> None:
             "quota",
             "2 CPUs' worth",
             id="pinned under a quota",
+        ),
+        pytest.param(
+            {"environment": {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}},
+            "warning",
+            "cpuset",
+            "neither a CPU limit nor CPUs of its own",
+            id="a pod with a request alone",
         ),
         pytest.param({"environment": {"OMP_PROC_BIND": "true"}}, "warning", "OpenMP", "OMP_PROC_BIND", id="trap"),
         pytest.param(
@@ -157,7 +239,29 @@ def test_finds(change: dict[str, Any], severity: str, subject: str, words: str) 
         pytest.param({"config": without("disable_token_authorization")}, id="tokens"),
         pytest.param({"allowance": Allowance(EIGHT, 2.0)}, id="a quota"),
         pytest.param({"environment": {"OMP_NUM_THREADS": "4"}}, id="a thread count"),
+        pytest.param({"environment": {"OMP_PROC_BIND": "false", "KMP_AFFINITY": "disabled"}}, id="no binding"),
+        pytest.param(
+            {"environment": {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "allowance": Allowance(EIGHT, 2.0)},
+            id="a pod with a limit",
+        ),
+        pytest.param(
+            {"environment": {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "allowance": Allowance(frozenset({0, 1, 2}))},
+            id="a pod with CPUs of its own",
+        ),
         pytest.param({"java": "21"}, id="java 21"),
+        pytest.param(
+            {
+                "config": config(
+                    default_workers_per_model="8", models='{"a": {"1.0": {"minWorkers": 1, "maxWorkers": 8}}}'
+                )
+            },
+            id="models says fewer",
+        ),
+        pytest.param(
+            {"config": replace(without("default_workers_per_model"), properties=PROPERTIES | MODELS)},
+            id="models alone says how many",
+        ),
+        pytest.param({"config": config(plugin_of_mine="x")}, id="a property of another plug-in"),
         pytest.param(
             {"busy": ((9, "make", frozenset({7}), 0.9),), "state": State(leases=(LEASE,))}, id="busy on other cores"
         ),
@@ -177,14 +281,14 @@ def test_read_config(tmp_path: Path) -> None:
     """The TS_* variables win, where the file says so, and $$NAME$$ is replaced."""
     file = tmp_path / "config.properties"
     file.write_text("# a comment\nstore = $$HOME$$/store\nworkers=$$NONE$$\nenable_envvars_config=true\nx=1=2\n")
-    environment = {"HOME": "/home/me", "TS_CPU_LAUNCHER_ENABLE": "true", "TS_X": "3", "OTHER": "4"}
+    environment = {"HOME": "/home/me", "TS_CPU_LAUNCHER_ENABLE": "true", "TS_X": "3", "TS_MODELS": "{}", "OTHER": "4"}
     config = read_config(file, environment)
     assert config.errors == ("workers: the variable NONE is not set; export NONE=...",)
     assert config.properties == {
         "store": "/home/me/store",
         "workers": "$$NONE$$",
         "enable_envvars_config": "true",
-        "x": "3",
+        "x": "1=2",
         "cpu_launcher_enable": "true",
     }
     file.write_text("x=1\n")
@@ -256,7 +360,7 @@ def test_inspect_here(tmp_path: Path, checkout: Path) -> None:
     assert seen.java is not None
     assert seen.plugins == frozenset({JAR})
     assert seen.jar
-    assert seen.models == 1
+    assert [(one.model, one.workers) for one in seen.startup.served] == [("a", 1)]
     assert seen.topology is not None
     assert seen.ledger_error is None
     assert [one for one in trouble(seen) if one.subject not in ("neighbours", "worker", "OpenMP")] == []
@@ -310,3 +414,20 @@ def test_inspect_sees_a_busy_neighbour(tmp_path: Path, elsewhere: bool) -> None:
     finally:
         neighbour.kill()
         neighbour.wait()
+
+
+def test_max_workers_is_explained_once() -> None:
+    """TorchServe never adds workers by itself; the name suggests that it does."""
+    both = '{"a": {"1.0": {"minWorkers": 1, "maxWorkers": 4}}, "b": {"1.0": {"minWorkers": 1, "maxWorkers": 4}}}'
+    store = {"a.mar": Stored("a"), "b.mar": Stored("b")}
+    seen = replace(HEALTHY, config=config(load_models="a.mar,b.mar", models=both), store=store)
+    (note,) = [one for one in examine(seen) if "maxWorkers" in one.what]
+    alone = replace(HEALTHY, config=config(default_workers_per_model="8", models="{a: {1.0: {minWorkers: 1}}}"))
+    assert [one for one in examine(alone) if "maxWorkers" in one.what] == [], "it says none"
+    assert note.what == "maxWorkers of a, b is above minWorkers"
+    assert "adds none by itself" in note.why
+
+
+def test_the_wishes_of_an_archive_are_planned() -> None:
+    store = {"a.mar": Stored("a", settings={"cpu": {"cores": 30}})}
+    assert any("30" in one.what for one in examine(replace(HEALTHY, store=store)) if one.subject == "plan")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ts_plugin.leases.environment import prepare_environment
+from ts_plugin.leases.environment import COLLAPSING, collapsing, prepare_environment
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Allocator, OmpRuntime, Policy
 
@@ -31,13 +32,62 @@ def test_how_long_threads_spin_is_left_to_the_user_and_the_runtime(own: dict[str
     assert {name: environment[name] for name in spinning if name in environment} == own
 
 
-@pytest.mark.parametrize("name", ["OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY"])
-def test_variables_that_collapse_the_mask_are_removed_with_a_note(name: str) -> None:
-    environment = {name: "true"}
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("OMP_PROC_BIND", "true"), ("OMP_PLACES", "cores"), ("KMP_AFFINITY", "compact,1,0"), ("GOMP_CPU_AFFINITY", "0-1")],
+)
+def test_variables_that_collapse_the_mask_are_removed_with_a_note(name: str, value: str) -> None:
+    environment = {name: value}
     notes = prepare_environment(environment, THREE, Policy(allocator=Allocator.DEFAULT), library_roots=())
     assert name not in environment
     assert len(notes) == 1
     assert notes[0].startswith(f"{name} removed")
+
+
+# What torch's own runtime makes of them is tried below; KMP_AFFINITY is Intel's, which no wheel of torch brings.
+COLLAPSE = [
+    ({}, []),
+    ({"OMP_PROC_BIND": "true"}, ["OMP_PROC_BIND"]),
+    ({"OMP_PROC_BIND": "Close"}, ["OMP_PROC_BIND"]),
+    ({"OMP_PROC_BIND": "spread,close"}, ["OMP_PROC_BIND"]),
+    ({"OMP_PROC_BIND": "master"}, ["OMP_PROC_BIND"]),
+    ({"OMP_PROC_BIND": "false"}, []),
+    ({"OMP_PROC_BIND": "FALSE"}, []),
+    ({"OMP_PROC_BIND": "0"}, []),
+    ({"OMP_PROC_BIND": ""}, []),
+    ({"OMP_PLACES": "cores"}, ["OMP_PLACES"]),
+    ({"OMP_PLACES": ""}, []),
+    ({"OMP_PLACES": "cores", "OMP_PROC_BIND": "false"}, []),
+    ({"GOMP_CPU_AFFINITY": "0-1"}, ["GOMP_CPU_AFFINITY"]),
+    ({"GOMP_CPU_AFFINITY": ""}, ["GOMP_CPU_AFFINITY"]),
+    ({"GOMP_CPU_AFFINITY": "0-1", "OMP_PROC_BIND": "false"}, []),
+]
+INTELS = [
+    ({"KMP_AFFINITY": "disabled"}, []),
+    ({"KMP_AFFINITY": "none"}, []),
+    ({"KMP_AFFINITY": "granularity=fine,verbose"}, []),
+    ({"KMP_AFFINITY": "granularity=fine,compact,1,0"}, ["KMP_AFFINITY"]),
+    ({"KMP_AFFINITY": "scatter", "OMP_PROC_BIND": "false"}, ["KMP_AFFINITY"]),
+]
+
+
+@pytest.mark.parametrize(("environment", "found"), COLLAPSE + INTELS)
+def test_variables_that_bind_nothing_are_left_alone(environment: dict[str, str], found: list[str]) -> None:
+    assert collapsing(environment) == found
+    left = dict(environment)
+    prepare_environment(left, THREE, Policy(allocator=Allocator.DEFAULT), library_roots=())
+    assert {name for name in COLLAPSING if name in left} == set(environment) - set(found)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU cannot be made fewer")
+@pytest.mark.parametrize(("environment", "found"), COLLAPSE)
+def test_torchs_own_runtime_agrees(environment: dict[str, str], found: list[str]) -> None:
+    (path,) = (Path(sys.prefix) / "lib").glob("python*/site-packages/torch/lib/libgomp*")
+    program = f"import ctypes, os; ctypes.CDLL({str(path)!r}); print(len(os.sched_getaffinity(0)))"
+    clean = {name: value for name, value in os.environ.items() if name not in COLLAPSING}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) == 1) is bool(found)
 
 
 @pytest.fixture

@@ -17,7 +17,17 @@ from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Allowance
 
-__all__ = ["GUESS", "Archive", "claim", "describe", "own_limit", "read_archive", "read_profile", "worker_id"]
+__all__ = [
+    "GUESS",
+    "Archive",
+    "claim",
+    "describe",
+    "own_limit",
+    "read_archive",
+    "read_profile",
+    "read_wishes",
+    "worker_id",
+]
 
 GUESS = "the model's name is a guess"  # the end of a note, until TorchServe loads the model and says its name
 
@@ -127,29 +137,50 @@ def _wishes(path: str, *, unasked: int | None = None) -> tuple[int | None, float
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        if "cpu:" not in text:
+        if not _mentions_cpu(text):
             return unasked, 1.0, ()
         import yaml  # costs 20 ms of worker start, so only for archives that have the section
 
-        section = yaml.safe_load(text).get("cpu")
+        keys = yaml.safe_load(text)
+        if not isinstance(keys, dict):
+            raise ValueError(f"the file must hold keys, not a {type(keys).__name__}")
+        section = keys.get("cpu")
         if section is None or section == {}:
             return unasked, 1.0, ()
-        unknown = sorted(set(section) - {"cores", "share", "profile"})
-        if unknown:
-            raise ValueError(f"cpu: has no {unknown[0]!r}; it takes 'cores: N' or 'share: X'")
-        read_profile(section)
-        cores, share = section.get("cores"), section.get("share", 1.0)
-        if cores is not None and (not isinstance(cores, int) or isinstance(cores, bool) or cores < 1):
-            raise ValueError(f"cpu.cores must be a whole number of at least 1, not {cores!r}")
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
-            raise ValueError(f"cpu.share must be a number above 0, not {share!r}")
-        return cores, float(share), ()
-    except (OSError, ImportError, ValueError, TypeError, AttributeError) as error:
+        return (*read_wishes(section), ())
+    except (OSError, ImportError, ValueError) as error:
         return unasked, 1.0, (f"{path}: {error}; {otherwise}",)
     except Exception as error:  # yaml's own errors share no base with anything above
         if type(error).__module__.startswith("yaml"):
             return unasked, 1.0, (f"{path}: {' '.join(str(error).split())}; {otherwise}",)
         raise
+
+
+def _mentions_cpu(text: str) -> bool:
+    """Tell whether a key of that name may be in a YAML file, however it is written: ``"cpu" : {cores: 4}``."""
+    return any(rest.lstrip("'\" \t\r\n").startswith(":") for rest in text.split("cpu")[1:])
+
+
+def read_wishes(section: object) -> tuple[int | None, float]:
+    """Return (cores, share) of the ``cpu:`` section of an archive's model-config.yaml.
+
+    Raises:
+        ValueError: it is no such section.
+    """
+    if section is None:
+        return None, 1.0
+    if not isinstance(section, dict):
+        raise ValueError(f"cpu: must be a section such as {{cores: 4}} or {{share: 2}}, not {section!r}")
+    unknown = [str(key) for key in section if key not in ("cores", "share", "profile")]
+    if unknown:
+        raise ValueError(f"cpu: has no {min(unknown)!r}; it takes 'cores: N' or 'share: X'")
+    read_profile(section)
+    cores, share = section.get("cores"), section.get("share", 1.0)
+    if cores is not None and (not isinstance(cores, int) or isinstance(cores, bool) or cores < 1):
+        raise ValueError(f"cpu.cores must be a whole number of at least 1, not {cores!r}")
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
+        raise ValueError(f"cpu.share must be a number above 0, not {share!r}")
+    return cores, float(share)
 
 
 def read_profile(section: object) -> dict[int, float]:

@@ -11,10 +11,12 @@ from ts_plugin.planning.policy import Allocator, OmpRuntime, Policy
 
 __all__ = ["COLLAPSING", "THREAD_COUNTS", "collapsing", "prepare_environment", "set_thread_count"]
 
-# These make the OpenMP runtime shrink the main thread's mask to one CPU at `import torch`, and children inherit that.
+# These can make the OpenMP runtime shrink the main thread's mask to one CPU at `import torch`; children inherit that.
 COLLAPSING = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
 # How libraries that replace malloc are named. Of two in LD_PRELOAD the first serves, so ours would turn off the user's.
 ALLOCATORS = ("libtcmalloc", "libjemalloc", "libmimalloc", "libsnmalloc", "libtbbmalloc", "libhoard", "librpmalloc")
+BINDS = ("true", "close", "spread", "master", "primary")
+KMP_BINDS = ("balanced", "compact", "explicit", "logical", "physical", "scatter")
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -27,8 +29,23 @@ def set_thread_count(environment: MutableMapping[str, str], threads: int) -> Non
 
 
 def collapsing(environment: Mapping[str, str]) -> list[str]:
-    """Return the variables in ``environment`` that make an OpenMP runtime bind threads by itself."""
-    return [name for name in COLLAPSING if name in environment]
+    """Return the variables in ``environment`` that make an OpenMP runtime bind threads by itself.
+
+    Source: OpenMP 5.2, OMP_PROC_BIND and OMP_PLACES; libgomp, env.c; Intel's runtime, "Thread Affinity Interface".
+    """
+    off = (
+        environment.get("OMP_PROC_BIND", "").strip().lower() == "false"
+    )  # libgomp then overlooks the others of its own
+    return [name for name in COLLAPSING if name in environment and _binds(name, environment[name].lower(), off=off)]
+
+
+def _binds(name: str, value: str, *, off: bool) -> bool:
+    words = {word.strip() for word in value.split(",")}
+    if name == "OMP_PROC_BIND":
+        return not words.isdisjoint(BINDS)
+    if name == "KMP_AFFINITY":
+        return not words.isdisjoint(KMP_BINDS)
+    return not off and (name == "GOMP_CPU_AFFINITY" or bool(value.strip()))  # an empty list is one for libgomp
 
 
 def prepare_environment(

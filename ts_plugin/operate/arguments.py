@@ -33,8 +33,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(_join_values(words))
     if options.command == "plan":
         models = [PlannedModel("", options.workers)] * (options.workers is not None) + (options.model or [])
-        if not models:
-            parser.error("plan needs --workers N or --model NAME=N")
+        if not models and options.config is None:
+            parser.error("plan needs --workers N, --model NAME=N or --config FILE")
         if (total := sum(model.workers for model in models)) > MOST_WORKERS:
             parser.error(f"plan takes at most {MOST_WORKERS} workers, not {total}")
         options.models = models
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "ts-cores plan --workers 4",
         'ts-cores plan --workers 4 --launcher-args "--reserve-cores 1" --svg plan.svg',
         "ts-cores plan --model bert=2:share=3 --model resnet18=4:cores=1 --quota 6",
+        "ts-cores plan --config config.properties --sys-root captured-machine",
     )
     plan.add_argument(
         "--workers", type=_number(MOST_WORKERS), metavar="N", help="plan for N workers that ask for the same"
@@ -93,7 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=N[:cores=C|:share=S]",
         help="N workers of a model, with the cpu: section of its archive; may be repeated",
     )
-    plan.add_argument("--launcher-args", default="", metavar='"..."', help="the value of cpu_launcher_args")
+    plan.add_argument(
+        "--config",
+        type=_file,
+        metavar="FILE",
+        help="plan for the models that a server with this config.properties loads",
+    )
+    plan.add_argument("--launcher-args", metavar='"..."', help="the value of cpu_launcher_args")
     plan.add_argument("--quota", type=_above_nought, metavar="CPUS", help="plan as under a CFS quota of so many CPUs")
     plan.add_argument(
         "--sys-root", type=_file, metavar="DIR", help="read DIR/sys and DIR/proc instead of this machine's"

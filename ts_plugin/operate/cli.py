@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -89,12 +89,24 @@ def _approximate(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    policy = parse_launcher_args(options.launcher_args)
     topology, allowance = _machine(options.sys_root)
     quota = allowance.quota if options.quota is None else options.quota
-    models = [model for model in options.models for _ in range(model.workers)]
+    wanted, told, words = list(options.models), list[str](), ""
+    if options.config:
+        from ts_plugin.operate.from_config import ConfigError, config_models
+
+        try:
+            allowed = replace(allowance, quota=quota)
+            more, told, words = config_models(options.config, allowed, here=options.sys_root is None)
+        except ConfigError as error:
+            raise InputError(str(error)) from error
+        except OSError as error:
+            raise InputError(f"{error.filename or options.config}: {error.strerror}") from error
+        wanted += more
+    policy = parse_launcher_args(words if options.launcher_args is None else options.launcher_args)
+    models = [model for model in wanted for _ in range(model.workers)]
     result = plan(topology, [Demand(allowance.cpus, policy, quota, model.cores, model.share) for model in models])
-    said = (*topology.notes, *allowance.notes, *policy.notes, *result.notes, *_uneven(models, policy, result))
+    said = (*told, *topology.notes, *allowance.notes, *policy.notes, *result.notes, *_uneven(models, policy, result))
     notes = tuple(dict.fromkeys(said))
     names = [model.name for model in models]
     planned = view.of_plan(topology, result, allowance.cpus, notes, names)

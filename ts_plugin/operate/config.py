@@ -16,12 +16,14 @@ from pathlib import Path
 import javaproperties
 
 from ts_plugin.leases.unbound import JAR
+from ts_plugin.operate.gson import java_int
+from ts_plugin.operate.properties import VARIABLES, on
 
 __all__ = ["PLUGIN", "Config", "built_plugin", "default_config", "parse_config", "read_config"]
 
 PLUGIN = Path(__file__).resolve().parents[1] / "frontend"  # for plugins_path
 
-OF_THE_COMMAND = ("plugins_path", "model_store")  # the properties that the Python side reads and the Java side does not
+OF_THE_COMMAND = ("plugins_path", "model_store", "vmargs")  # the Python side reads these, the Java side does not
 BOM = "\u00ef\u00bb\u00bf"  # UTF-8's byte order mark as Java sees it
 VARIABLE = re.compile(r"\$\$([^$]+[^$])\$\$")
 
@@ -53,8 +55,8 @@ class Config:
         return self.properties.get(name, default)
 
     def on(self, name: str) -> bool:
-        """Tell whether a switch is on; like Java's parseBoolean it allows no blank around ``true``."""
-        return self.get(name).lower() == "true"
+        """Tell whether a switch is on."""
+        return on(self.properties, name)
 
 
 def default_config() -> Path | None:
@@ -98,8 +100,13 @@ def parse_config(path: Path, content: bytes, environment: Mapping[str, str]) -> 
         errors += [f"{name}: the variable {variable} is not set; export {variable}=..." for variable in unset]
         properties[name] = VARIABLE.sub(lambda match: environment.get(match[1], match[0]), value)
     variables = {}
-    if properties.get("enable_envvars_config", "").lower() == "true":
-        variables = {name[3:].lower(): value for name, value in environment.items() if name.startswith("TS_")}
+    if on(properties, "enable_envvars_config"):
+        variables = {VARIABLES[name]: value for name, value in environment.items() if name in VARIABLES}
+        if not on(properties, "use_env_allowed_urls"):
+            variables.pop("allowed_urls", None)
+    gpus = properties.get("number_of_gpu", "0")
+    if "number_of_gpu" in variables and java_int(gpus) is None:  # the file's own is read before the variable's
+        errors.append(f"number_of_gpu={gpus!r} is no whole number that Java reads")
     try:
         seen = _as_the_command_reads(content.decode())
     except UnicodeDecodeError as error:

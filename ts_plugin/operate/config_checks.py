@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ts_plugin.leases.unbound import JAR
 from ts_plugin.operate.arguments import MOST_WORKERS
-from ts_plugin.operate.config import PLUGIN
+from ts_plugin.operate.config import PLUGIN, Config
 from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.inspection import Inspection
+from ts_plugin.operate.properties import INTEGERS, KNOWN, SWITCHES, nearest, refused
+from ts_plugin.operate.served import default_workers, describe
 from ts_plugin.planning.planner import Demand, PlanError, plan
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
@@ -26,11 +27,17 @@ __all__ = [
     "policy_of",
 ]
 
-PORTS = {"inference_address": 8080, "management_address": 8081, "metrics_address": 8082}
-ADDRESS = re.compile(r"https?://[^:^/\s\[\]]+(:(?P<port>[0-9]{1,9}))?|unix:/.*")
+TRUE = ("true", "yes", "on", "1")
+LATER = {  # properties that are read after the start
+    "max_response_size": "every worker dies when the frontend connects to it",
+    "unregister_model_timeout": "removing a worker or a model fails",
+}
 ABSENT = {
     "model_store": ("torchserve stops", "mkdir it, or name the directory of the archives; an absolute path is best"),
-    "load_models": ("a model that is not in model_store has no workers", "put it there, or take it out of load_models"),
+    "load_models": (
+        "a model that is not in model_store has no workers",
+        "put it there, or take it out of load_models; between two of them stands a comma and no blank",
+    ),
     "metrics_config": ("every worker dies at its start", "name a file, or leave the line out"),
 }
 
@@ -64,16 +71,16 @@ def check_config(seen: Inspection) -> Iterator[Finding]:
     path, config = seen.config.path, seen.config
     for error in config.errors:
         yield Finding(Severity.ERROR, "config", f"{path}: {error}")
-    for name, port in PORTS.items():
-        value = config.properties.get(name)
-        if value is not None and not _is_address(value):
-            yield Finding(
-                Severity.ERROR,
-                "config",
-                f"{path}: {name}={value!r} is no address that TorchServe reads",
-                "the server does not start",
-                f"{name}=http://127.0.0.1:{port}",
-            )
+    stop = "the server does not start"
+    for refusal in (*refused(config.properties), *seen.startup.refusals):
+        yield Finding(Severity.ERROR, "config", f"{path}: {refusal.what}", stop, refusal.change)
+    for name, why in seen.unusable.items():
+        yield Finding(Severity.ERROR, "config", f"{path}: {name}={config.get(name)}: {why}", stop, f"correct {name}")
+    for one in seen.startup.overlooked:
+        why = "TorchServe does not say so, and goes on"
+        yield Finding(Severity.WARNING, "config", f"{path}: {one.what}", why, one.change)
+    yield from _misread(config)
+    yield from _unknown(config)
     if not config.get("model_store"):
         yield Finding(
             Severity.WARNING,
@@ -87,13 +94,44 @@ def check_config(seen: Inspection) -> Iterator[Finding]:
         yield Finding(Severity.ERROR, "config", f"{path}: {name}: {absent} is not there", why, change)
 
 
-def _is_address(text: str) -> bool:
-    """Tell whether TorchServe can listen there; it takes no IPv6 address, in brackets or not.
+def _misread(config: Config) -> Iterator[Finding]:
+    """Say which values TorchServe takes for others without a word, or finds wrong only when it is too late."""
+    for name, otherwise in SWITCHES.items():
+        value = config.properties.get(name)
+        said = name == "cpu_launcher_enable"  # in check_switch
+        if value is not None and value.lower() not in ("true", "false") and not said:
+            blank = "; a blank at its end is part of it" if value != value.strip() else ""
+            yield Finding(
+                Severity.WARNING,
+                "config",
+                f"{config.path}: {name}={value!r}: TorchServe reads false{blank}",
+                "nothing but the word true switches it on",
+                f"{name}={'true' if value.strip().lower() in TRUE or not otherwise else 'false'}",
+            )
+    for name, why in LATER.items():
+        problem = INTEGERS[name].problem(config.get(name, "1"))
+        if problem:
+            change = f"{name}={INTEGERS[name].sample}"
+            yield Finding(
+                Severity.ERROR, "config", f"{config.path}: {name}={config.get(name)!r} {problem}", why, change
+            )
+    mode = config.get("metrics_mode", "log")
+    if "".join(mode.split()).lower() not in ("log", "prometheus", "legacy"):
+        what = f"{config.path}: metrics_mode={mode!r}"
+        yield Finding(Severity.WARNING, "config", what, "TorchServe takes log instead", "metrics_mode=prometheus")
 
-    Source: org.pytorch.serve.util.Connector (parse), ConfigManager (ADDRESS_PATTERN).
-    """
-    match = ADDRESS.fullmatch(text)
-    return match is not None and int(match["port"] or 0) <= 65535
+
+def _unknown(config: Config) -> Iterator[Finding]:
+    """Name the properties that TorchServe does not have; other plug-ins may have them."""
+    for name in sorted(config.properties.keys() - KNOWN):
+        meant = nearest(name)
+        yield Finding(
+            Severity.WARNING if meant else Severity.NOTE,
+            "config",
+            f"{config.path}: TorchServe has no property {name}" + (f"; did you mean {meant}?" if meant else ""),
+            "it overlooks the line",
+            f"{meant}={config.get(name)}, or take the line out" if meant else "",
+        )
 
 
 def check_plugin(seen: Inspection) -> Iterator[Finding]:
@@ -139,37 +177,50 @@ def check_plan(seen: Inspection) -> Iterator[Finding]:
     """Plan what the server would start with, and say what comes of it."""
     if seen.topology is None or seen.allowance is None or seen.config is None:
         return
-    name, per_model = "default_workers_per_model", seen.config.get("default_workers_per_model")
-    number = _java_int(per_model) if per_model else 0
-    if number == 0:
+    served = seen.startup.served
+    workers = sum(one.workers for one in served)
+    number, source = default_workers(seen.config.properties, seen.java_cpus, seen.gpus)
+    name = "default_workers_per_model"
+    unsaid = source == "one per CPU" and seen.java_cpus > 1
+    if unsaid and (not served or any(one.source == source for one in served)):
+        models = ", ".join(one.model for one in served if one.source == source)
         yield Finding(
             Severity.WARNING,
             "workers",
-            f"{seen.config.path}: {f'{name}={per_model}' if per_model else f'no {name}'}",
-            f"TorchServe then starts {len(seen.allowance.cpus)} workers per model, one per CPU",
+            f"{seen.config.path}: {name} says nothing{f' for {models}' if models else ''}",
+            f"TorchServe then starts {number} workers per model, one per CPU that its JVM counts",
             f"{name}={max(1, min(4, seen.cores // 4))}",
         )
-        return
-    if number is None or number < 0:
-        what, why = f"{name}={per_model!r} is no number above 0 that Java reads", "the server does not start"
-        yield Finding(Severity.ERROR, "workers", f"{seen.config.path}: {what}", why, f"{name}=1")
-        return
-    models = max(1, seen.models or 1)
-    workers = number * models
+    if not served and number < 0:
+        what, why = f"{seen.config.path}: {number} workers for each model", "the server stops at the first model"
+        yield Finding(Severity.ERROR, "workers", what, why, f"{name}=1")
+    if not served and source == name and number > seen.cores:
+        workers, told = number, f"{name}={number}"
+    else:
+        told = ", ".join(describe(served))
     if workers > seen.cores:
-        times = f" x {models} models" if models > 1 else ""
         yield Finding(
             Severity.WARNING,
             "workers",
-            f"{name}={per_model}{times}: {workers} workers for {seen.cores} cores",
+            f"{told}: {workers} workers for {seen.cores} cores",
             "workers then take turns on a core, with one thread each",
-            f"{name}={max(1, seen.cores // models)}",
+            "fewer workers, or models on other machines",
+        )
+    if grows := [one.model for one in served if one.most > one.workers and one.source != "snapshot"]:
+        yield Finding(
+            Severity.NOTE,
+            "workers",
+            f"maxWorkers of {', '.join(grows)} is above minWorkers",
+            "TorchServe starts minWorkers and adds none by itself, however many requests wait: maxWorkers is where "
+            "scaling down ends",
         )
     if workers > MOST_WORKERS:  # no server starts that many; a plan for them would only take time
         return
     try:
-        demand = Demand(seen.allowance.cpus, policy_of(seen), seen.allowance.quota)
-        for note in plan(seen.topology, [demand] * workers).notes:
+        cpus, quota, policy = seen.allowance.cpus, seen.allowance.quota, policy_of(seen)
+        demands = [Demand(cpus, policy, quota, one.cores, one.share) for one in served for _ in range(one.workers)]
+        demands = demands or [Demand(cpus, policy, quota)] * max(1, min(number, MOST_WORKERS))
+        for note in plan(seen.topology, demands).notes:
             yield Finding(Severity.NOTE, "plan", note)
     except LauncherArgsError:
         return  # said already
@@ -201,13 +252,6 @@ def check_token(seen: Inspection) -> Iterator[Finding]:
 
 def policy_of(seen: Inspection) -> Policy:
     return parse_launcher_args(seen.config.get("cpu_launcher_args") if seen.config else "")
-
-
-def _java_int(text: str) -> int | None:
-    """Return the number that Integer.parseInt reads, None where it throws: blanks around it, more than 32 bits."""
-    if not re.fullmatch(r"[+-]?0*\d{1,10}", text):
-        return None
-    return number if -(2**31) <= (number := int(text)) < 2**31 else None
 
 
 def _loopback(address: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from ts_plugin.leases.environment import COLLAPSING, THREAD_COUNTS
+from ts_plugin.leases.environment import THREAD_COUNTS, collapsing
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.words import count
 from ts_plugin.operate.config_checks import (
@@ -25,6 +25,7 @@ from ts_plugin.planning.policy import LauncherArgsError, Pin
 __all__ = ["CHECKS", "examine"]
 
 JAVA_NEEDED = 11  # what the jar is compiled for; model-server.jar 0.12 itself is content with less
+IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"  # in the environment of every container of a pod
 TORCHSERVE_NEEDED = "0.12."
 
 
@@ -96,6 +97,15 @@ def _allowance(seen: Inspection) -> Iterator[Finding]:
             f"{len(allowed)} of {len(seen.topology.online)} CPUs are allowed here: {format_cpulist(allowed)}",
             "slices are cut from these alone",
         )
+    if quota is None and not left and IN_KUBERNETES in seen.environment:
+        yield Finding(
+            Severity.WARNING,
+            "cpuset",
+            f"this pod may use all {len(allowed)} CPUs of its node: it has neither a CPU limit nor CPUs of its own",
+            "a request alone reserves no CPU, so every such pod on the node pins its workers to the same first cores",
+            "resources.limits.cpu: N, for as many workers in all: threads are then bounded and nothing is pinned; or "
+            "whole CPUs, requests equal to limits, on a node with the static CPU manager",
+        )
     if quota is not None and quota < len(seen.topology.cores_of(allowed)):
         try:
             pin = policy_of(seen).pin
@@ -132,15 +142,14 @@ def _machine(seen: Inspection) -> Iterator[Finding]:
 
 
 def _openmp(seen: Inspection) -> Iterator[Finding]:
-    for name in COLLAPSING:
-        if name in seen.environment:
-            yield Finding(
-                Severity.WARNING,
-                "OpenMP",
-                f"{name}={seen.environment[name]} is set",
-                "it shrinks a mask to one CPU at `import torch`; workers are rid of it, other programs are not",
-                f"unset {name}",
-            )
+    for name in collapsing(seen.environment):
+        yield Finding(
+            Severity.WARNING,
+            "OpenMP",
+            f"{name}={seen.environment[name]} is set",
+            "it shrinks a mask to one CPU at `import torch`; workers are rid of it, other programs are not",
+            f"unset {name}",
+        )
     counts = [f"{name}={seen.environment[name]}" for name in THREAD_COUNTS if name in seen.environment]
     if counts:
         what = f"{', '.join(counts)} in the environment"

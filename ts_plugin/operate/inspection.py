@@ -7,11 +7,12 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -26,12 +27,15 @@ from ts_plugin.machine import discovery, process
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.machine.topology import Allowance, Topology
 from ts_plugin.operate.config import PLUGIN, Config, read_config
+from ts_plugin.operate.properties import ADDRESSES, address, on
+from ts_plugin.operate.served import Startup, Stored, java_cpus, read_store, startup, wanted
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 
-__all__ = ["Inspection", "Interpreter", "inspect"]
+__all__ = ["Inspection", "Interpreter", "count_gpus", "inspect", "java_options", "unusable"]
 
 BUSY = 0.2  # of one CPU: below it another process is no trouble
+KEYS = ("private_key_file", "certificate_file", "keystore")
 SAMPLE = 0.5  # seconds over which the CPU time of other processes is measured
 
 
@@ -47,11 +51,12 @@ class Interpreter:
 class Inspection:
     """All that the checks look at; None where there is nothing, or where it cannot be read.
 
-    ``plugins`` are the jars in plugins_path, ``models`` the number of models loaded at start, ``absent`` the properties
-    that name files which are not there, with these files, ``preload_notes`` what the launcher would say of libraries,
-    ``ledger`` the file of ``state``, ``unbound`` the workers without a lease in it, ``astray`` the workers (PID, number
-    of threads) with threads whose mask reaches outside their slice, ``busy`` other processes (PID, name, mask, used
-    share of one CPU).
+    ``plugins`` are the jars in plugins_path, ``store`` the archives that the file names, by address, ``absent`` the
+    properties that name files which are not there, with these files, ``unusable`` the properties that name an address
+    or a key which TorchServe cannot use here, with the reason, ``gpus`` the number of GPUs that it finds,
+    ``preload_notes`` what the launcher would say of libraries, ``ledger`` the file of ``state``, ``unbound`` the
+    workers without a lease in it, ``astray`` the workers (PID, number of threads) with threads whose mask reaches
+    outside their slice, ``busy`` other processes (PID, name, mask, used share of one CPU).
     """
 
     system: str = "Linux"
@@ -61,8 +66,10 @@ class Inspection:
     config: Config | None = None
     jar: bool = True
     plugins: frozenset[str] | None = None
-    models: int | None = None
+    store: Mapping[str, Stored] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+    unusable: Mapping[str, str] = field(default_factory=dict)
+    gpus: int = 0
     topology: Topology | None = None
     allowance: Allowance | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -78,6 +85,26 @@ class Inspection:
     def cores(self) -> int:
         """Return the number of cores that workers may use."""
         return len(self.topology.cores_of(self.allowance.cpus)) if self.topology and self.allowance else 0
+
+    @property
+    def java_cpus(self) -> int:
+        """Return how many CPUs the JVM counts."""
+        if self.allowance is None:
+            return 1
+        options = java_options(self.environment, self.config)
+        return java_cpus(len(self.allowance.cpus), self.allowance.quota, options)
+
+    @property
+    def startup(self) -> Startup:
+        """Return which models would start with how many workers."""
+        return startup(self.config, self.store, cpus=self.java_cpus, gpus=self.gpus) if self.config else Startup()
+
+
+def java_options(environment: Mapping[str, str], config: Config | None) -> str:
+    """Return all words that the JVM is started with, in the order in which it reads them."""
+    before = (environment.get(name, "") for name in ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS"))
+    words = (*before, config.get("vmargs") if config else "", environment.get("_JAVA_OPTIONS", ""))
+    return " ".join(words)
 
 
 def inspect(path: Path | None) -> Inspection:
@@ -101,7 +128,10 @@ def inspect(path: Path | None) -> Inspection:
     except LedgerError as error:
         ledger_error = str(error)
     unbound = tuple(unbound_workers(state)) if ledger_path else ()
-    models = _models(config) if config else None
+    store: Mapping[str, Stored] = {}
+    if config:
+        with suppress(OSError):
+            store = read_store(config)
     return Inspection(
         system=platform.system(),
         java=_java_version(environment),
@@ -110,8 +140,10 @@ def inspect(path: Path | None) -> Inspection:
         config=config,
         jar=zipfile.is_zipfile(PLUGIN / JAR),
         plugins=_jars(config.get("plugins_path")) if config else None,
-        models=len(models) if models is not None else None,
-        absent=_absent(config, models or ()) if config else {},
+        store=store,
+        absent=_absent(config, store) if config else {},
+        unusable=unusable(config.properties) if config else {},
+        gpus=count_gpus(environment),
         topology=topology,
         allowance=allowance,
         environment=environment,
@@ -171,38 +203,77 @@ def _jars(path: str) -> frozenset[str] | None:
         return None
 
 
-def _models(config: Config) -> tuple[str, ...] | None:
-    """Return the models that the server loads at start, as load_models names them; None where that cannot be said.
-
-    Source: org.pytorch.serve.ModelServer (initModelStore).
-    """
-    wanted = config.get("load_models")
-    if wanted.lower() != "all":
-        names = (entry.rpartition("=")[2] if "://" not in entry else entry for entry in wanted.split(","))
-        return tuple(name for name in names if name and name.lower() != "none")
-    store = config.get("model_store")
-    try:
-        files = [file for file in Path(store).iterdir() if not file.name.startswith(".")] if store else None
-    except OSError:
-        return None
-    if files is None:
-        return None
-    return tuple(file.name for file in files if file.is_dir() or file.name.endswith((".mar", ".model", ".tar.gz")))
-
-
-def _absent(config: Config, models: Sequence[str]) -> dict[str, str]:
+def _absent(config: Config, archives: Mapping[str, Stored]) -> dict[str, str]:
     """Return what the file names and is not there; an address to fetch a model from is not tried."""
     store, metrics = config.get("model_store"), config.get("metrics_config")
     absent = {}
     if store and not os.path.isdir(store):
         absent["model_store"] = store
-    elif store:
-        missing = [name for name in models if "://" not in name and not os.path.exists(os.path.join(store, name))]
+    elif store and "model_snapshot" not in config.properties:
+        urls = [url for _, url in wanted(config.properties, ()) if url.lower() != "none"]
+        missing = [repr(url) if url != url.strip() else url for url in urls if url not in archives]
         if missing:
             absent["load_models"] = ", ".join(missing)
     if metrics and not os.path.isfile(metrics):
         absent["metrics_config"] = metrics
     return absent
+
+
+def unusable(properties: Mapping[str, str]) -> dict[str, str]:
+    """Return the properties that name an address where nothing can listen here, or a key that cannot be read."""
+    hosts, reasons, tls = {}, {}, on(properties, "enable_grpc_ssl")
+    for name in ADDRESSES:
+        found = address(name, properties.get(name, "http://127.0.0.1"))
+        if found is None or (name == "metrics_address" and not on(properties, "enable_metrics_api")):
+            continue
+        tls = tls or found.tls
+        if not found.path:
+            hosts[name] = found.host
+        elif not os.path.isdir(os.path.dirname(found.path)):
+            reasons[name] = f"there is no directory {os.path.dirname(found.path)}"
+    hosts |= {name: properties.get(name, "127.0.0.1") for name in ("grpc_inference_address", "grpc_management_address")}
+    reasons |= {name: problem for name, host in hosts.items() if (problem := _listening_problem(host))}
+    keys = ("keystore",) if "keystore" in properties and not on(properties, "enable_grpc_ssl") else KEYS
+    for name in keys if tls else ():
+        if name in properties and not os.access(properties[name], os.R_OK):
+            reasons[name] = f"{properties[name]} is not there, or not to be read"
+    return reasons
+
+
+def _listening_problem(host: str) -> str:
+    """Return why no server can listen at ``host``, empty if one can."""
+    if "*" in host or any(letter.isspace() for letter in host):
+        return f"{host!r} is no host"
+    problem = "it has no address"
+    try:
+        places = socket.getaddrinfo(host.strip("[]") or "127.0.0.1", 0, type=socket.SOCK_STREAM)
+    except OSError as error:
+        return f"{host}: {error.strerror or error}"
+    for family, kind, _, _, place in places:
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.bind(place)
+                return ""
+        except OSError as error:
+            problem = f"{host} is no address of this machine: {error.strerror or error}"
+    return problem
+
+
+def count_gpus(environment: Mapping[str, str]) -> int:
+    """Return the number of GPUs that TorchServe finds. Source: ConfigManager (getAvailableGpu)."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return len(visible.split(","))
+    found = 0
+    for command in (["nvidia-smi", "--query-gpu=index", "--format=csv"], ["xpu-smi", "discovery", "--dump", "1"]):
+        if shutil.which(command[0]) is None:
+            continue
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return 0
+        found += max(0, len(answer.stdout.splitlines()) - 1)
+    return found
 
 
 def _preload_notes(environment: Mapping[str, str], config: Config | None) -> list[str]:

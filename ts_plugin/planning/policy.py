@@ -209,6 +209,8 @@ def _find(word: str) -> tuple[Option, str]:
     exact = _BY_NAME.get(wanted)
     if exact is not None:
         return exact, wanted
+    if wanted in _NUMBER_OR_LIST:
+        raise LauncherArgsError(f"{word!r} may mean a number or a list: {_NUMBER_OR_LIST[wanted]}")
     longer = {name: option for name, option in _BY_NAME.items() if name.startswith(wanted) and len(wanted) > 2}
     if len({option.names for option in longer.values()}) == 1:
         return next((option, name) for name, option in longer.items())
@@ -216,7 +218,7 @@ def _find(word: str) -> tuple[Option, str]:
         raise LauncherArgsError(f"{word!r} is ambiguous: it may be {' or '.join(longer)}; write it out")
     import difflib
 
-    nearest = difflib.get_close_matches(wanted, _BY_NAME, n=1)
+    nearest = [_OF_OTHERS[wanted]] if wanted in _OF_OTHERS else difflib.get_close_matches(wanted, _BY_NAME, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known options: {' '.join(_BY_NAME)}"
     raise LauncherArgsError(f"unknown option {word!r}; {hint}")
 
@@ -285,7 +287,14 @@ _NO_IPEX = "the model stays as it is; a handler may call ipex.optimize"
 _NO_MPI = "TorchServe starts the workers, on this machine alone and without MPI"
 
 OPTIONS: tuple[Option, ...] = (
-    Option(("--node-id", "--nodes-list"), "LIST", "node_ids", _numbers, "use only these NUMA nodes", "all nodes"),
+    Option(
+        ("--node-id", "--nodes-list", "--socket-id"),
+        "LIST",
+        "node_ids",
+        _numbers,
+        "use only these NUMA nodes",
+        "all nodes",
+    ),
     Option(("--core-list", "--cores-list"), "LIST", "core_list", _numbers, "use only these CPUs", "all allowed CPUs"),
     Option(
         ("--ncores-per-instance", "--ncore-per-instance"),
@@ -403,4 +412,16 @@ OPTIONS: tuple[Option, ...] = (
     Option(("--logical-cores-for-ccl", "--logical-core-for-ccl"), "", "", _flag(None), _NO_MPI),
 )
 
+# Abbreviations that argparse would take for a list, and a reader for a number.
+_CORES = "--ncores-per-instance N is a worker's number of cores, --core-list LIST names CPUs"
+_NUMBER_OR_LIST = {"--core": _CORES, "--cores": _CORES, "--nodes": "--node-id LIST names NUMA nodes"}
+# What numactl and taskset call it.
+_OF_OTHERS = {
+    "--membind": "--memory bind",
+    "--preferred": "--memory preferred",
+    "--localalloc": "--memory local",
+    "--cpunodebind": "--node-id",
+    "--physcpubind": "--core-list",
+    "--cpu-list": "--core-list",
+}
 _BY_NAME = {name: option for option in OPTIONS for name in option.names}

@@ -20,6 +20,7 @@ from ts_plugin.lending.words import Status
 from ts_plugin.machine import discovery
 from ts_plugin.worker import hooks, readback
 from ts_plugin.worker.log import say
+from ts_plugin.worker.onnx_threads import OnnxThreads
 from ts_plugin.worker.requests import Requests
 
 __all__ = ["Follower", "attach", "current"]
@@ -47,6 +48,7 @@ class Follower(hooks.Hook):
         self._exported = Status()
         self._reported: set[str] = set()
         self.requests = Requests(ledger, lease, self._report)
+        self._onnx = OnnxThreads(lambda: self._lease.slice.threads, self._report)
 
     @property
     def lease(self) -> Lease:
@@ -71,6 +73,7 @@ class Follower(hooks.Hook):
             except Exception as error:  # noqa: BLE001 - the model loads all the same
                 self._report(str(error))
             self._metrics = context.metrics
+        self._onnx.patch()
 
     def _tell(self, lease: Lease) -> None:
         """Enter what has changed about this worker; remembered, so that a rebuilt ledger learns it again."""
@@ -230,6 +233,7 @@ def attach(lease: Lease) -> Follower:
     own.start()  # before TorchServe is imported, which takes seconds
     try:
         hooks.install([own, own.requests])
+        own.requests.hold()  # TorchServe has imported torch by now: what differs later is the handler's doing
     except Exception as error:  # noqa: BLE001 - the worker is bound already; it must serve even if it cannot follow
         own._report(f"its threads will not follow its slice: {type(error).__name__}: {error}")
     return own

@@ -51,6 +51,7 @@ class Requests(hooks.Hook):
         self._lender: Lender | None = None
         self._began: Lender | None = None  # what the present request began with
         self._applied: Slice | None = None
+        self._counted: Slice | None = None  # torch was given the number of threads of this one last
         self._bound: Iterable[int] = lease.slice.cpus
         self._published = Status()
         self._join()
@@ -227,7 +228,13 @@ class Requests(hooks.Hook):
                     self._report(note)
                 openmp.end_team()  # its threads keep the policy of the nodes that were left
             self._applied = own
-        _set_threads(own.threads)
+        found = _set_threads(own.threads)
+        if own is self._counted and found not in (None, own.threads):
+            self._report(
+                f"torch.set_num_threads({found}), called by the handler or a library, is overruled: the slice's number "
+                f"is {own.threads}; `cpu: {{cores: N}}` in the archive's model-config.yaml asks for another"
+            )
+        self._counted = own if found is not None else None
 
     def _keep(self, why: str) -> None:
         """Neither lend nor borrow from now on; what the present request has borrowed goes back when it ends."""
@@ -239,8 +246,15 @@ class Requests(hooks.Hook):
                     self._lender.keep(why)
 
 
-def _set_threads(threads: int) -> None:
-    """Set the intra-op threads of the calling thread, and of those that compute for the first time after this."""
+def _set_threads(threads: int) -> int | None:
+    """Set the intra-op threads of the calling thread, and of those that compute for the first time after this.
+
+    Returns the number that it had; None where torch is not loaded.
+    """
     torch = sys.modules.get("torch")
-    if torch is not None and torch.get_num_threads() != threads:
+    if torch is None:
+        return None
+    found: int = torch.get_num_threads()
+    if found != threads:
         torch.set_num_threads(threads)
+    return found

@@ -1,0 +1,93 @@
+"""Numbers of threads that a handler or a library chooses by itself: torch's is overruled, ONNX Runtime's is bounded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from ts_plugin.worker.onnx_threads import OnnxThreads
+
+HANDLER = """
+import os, sys
+import torch
+from dataclasses import replace
+from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.worker.requests import Requests
+
+def step(name):
+    torch.set_num_threads(1 if name in sys.argv else requests._plan.lease.slice.threads)
+
+cpus = tuple(os.sched_getaffinity(0))
+lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus, 2, (0,), (0,), (0,)))
+requests = Requests(Ledger(), lease, print)
+requests.hold()
+step("import")
+requests.hold()
+step("initialize")
+requests.on_loaded()
+for threads in (2, 2, 3, 3):
+    if threads != requests._plan.lease.slice.threads:
+        requests.adopt(replace(lease, slice=replace(lease.slice, threads=threads)), State())
+    requests.on_request_start()
+    assert torch.get_num_threads() == threads
+    step("request")
+    requests.on_request_end()
+"""
+
+
+@pytest.mark.parametrize("where", ["nowhere", "import", "initialize", "request"])
+def test_a_handlers_own_number_of_threads_is_told(where: str) -> None:
+    """Where it may call torch.set_num_threads: its module, `initialize`, or each request; the slice has 2 threads."""
+    done = subprocess.run([sys.executable, "-c", HANDLER, where], capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    assert bool(said) == (where != "nowhere")
+    assert all(text.startswith("torch.set_num_threads(1)") and "the slice's number is" in text for text in said)
+
+
+class SessionOptions:
+    intra_op_num_threads = 0
+
+
+class InferenceSession:
+    """Takes what onnxruntime.InferenceSession takes, and keeps the number of threads."""
+
+    def __init__(self, path_or_bytes: str, sess_options: Any = None, providers: Any = None, **kwargs: Any) -> None:
+        self.kept = (sess_options.intra_op_num_threads, providers)
+
+
+def options(number: int) -> SessionOptions:
+    made = SessionOptions()
+    made.intra_op_num_threads = number
+    return made
+
+
+def test_onnx_sessions_get_the_slices_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in with the library's two names, since no test depends on it."""
+    session = type("InferenceSession", (InferenceSession,), {})
+    library = types.SimpleNamespace(SessionOptions=SessionOptions, InferenceSession=session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", library)
+    said, threads = list[str](), [3]
+    hook = OnnxThreads(lambda: threads[0], said.append)
+    hook.patch()
+    hook.patch()
+    assert session("default").kept == (3, None)
+    assert session("all CPUs", sess_options=options(64), providers=["CPU"]).kept == (3, ["CPU"])
+    assert session("fewer", options(2), ["CPU"]).kept == (2, ["CPU"])
+    threads[0] = 1
+    assert session("later", options(2)).kept == (1, None)
+    assert [text.partition(", and")[0] for text in said] == [
+        "a session of ONNX Runtime gets 3 threads instead of one per core of the machine",
+        "a session of ONNX Runtime gets 3 threads instead of 64",
+        "a session of ONNX Runtime gets 1 thread instead of 2",
+    ]
+
+
+def test_without_onnx_nothing_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    OnnxThreads(lambda: 3, pytest.fail).patch()
+    assert "onnxruntime" not in sys.modules

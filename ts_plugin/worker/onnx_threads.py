@@ -1,0 +1,51 @@
+"""ONNX Runtime: its sessions get the slice's number of threads, which they take from no environment variable.
+
+By default a session starts one thread per core of the machine and pins each to a CPU of its own choice, outside of the
+slice too; TorchServe's own handler asks for one per CPU of the machine.
+Source: onnxruntime, SessionOptions.intra_op_num_threads; ts/torch_handler/base_handler.py (setup_ort_session).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ts_plugin.machine.words import count
+
+__all__ = ["OnnxThreads"]
+
+
+class OnnxThreads:
+    """Bounds the sessions of this process; ``threads`` returns what the slice has at that moment."""
+
+    def __init__(self, threads: Callable[[], int], report: Callable[[str], None]) -> None:
+        self._threads, self._report = threads, report
+        self._patched = False
+
+    def patch(self) -> None:
+        """Patch the library if the handler, which is imported by now, has imported it."""
+        library: Any = sys.modules.get("onnxruntime")
+        if self._patched or not hasattr(library, "InferenceSession"):
+            return
+        self._patched = True
+        construct = library.InferenceSession.__init__
+
+        @functools.wraps(construct)
+        def bounded(session: Any, model: Any, sess_options: Any = None, *others: Any, **more: Any) -> None:
+            options = library.SessionOptions() if sess_options is None else sess_options
+            self._bound(options)
+            construct(session, model, options, *others, **more)
+
+        library.InferenceSession.__init__ = bounded
+
+    def _bound(self, options: Any) -> None:
+        threads, asked = self._threads(), options.intra_op_num_threads
+        if 0 < asked <= threads:
+            return
+        options.intra_op_num_threads = threads
+        self._report(
+            f"a session of ONNX Runtime gets {count(threads, 'thread')} instead of "
+            f"{asked or 'one per core of the machine'}, and keeps that number when the slice changes"
+        )
