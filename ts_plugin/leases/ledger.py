@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -136,9 +136,26 @@ class Ledger:
 
     def __init__(self, directory: str | None = None) -> None:
         self._directory = Directory(directory)
-        # Containers may share the directory, but a PID means nothing outside its namespace.
-        self._name = f"ledger-{os.stat('/proc/self/ns/pid').st_ino}"
-        self.stale = False  # whether what `locked` yielded last is not what the file says
+        self._chosen = ""
+        self.needs_write = False  # the dead are in the file that `locked` read, or the file was rebuilt
+
+    @property
+    def _name(self) -> str:
+        """How the names of this ledger's files begin; chosen once.
+
+        Other machines and containers may share the directory, and a PID means nothing there. Release 0.1.0 left out the
+        machine. As long as a server or worker lives in the ledger that it made, everybody stays there: workers in two
+        ledgers would own the same cores.
+        """
+        if self._chosen:  # no functools.cached_property: its lock would be held for ever in a child forked meanwhile
+            return self._chosen
+        namespace, boot = os.stat("/proc/self/ns/pid").st_ino, process.boot()
+        old = f"ledger-{namespace}"
+        present = State()
+        with suppress(LedgerError):  # whoever opens a file in this directory next hears of it
+            present = (self._load(old) or State()).living()
+        self._chosen = old if present.servers or present.leases or not boot else f"ledger-{boot}-{namespace}"
+        return self._chosen
 
     @property
     def directory(self) -> str:
@@ -172,7 +189,7 @@ class Ledger:
         """Return what ``read`` returns, and the leases and servers whose process has ended since the last write."""
         if not os.path.lexists(self.directory):
             return State()
-        return self._load() or State()
+        return self._load(self._name) or State()
 
     @contextmanager
     def locked(self) -> Iterator[State]:
@@ -184,9 +201,9 @@ class Ledger:
             LedgerError: the directory cannot be used, or another process holds the lock for too long.
         """
         with self._directory.locked(f"{self._name}.lock"):
-            written = self._load()
+            written = self._load(self._name)
             state = (_recover(self.directory) if written is None else written).living()
-            self.stale = state != written
+            self.needs_write = state != written
             yield state
 
     def write(self, state: State) -> None:
@@ -206,14 +223,14 @@ class Ledger:
             finally:
                 os.close(file)
             os.replace(f"{self.directory}/{draft}", self.path)
-            self.stale = False
+            self.needs_write = False
         except OSError as error:
             raise self._directory.error(error) from error
 
-    def _load(self) -> State | None:
-        """Return the content; None where there is none, or none that this version can read."""
+    def _load(self, name: str) -> State | None:
+        """Return the content of the file ``name``; None where there is none, or none that this version can read."""
         try:
-            file = self._directory.open(f"{self._name}.json", os.O_RDONLY)
+            file = self._directory.open(f"{name}.json", os.O_RDONLY)
         except FileNotFoundError:
             return None
         with open(file, "rb") as stream:
