@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 from ts.torch_handler.base_handler import BaseHandler
 
-from ts_plugin.leases import claim
-from ts_plugin.leases.environment import collapsing
-from ts_plugin.leases.ledger import Lease
-from ts_plugin.worker import follower
-from ts_plugin.worker.start import start
+from ts_plugin.worker import late
+from ts_plugin.worker.log import say
 
 __all__ = ["CoreSliceHandler", "CoreSliceMixin"]
 
@@ -29,29 +24,14 @@ class CoreSliceMixin:
 
         ``context`` is TorchServe's ts.context.Context.
         """
-        own = follower.current() or _start(context)
-        if own is not None:
-            own.requests.hold()
+        try:
+            own = late.attempt(context)
+            if own is not None:
+                own.requests.hold()
+        except Exception as error:  # noqa: BLE001 - the model loads whatever happens to the slice
+            say(f"this worker does not hold its slice: {type(error).__name__}: {error}", problem=True)
         super().initialize(context)  # type: ignore[misc]
 
 
 class CoreSliceHandler(CoreSliceMixin, BaseHandler):  # type: ignore[misc]
     """TorchServe's BaseHandler on its own physical cores: subclass it as you would subclass BaseHandler."""
-
-
-def _start(context: Any) -> follower.Follower | None:
-    directory = context.system_properties.get("model_dir")
-    worker = claim.worker_id(sys.argv)
-    lease, _ = start(worker=worker, archive=directory, prepare=_traps)
-    if lease is None:
-        return None
-    own = follower.attach(lease)
-    own.on_load(context)  # came before this
-    own.requests.on_load(context)
-    return own
-
-
-def _traps(lease: Lease) -> list[str]:
-    return [
-        f"{name} is set, and shrank the affinity mask at `import torch`; unset it" for name in collapsing(os.environ)
-    ]

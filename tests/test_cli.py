@@ -255,6 +255,11 @@ WRONG = [
         ["plan", "--workers", "2", "--svg", ""], "must name a file or directory", id="no file for the picture"
     ),
     pytest.param(["plan", "--workers", "2", "--svg", "."], "name a file in it", id="a directory for the picture"),
+    pytest.param(
+        ["plan", "--workers", "2", "--svg", "a.png"], "writes SVG and nothing else; name it a.svg", id="a PNG"
+    ),
+    pytest.param(["show", "--html", "a.svg"], "writes HTML and nothing else; name it a.html", id="a page named svg"),
+    pytest.param(["show", "--watch", "--html", "-"], "stdout is none; name a file", id="a live page on stdout"),
     pytest.param(["plan", "--workers", "2", "--sys-root", ""], "must name a file or directory", id="no root"),
     pytest.param(["plan", "--workers", "2", "--sys-root", __file__], "is a file; unpack it", id="a file as the root"),
     pytest.param(
@@ -386,6 +391,78 @@ def test_show_writes_pictures(held: list[int], tmp_path: Path) -> None:
     assert error.startswith(f"ts-cores: {tmp_path}/nowhere/a.svg: ")
 
 
+@pytest.mark.parametrize("name", ["-", "/proc/self/fd/1", "a link like /dev/stdout"])
+def test_a_picture_on_stdout(tree: Path, name: str, tmp_path: Path) -> None:
+    if " " in name:  # not the real one, which a mistake would replace
+        name = str(tmp_path / "stdout")
+        os.symlink("/proc/self/fd/1", name)
+    shown, _ = ts_cores("plan", "--workers", "2", "--sys-root", tree, "--svg", name)
+    assert shown.startswith("<svg")
+    assert shown.endswith("</svg>\n")
+    with (tmp_path / "log").open("w") as log:  # a file, which whoever opened it goes on writing to
+        print("before", file=log, flush=True)
+        subprocess.run([*RUN, "show", "--html", name], stdout=log, check=True)
+        os.write(log.fileno(), b"after")
+    text = (tmp_path / "log").read_text(encoding="utf-8")
+    assert text.startswith("before\n<!")
+    assert text.endswith("after")
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tree: Path, tmp_path: Path) -> None:
+    words: list[str | Path] = ["plan", "--workers", "2", "--sys-root", tree, "--svg"]
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE, text=True) as reader:
+        try:
+            ts_cores(*words, fifo)
+            assert fifo.is_fifo()
+            assert reader.communicate(timeout=HANGS)[0].startswith("<svg")
+        finally:
+            reader.kill()
+    (tmp_path / "target.svg").touch()
+    link, dangling = tmp_path / "link.svg", tmp_path / "dangling.svg"
+    link.symlink_to("target.svg")
+    dangling.symlink_to("new.svg")
+    ts_cores(*words, link)
+    ts_cores(*words, dangling)
+    assert link.is_symlink()
+    assert dangling.is_symlink()
+    assert (tmp_path / "target.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert (tmp_path / "new.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+@pytest.mark.parametrize("words", [["plan", "--workers", "2"], ["show", "--json"], ["plugin-path"]])
+def test_closed_streams(words: list[str]) -> None:
+    """``>&-``, as from some supervisors: no traceback; the exit status is what is left."""
+    for closing in (">&-", "2>&-", ">&- 2>&- <&-"):
+        done = subprocess.run(
+            ["bash", "-c", f'"$@" {closing}', "bash", *RUN, *words], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["plan", "--workers", "2"], ["plan", "--workers", "2", "--json"]])
+def test_output_to_a_full_disk(words: list[str]) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run([*RUN, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "ts-cores: stdout: No space left on device\n")
+
+
+def test_a_state_directory_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "slip"))
+    for words in (["show"], ["show", "--json"]):
+        _, error = ts_cores(*words)
+        assert error == f"ts-cores: {tmp_path}/slip: not there, so no worker uses it; TS_CORES_STATE_DIR names it\n"
+
+
+def test_models_and_nameless_workers_in_one_plan(tree: Path) -> None:
+    shown, _ = ts_cores("plan", "--workers", "1", "--model", "bert=1", "--sys-root", tree)
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["A", "0", "0-3", "4", "0", "0"] in rows
+    assert ["B", "bert", "1", "4-7", "4", "1", "1"] in rows
+
+
 def test_show_watch_keeps_a_page_up_to_date(held: list[int], tmp_path: Path) -> None:
     page = tmp_path / "a.html"
     watch = subprocess.Popen([*RUN, "show", "--watch", "--html", str(page)])
@@ -426,8 +503,26 @@ def test_output_where_a_character_cannot_be_printed(held: list[int], encoding: s
     assert done.stdout.decode(encoding)
 
 
-def test_piped_lines_are_not_cut(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sentence stands in one line, however long it is."""
+def test_piped_lines_are_neither_cut_nor_endless(held: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    ledger = Ledger()
+    note = "a sentence of many words which goes on and on, " * 20
+    with ledger.locked() as state:
+        ledger.write(replace(state, leases=tuple(replace(lease, notes=(note,)) for lease in state.leases)))
+    for command in ("show", "doctor"):
+        lines = ts_cores(command, status=0)[0].splitlines()
+        assert max(map(len, lines)) <= 160
+        assert not [line for line in lines if line != line.rstrip()]
+        assert " ".join("\n".join(lines).split()).count("goes on and on,") >= 20
+
+
+@pytest.mark.parametrize("columns", ["0", "", "wide"])
+def test_columns_that_are_none(tree: Path, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "2 workers on 8 of 8 cores" in ts_cores("plan", "--workers", "2", "--sys-root", tree)[0]
+
+
+def test_piped_sentences_stand_in_one_line(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     shown, _ = ts_cores("plan", "--workers", "1", "--sys-root", tree, "--launcher-args", "--ninstances 4 --log-path x")
     notes = answer("plan", "--workers", "1", "--sys-root", tree, "--launcher-args", "--ninstances 4 --log-path x")[
@@ -437,7 +532,7 @@ def test_piped_lines_are_not_cut(tree: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [note for note in notes if f"note {note}" not in shown.splitlines()] == []
 
 
-def test_show_survives_a_closed_pipe() -> None:
+def test_show_survives_a_closed_pipe(held: list[int]) -> None:
     """The reader has seen enough: no complaint, with rich's output (which has its own idea of the status) or ours."""
     for words in (["show"], ["show", "--json"]):
         piped = ["bash", "-c", '"$@" | true', "bash", *RUN, *words]
@@ -687,6 +782,16 @@ def test_init_never_overwrites(tmp_path: Path) -> None:
 def test_init_here_by_default(tmp_path: Path) -> None:
     ts_cores("init", cwd=tmp_path)
     assert (tmp_path / "config.properties").is_file()
+
+
+def test_init_in_a_directory_that_is_not_there_yet(tmp_path: Path) -> None:
+    shown, _ = ts_cores("init", f"{tmp_path}/new/")
+    assert shown == f"{tmp_path}/new/config.properties\n"
+    assert (tmp_path / "new" / "model_store").is_dir()
+
+
+def test_the_version_in_short() -> None:
+    assert ts_cores("-V") == ts_cores("--version")
 
 
 def test_init_where_nothing_can_be_written(tmp_path: Path) -> None:

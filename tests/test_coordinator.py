@@ -7,20 +7,21 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.harness.cpuset import Cpuset
 from tests.claimants import ALLOWED, CORES, TOPOLOGY, Claimant
 from tests.eventually import eventually
-from ts_plugin.leases import coordinator, directory
-from ts_plugin.leases.ledger import Lease, Ledger, Server
+from ts_plugin.leases import binding, coordinator, directory, masks
+from ts_plugin.leases.ledger import Lease, Ledger, Server, State
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.topology import Topology
-from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.planning.planner import Demand, Slice, plan
 from ts_plugin.planning.policy import Lend, Pin, Policy
 
 FIRST, LAST = (TOPOLOGY.cores_of(ALLOWED)[place].number for place in (0, -1))
@@ -208,15 +209,65 @@ def test_a_frontend_with_an_error_makes_its_workers_say_so(
 
 
 def test_a_frontends_policy_holds_and_it_moves_aside_itself(
-    start: Callable[..., Claimant], frontend: Callable[..., None]
+    start: Callable[..., Claimant], state: Path, frontend: Callable[..., None]
 ) -> None:
-    allowed = os.sched_getaffinity(0)
-    last = max(allowed)
-    frontend(Policy(core_list=frozenset({last})))
-    assert start().facts()["cpus"] == [last]
+    frontend(Policy(reserve_cores=1))
+    first = start().facts()["cpus"]
+    reserved = Ledger(str(state)).read().reserved
+    assert reserved
+    assert reserved.isdisjoint(first)
+    assert eventually(lambda: os.sched_getaffinity(0) == reserved)
     second = start(worker="9001")
-    assert second.facts()["cpus"] == [last], "the frontend's narrowed mask is not taken for what its workers may use"
-    assert eventually(lambda: os.sched_getaffinity(0) == allowed - {last})
+    assert reserved.isdisjoint(second.facts()["cpus"]), "its narrowed mask is not taken for what its workers may use"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "held", "reserved", "aside"),
+    [
+        pytest.param(range(4), range(3), (), range(4), id="one core left of four"),
+        pytest.param(range(8), range(4), (), range(4, 8), id="idle SMT siblings of four cores"),
+        pytest.param(range(64), range(58), (), range(64), id="six of 64"),
+        pytest.param(range(64), range(56), (), range(56, 64), id="an eighth of 64"),
+        pytest.param(range(64), range(60), (63,), (63,), id="its user reserved one"),
+        pytest.param(range(2), range(2), (), range(2), id="nothing left"),
+    ],
+)
+def test_a_frontend_moves_aside_where_enough_is_left_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: Iterable[int],
+    held: Iterable[int],
+    reserved: Iterable[int],
+    aside: Iterable[int],
+) -> None:
+    bound = []
+    monkeypatch.setattr(binding, "bind_tree", lambda pid, cpus, before: binding.Outcome(0))
+    monkeypatch.setattr(binding, "bind_process", lambda pid, cpus, before: bound.append((pid, frozenset(cpus))))
+    me, cpus = os.getpid(), tuple(held)
+    demand = Demand(frozenset(allowed))
+    lease = Lease(me, 0, "m", "1.0", "9000", me, demand, Slice(cpus, len(cpus), (0,), (0,), (0,)))
+    after = State(servers=(Server(me, 0, Policy(), demand.allowed),), leases=(lease,), reserved=frozenset(reserved))
+    masks.enforce_all(State(), after)
+    assert bound == [(me, frozenset(aside))]
+
+
+def test_one_death_is_one_plan_however_many_survive(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+
+    def counted(*arguments: Any) -> Any:
+        plans.append(1)
+        return plan(*arguments)
+
+    with asleep(state, Policy(), FIRST) as survivor, asleep(state, Policy(), LAST) as victim:
+        try:
+            monkeypatch.setattr(coordinator, "plan", counted)
+            victim.kill()
+            victim.wait()
+            states = [coordinator.divide_freed(Ledger(str(state)))[0] for _ in range(8)]  # as eight followers would
+        finally:
+            survivor.kill()
+    assert [[lease.pid for lease in one.leases] for one in states] == [[survivor.pid]] * 8
+    assert len(states[0].leases[0].slice.cpus) == CORES
+    assert len(plans) == 1
 
 
 def test_never_pinned_still_gets_its_threads(start: Callable[..., Claimant], frontend: Callable[..., None]) -> None:
@@ -364,6 +415,6 @@ def test_the_machine_is_read_before_the_lock_that_all_workers_share(
 
     monkeypatch.setattr(directory, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(discovery, "read_topology", read_while_the_lock_is_free)
-    coordinator.replan(Ledger(str(state)))
+    coordinator.divide_freed(Ledger(str(state)))
     coordinator.leave(Ledger(str(state)), os.getpid(), "a reason")
     assert len(reads) == 2

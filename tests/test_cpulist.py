@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ts_plugin.machine.cpulist import CpuListError, format_cpulist, parse_cpulist
+from ts_plugin.machine.cpulist import CpuListError, format_cpulist, parse_cpulist, short_cpulist
 
 TEXTS = [
     pytest.param("", set(), id="nothing"),
@@ -18,6 +20,7 @@ TEXTS = [
     pytest.param(" 0, 1 ,2 3 ", {0, 1, 2, 3}, id="blanks, as people type them"),
     pytest.param("0-10:2/5", {0, 1, 5, 6, 10}, id="strides"),
     pytest.param("0-3:1/2", {0, 2}, id="every other CPU"),
+    pytest.param("0-3:2", {0, 2}, id="every other CPU, as taskset writes it"),
 ]
 
 MALFORMED = [
@@ -52,6 +55,25 @@ def test_round_trip(cpus: set[int]) -> None:
     text = format_cpulist(cpus)
     assert parse_cpulist(text) == cpus
     assert format_cpulist(parse_cpulist(text)) == text
+
+
+@given(st.sets(st.integers(0, 2048)))
+def test_the_short_form_is_read_too(cpus: set[int]) -> None:
+    assert parse_cpulist(short_cpulist(cpus)) == cpus
+
+
+@pytest.mark.parametrize(
+    ("cpus", "text"),
+    [
+        (range(0, 35, 2), "0-34:2"),
+        ([0, 2, 4], "0,2,4"),
+        ([0, 2, 3, 4, 8], "0,2-4,8"),
+        ([1, 5, 9, 13, 14, 15], "1-13:4,14-15"),
+        ([], ""),
+    ],
+)
+def test_cpus_at_equal_distances_are_written_as_taskset_takes_them(cpus: Iterable[int], text: str) -> None:
+    assert short_cpulist(cpus) == text
 
 
 def test_format_is_the_shortest() -> None:

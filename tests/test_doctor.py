@@ -271,6 +271,29 @@ def test_leaves_alone(change: dict[str, Any]) -> None:
     assert trouble(replace(HEALTHY, **change)) == []
 
 
+def test_processes_and_workers_of_one_kind_are_one_finding() -> None:
+    busy = tuple((100 + n, "make" if n else "perl", EIGHT, 0.5) for n in range(12))
+    leases = tuple(replace(LEASE, pid=41 + n, worker_id=str(9000 + n), notes=("the same",)) for n in range(3))
+    found = examine(replace(HEALTHY, busy=busy, astray=((41, 3), (42, 1)), state=State(leases=leases)))
+    said = [one.what for one in found if one.subject in ("neighbours", "worker")]
+    pids = ", ".join(str(100 + n) for n in range(1, 9))
+    assert said == [
+        "3 threads of worker 41, 1 threads of worker 42 may run outside their slice",
+        "perl (pid 100) uses 50% of a CPU and may run on the workers' cores",
+        f"make (pid {pids} and 3 more) uses 550% of a CPU and may run on the workers' cores",
+        "worker 9000 of resnet18 1.0, worker 9001 of resnet18 1.0, worker 9002 of resnet18 1.0: the same",
+    ]
+
+
+def test_whose_variables_win_over_the_file_is_said() -> None:
+    mine = {"TS_BATCH_SIZE": "4", "TS_CORES_STATE_DIR": "/x", "TS_CONFIG_FILE": "/c", "HOME": "/"}
+    for switch, told in (("true", ["TS_BATCH_SIZE"]), ("false", [])):
+        seen = replace(HEALTHY, environment=mine, config=config(enable_envvars_config=switch))
+        found = [one.what for one in examine(seen) if one.subject == "environment"]
+        assert [what.partition(":")[0] for what in found] == told
+        assert all("environment of this command" in what for what in found)
+
+
 def test_the_worst_comes_first() -> None:
     severities = [one.severity for one in examine(replace(HEALTHY, java=None, config=None))]
     assert severities == sorted(severities, key=list(Severity).index)

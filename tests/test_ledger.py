@@ -421,31 +421,70 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run proc
 
 @needs_root
 @pytest.mark.parametrize("kind", ["directory", "file", "link"])
-def test_another_user_cannot_take_the_place_away(place: str, kind: str) -> None:
+def test_a_place_that_another_user_took_is_refused_with_a_remedy_that_works(place: str, kind: str) -> None:
     assert as_user(OTHER, lambda: plant(kind, place)) == "planted"
-    assert as_user(VICTIM, write_one_note) == f"{place}-1"
-    assert as_user(VICTIM, write_one_note) == f"{place}-1", "all processes of the user meet there"
-    assert as_user(VICTIM, read_generation) == "2"
-    os.rmdir(place) if kind == "directory" else os.unlink(place)
-    assert as_user(VICTIM, write_one_note) == f"{place}-1", "they stay when the first name is free again"
-    assert as_user(VICTIM, read_generation) == "3"
+    reason = as_user(VICTIM, write_one_note)
+    assert reason.startswith(f"StateError: {place}: ")
+    assert reason.endswith("set TS_CORES_STATE_DIR to a directory that is yours alone, the same for all your servers")
+    assert "ledger" not in os.listdir(place if kind == "directory" else "/etc"), "nothing is written there"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TS_CORES_STATE_DIR", f"{place}-mine")
+        assert as_user(VICTIM, write_one_note) == f"{place}-mine"
 
 
 @needs_root
 def test_another_user_cannot_take_the_place_away_once_it_is_used(place: str) -> None:
     assert as_user(VICTIM, write_one_note) == place
     assert "File exists" in as_user(OTHER, lambda: plant("directory", place))
-    assert as_user(OTHER, lambda: plant("directory", f"{place}-1")) == "planted"
     assert as_user(VICTIM, write_one_note) == place
+    assert as_user(VICTIM, read_generation) == "2"
 
 
-@needs_root
-def test_all_names_taken_is_an_error_with_a_remedy_that_works(place: str) -> None:
-    for path in (place, *(f"{place}-{number}" for number in range(1, directory.NAMES))):
-        as_user(OTHER, lambda path=path: plant("directory", path))  # type: ignore[misc]
-    reason = as_user(VICTIM, write_one_note)
-    assert reason.startswith(f"StateError: {place}: belongs to user {OTHER}, not {VICTIM}; ")
-    assert reason.endswith("set TS_CORES_STATE_DIR to a directory that is yours alone, the same for all your servers")
+@pytest.fixture
+def another_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes this process run on another machine, as far as a ledger can tell."""
+    return lambda boot: monkeypatch.setattr(process, "boot", lambda: boot)
+
+
+def test_two_machines_that_share_a_directory_have_two_ledgers(
+    tmp_path: Path, another_machine: Callable[[str], None], sleeper: subprocess.Popen[bytes]
+) -> None:
+    """A home directory on NFS: on both machines the first PID namespace has the same number."""
+    ledgers = []
+    for boot, pid in (("0123456789ab", os.getpid()), ("ba9876543210", sleeper.pid)):
+        another_machine(boot)
+        ledger = Ledger(str(tmp_path / "state"))
+        with ledger.locked() as state:
+            ledger.write(replace(state, generation=state.generation + 1, leases=(lease_for(pid),)))
+        ledgers.append(ledger)
+    assert [[lease.pid for lease in one.read_all().leases] for one in ledgers] == [[os.getpid()], [sleeper.pid]]
+    assert [one.read_all().generation for one in ledgers] == [1, 1]
+
+
+def test_the_ledger_of_a_running_older_release_is_shared_until_all_in_it_have_ended(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """After an upgrade under a running server: two ledgers would give the same cores away twice."""
+    state = tmp_path / "state"
+    old = state / f"ledger-{os.stat('/proc/self/ns/pid').st_ino}.json"
+    ledger = Ledger(str(state))
+    with ledger.locked() as before:
+        ledger.write(replace(before, leases=(lease_for(sleeper.pid),)))
+    Path(ledger.path).rename(old)
+    newcomer, later = Ledger(str(state)), Ledger(str(state))
+    assert [lease.pid for lease in newcomer.read().leases] == [sleeper.pid]
+    assert newcomer.path == str(old)
+    sleeper.kill()
+    sleeper.wait()
+    assert later.path == ledger.path
+    assert newcomer.path == str(old), "whoever is there stays"
+
+
+def test_where_the_machine_cannot_be_told_the_name_is_without_it(
+    tmp_path: Path, another_machine: Callable[[str], None]
+) -> None:
+    another_machine("")
+    assert Path(Ledger(str(tmp_path)).path).stem == f"ledger-{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 CLAIMANT = Path(__file__).with_name("claimant.py")

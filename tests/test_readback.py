@@ -15,7 +15,7 @@ from ts_plugin.leases import masks
 from ts_plugin.leases.binding import Outcome
 from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.lending.words import Status
-from ts_plugin.machine import process
+from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.worker import openmp
 from ts_plugin.worker.readback import METRICS, ReadBack, lending
@@ -101,7 +101,8 @@ def test_the_openmp_runtime_of_torch_is_seen_in_a_real_process() -> None:
     assert done.stdout.count("lib") == 1, done.stdout
 
 
-def test_pages_on_other_nodes_are_remote() -> None:
+def test_pages_on_other_nodes_are_remote(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "memory_nodes", lambda: frozenset({0, 1}))
     here = ReadBack().read(*look_at(lease_here()), thorough=True)
     if here.remote_pages is None:
         pytest.skip("this kernel has no numa_maps")
@@ -112,6 +113,8 @@ def test_pages_on_other_nodes_are_remote() -> None:
     pages = ReadBack().read(*look_at(lease), thorough=True).remote_pages
     assert pages is not None
     assert pages > 100, "all of this process's memory is elsewhere then"
+    monkeypatch.setattr(discovery, "memory_nodes", lambda: frozenset({0}))
+    assert ReadBack().read(*look_at(lease), thorough=True).remote_pages == 0, "it is not looked at on one node"
 
 
 @pytest.mark.parametrize(

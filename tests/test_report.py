@@ -64,6 +64,12 @@ def test_the_table() -> None:
     assert told.endswith(": call it in initialize()")
 
 
+def test_the_names_stand_in_one_line_where_the_terminal_is_narrow() -> None:
+    file = io.StringIO()
+    Console(width=60, file=file, color_system=None).print(table(answer()))
+    assert "2 workers x 1 core, batch 4" in file.getvalue()
+
+
 def test_what_was_not_confirmed_says_that_it_is_expected() -> None:
     assert "batch 4 (expected)" in shown(answer(confirmed=()))
     assert "(expected)" not in shown(answer())

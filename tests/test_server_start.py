@@ -210,6 +210,25 @@ def test_unusable_state_directory_serves_unbound_and_says_so(tmp_path: Path) -> 
         assert str(blocked) in next(line for line in server.log().splitlines() if "org.tscores" in line)
 
 
+def test_a_worker_that_started_unbound_is_bound_when_its_state_directory_can_be_used(tmp_path: Path) -> None:
+    """As after a minute in which /dev/shm was full. The hook tries every half minute, the worker every minute."""
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    cpu = max(ALLOWED)
+    properties = {**PINNED, "cpu_launcher_args": f"--core-list {cpu}"}
+    with TorchServe(archives.facts(), properties=properties, state_directory=blocked / "state") as server:
+        (before,) = facts(server).values()
+        assert masks(before) == {frozenset(os.sched_getaffinity(0))}
+        blocked.unlink()
+        assert eventually(lambda: not server.cores()["unbound"], patience=180)
+        (after,) = facts(server).values()
+        assert after["pid"] == before["pid"]
+        assert masks(after) == {frozenset({cpu})}
+        assert after["threads"] == 1
+        (piece,) = server.cores()["slices"]
+        assert (piece["pid"], piece["model"], piece["cpus"]) == (after["pid"], "facts", [cpu])
+
+
 def test_a_server_whose_state_directory_was_deleted_keeps_its_policy() -> None:
     """It had no worker, so nobody but the frontend knew what its config.properties asks for."""
     cpu = max(ALLOWED)

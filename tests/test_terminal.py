@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from rich.console import Console, RenderableType
 
 from tests.machines import machine
+from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.terminal import Map, report
 from ts_plugin.operate.view import of_plan
-from ts_plugin.planning.planner import Demand, plan
+from ts_plugin.planning.planner import Demand, Plan, Slice, plan
 
 
 def text(shown: RenderableType, width: int = 100) -> str:
@@ -40,6 +42,35 @@ def test_a_large_machine_has_a_letter_per_core() -> None:
     lines = text(Map(picture)).splitlines()
     assert "AAAAAAAA  0-7" in lines[2]
     assert "BBBBBBBB  120-127" in lines[-8]
+
+
+def test_cpus_of_a_worker_are_never_cut() -> None:
+    topology = machine(packages=2, cores=18, smt=2)
+    odd = tuple(cpu for cpu in range(36) if cpu % 3)
+    slices = Slice(tuple(range(0, 36, 2)), 18, (0,), (0,), (0,)), Slice(odd, len(odd), (0,), (0,), (0,))
+    shown = text(Map(of_plan(topology, Plan(slices, frozenset(), frozenset(), ()), topology.online, ())), width=60)
+    assert "…" not in shown
+    rows = [line[15:38].strip() for line in shown.splitlines()]
+    first = rows.index("0-34:2")
+
+    assert "".join(rows[first + 1 :]) == format_cpulist(odd)
+
+
+def test_marks_that_need_colour_are_explained_where_there_is_some() -> None:
+    topology = machine(cores=2, smt=2)
+    picture = of_plan(topology, plan(topology, [Demand(topology.online)]), topology.online, ())
+    assert "dim number" not in text(Map(picture))
+    file = io.StringIO()
+    Console(width=100, file=file, color_system="truecolor", force_terminal=True).print(Map(picture))
+    assert "dim number" in file.getvalue()
+
+
+def test_a_note_on_a_worker_makes_no_column_wide() -> None:
+    topology = machine(cores=2)
+    picture = of_plan(topology, plan(topology, [Demand(topology.online)]), topology.online, ())
+    picture = replace(picture, workers=(replace(picture.workers[0], notes=("a word " * 40,)),))
+    lines = text(Map(picture), width=600).splitlines()
+    assert max(len(line) for line in lines if "note on A" not in line) < 80
 
 
 def test_report() -> None:

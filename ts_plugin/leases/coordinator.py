@@ -22,10 +22,10 @@ __all__ = [
     "Applicant",
     "CannotBind",
     "NotRegistered",
+    "divide_freed",
     "join",
     "leave",
     "register_server",
-    "replan",
     "restore",
     "server_of",
     "update_demand",
@@ -104,7 +104,7 @@ def join(ledger: Ledger, applicant: Applicant) -> Lease:
             limit=limit,
         )
         after = division.apply(_allowing(others, lease))
-        after, refused = _commit(ledger, state, replace(after, leases=(*after.leases, lease)))
+        after, refused = _write_and_bind(ledger, state, replace(after, leases=(*after.leases, lease)))
         if error := refused.get(lease.pid):
             _settle(ledger, topology, after, _without(after, lease.pid))
             cpus = format_cpulist(lease.slice.cpus)
@@ -127,15 +127,19 @@ def restore(ledger: Ledger, lease: Lease) -> State:
         return _settle(ledger, topology, state, wanted)[0]
 
 
-def replan(ledger: Ledger) -> tuple[State, dict[int, OSError]]:
-    """Plan again for all living workers; return the state that holds now, and which of them the kernel did not bind.
+def divide_freed(ledger: Ledger) -> tuple[State, dict[int, OSError]]:
+    """Give the cores of workers that have ended to the living; return the state that holds now.
+
+    Return also what the kernel refused, by PID.
+
+    Every survivor comes here after a death. The first one plans for all, the others find that done.
 
     Raises:
         LedgerError: the ledger cannot be used.
     """
     topology = discovery.read_topology()
     with ledger.locked() as state:
-        return _settle(ledger, topology, state, state)
+        return _settle(ledger, topology, state, state) if ledger.needs_write else (state, {})
 
 
 def leave(ledger: Ledger, pid: int, reason: str | None = None) -> None:
@@ -203,7 +207,7 @@ def _without(state: State, pid: int) -> State:
 
 
 def _allowing(state: State, lease: Lease) -> State:
-    """Let the frontend of ``lease`` be allowed what its worker is, which is in the same cpuset and looked last."""
+    """Copy what ``lease`` is allowed to its frontend: it is in the same cpuset, and this reading of it is newer."""
     servers = tuple(
         replace(server, allowed=lease.demand.allowed) if server.pid == lease.server_pid else server
         for server in state.servers
@@ -212,10 +216,10 @@ def _allowing(state: State, lease: Lease) -> State:
 
 
 class _Asking(NamedTuple):
-    """A worker in the planner's eyes. ``owner``: whose mistake an impossible demand is, by PID."""
+    """A worker in the planner's eyes. ``server_pid``: its frontend, blamed if its demands cannot be planned."""
 
     pid: int
-    owner: int
+    server_pid: int
     demand: Demand
 
 
@@ -250,19 +254,20 @@ def _divide(topology: Topology, leases: Iterable[Lease], newcomer: _Asking | Non
     except PlanError as error:
         together = error
     impossible: dict[int, PlanError] = {}
-    for owner in dict.fromkeys(worker.owner for worker in asking):
+    for server in dict.fromkeys(worker.server_pid for worker in asking):
         try:
-            _planned(topology, [worker for worker in asking if worker.owner == owner])
+            _planned(topology, [worker for worker in asking if worker.server_pid == server])
         except PlanError as error:
-            impossible[owner] = error
+            impossible[server] = error
     # Where each server alone could be served, the last one to come is one too many.
-    failed = impossible or {(newcomer or asking[-1]).owner: together}
-    if newcomer and newcomer.owner in failed:
-        raise failed[newcomer.owner]
-    notes = tuple(f"the workers of process {owner} keep their slices: {error}" for owner, error in failed.items())
-    kept = {cpu for worker in asking if worker.owner in failed for cpu in worker.demand.held}
+    failed = impossible or {(newcomer or asking[-1]).server_pid: together}
+    if newcomer and newcomer.server_pid in failed:
+        raise failed[newcomer.server_pid]
+    notes = tuple(f"the workers of process {server} keep their slices: {error}" for server, error in failed.items())
+    kept = {cpu for worker in asking if worker.server_pid in failed for cpu in worker.demand.held}
     taken = frozenset(cpu for core in topology.cores_of(kept) for cpu in core.cpus)
-    rest = [worker._replace(demand=_beside(worker.demand, taken)) for worker in asking if worker.owner not in failed]
+    others = [worker for worker in asking if worker.server_pid not in failed]
+    rest = [worker._replace(demand=_beside(worker.demand, taken)) for worker in others]
     try:
         division = _planned(topology, rest)
     except PlanError as error:
@@ -293,13 +298,13 @@ def _held(lease: Lease) -> frozenset[int]:
 
 
 def _settle(ledger: Ledger, topology: Topology, before: State, wanted: State) -> tuple[State, dict[int, OSError]]:
-    """Divide the machine among the workers of ``wanted``; see ``_commit``."""
-    return _commit(ledger, before, _divide(topology, wanted.leases).apply(wanted))
+    """Divide the machine among the workers of ``wanted``; see ``_write_and_bind``."""
+    return _write_and_bind(ledger, before, _divide(topology, wanted.leases).apply(wanted))
 
 
-def _commit(ledger: Ledger, before: State, after: State) -> tuple[State, dict[int, OSError]]:
+def _write_and_bind(ledger: Ledger, before: State, after: State) -> tuple[State, dict[int, OSError]]:
     """Write ``after`` if the file says something else, and make the kernel agree; return what it refused, by PID."""
-    if ledger.stale or after != before:
+    if ledger.needs_write or after != before:
         after = replace(after, generation=before.generation + 1)
         ledger.write(after)
     return after, masks.enforce_all(before, after)

@@ -15,7 +15,6 @@ __all__ = ["Directory", "StateError", "holder", "state_directory", "try_lock"]
 
 LOCK_TIMEOUT = 20.0  # seconds; TorchServe gives a worker 120 to start
 FLOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, PID
-NAMES = 64  # directory names that are tried where other users have taken the first ones
 YOURS = "set TS_CORES_STATE_DIR to a directory that is yours alone, the same for all your servers"
 
 
@@ -27,13 +26,14 @@ def state_directory(environment: Mapping[str, str] = os.environ) -> str:
     """Return the path of the directory: TS_CORES_STATE_DIR, or a place that follows from the user id alone.
 
     It follows neither TMPDIR nor XDG_RUNTIME_DIR: two servers started from different sessions must meet there.
+    Another user may make that place first: then it is refused, like every directory that is not this user's alone.
 
     Raises:
         StateError: TS_CORES_STATE_DIR is relative.
     """
     chosen = environment.get("TS_CORES_STATE_DIR")
     if not chosen:
-        return _default("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp")
+        return f"{'/dev/shm' if os.path.isdir('/dev/shm') else '/tmp'}/ts-cores-{os.getuid()}"
     if not os.path.isabs(chosen):
         # Every worker starts in the directory of its model, so each model would get a ledger of its own.
         raise StateError(
@@ -41,25 +41,6 @@ def state_directory(environment: Mapping[str, str] = os.environ) -> str:
             "another one; set it to an absolute path"
         )
     return os.path.normpath(chosen)
-
-
-def _default(base: str) -> str:
-    """Return the first of ts-cores-UID, ts-cores-UID-1, ... in ``base`` that is this user's, else the first free one.
-
-    Everybody may make these names, another user too. Free names come last, so that all servers stay where they are when
-    somebody else's directory disappears.
-    """
-    first = f"{base}/ts-cores-{os.getuid()}"
-    free = None
-    for path in (first, *(f"{first}-{number}" for number in range(1, NAMES))):
-        try:
-            owner = os.lstat(path).st_uid
-        except FileNotFoundError:
-            free = free or path
-            continue
-        if owner == os.getuid():
-            return path
-    return free or first
 
 
 # One for each lock file: a record lock keeps processes apart, not the threads of one process.
@@ -84,9 +65,8 @@ class Directory:
             FileNotFoundError: no such file, and ``flags`` do not say to make it.
             StateError: the directory cannot be made, is not this user's alone, or the file cannot be opened.
         """
-        path = self.path
         try:
-            directory = _enter(path, create=bool(flags & os.O_CREAT))
+            directory = _enter(self.path, create=bool(flags & os.O_CREAT))
             try:
                 return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
             finally:
@@ -94,8 +74,6 @@ class Directory:
         except FileNotFoundError:
             raise
         except OSError as error:
-            if self.path != path:  # somebody else took that name just now
-                return self.open(name, flags)
             if isinstance(error, StateError):
                 raise
             raise self.error(error) from error

@@ -6,12 +6,11 @@ only.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -138,9 +137,26 @@ class Ledger:
 
     def __init__(self, directory: str | None = None) -> None:
         self._directory = Directory(directory)
-        # Containers may share the directory, but a PID means nothing outside its namespace.
-        self._name = f"ledger-{os.stat('/proc/self/ns/pid').st_ino}"
-        self.stale = False  # whether what `locked` yielded last is not what the file says
+        self._chosen = ""
+        self.needs_write = False  # the dead are in the file that `locked` read, or the file was rebuilt
+
+    @property
+    def _name(self) -> str:
+        """How the names of this ledger's files begin; chosen once.
+
+        Other machines and containers may share the directory, and a PID means nothing there. Release 0.1.0 left out the
+        machine. As long as a server or worker lives in the ledger that it made, everybody stays there: workers in two
+        ledgers would own the same cores.
+        """
+        if self._chosen:  # no functools.cached_property: its lock would be held for ever in a child forked meanwhile
+            return self._chosen
+        namespace, boot = os.stat("/proc/self/ns/pid").st_ino, process.boot()
+        old = f"ledger-{namespace}"
+        present = State()
+        with suppress(LedgerError):  # whoever opens a file in this directory next hears of it
+            present = (self._load(old) or State()).living()
+        self._chosen = old if present.servers or present.leases or not boot else f"ledger-{boot}-{namespace}"
+        return self._chosen
 
     @property
     def directory(self) -> str:
@@ -174,7 +190,7 @@ class Ledger:
         """Return what ``read`` returns, and the leases and servers whose process has ended since the last write."""
         if not os.path.lexists(self.directory):
             return State()
-        return self._load() or State()
+        return self._load(self._name) or State()
 
     @contextmanager
     def locked(self) -> Iterator[State]:
@@ -186,9 +202,9 @@ class Ledger:
             LedgerError: the directory cannot be used, or another process holds the lock for too long.
         """
         with self._directory.locked(f"{self._name}.lock"):
-            written = self._load()
+            written = self._load(self._name)
             state = (_recover(self.directory) if written is None else written).living()
-            self.stale = state != written
+            self.needs_write = state != written
             self._announce(state.generation)  # whoever wrote it may have died before this
             yield state
 
@@ -209,7 +225,7 @@ class Ledger:
             finally:
                 os.close(file)
             os.replace(f"{self.directory}/{draft}", self.path)
-            self.stale = False
+            self.needs_write = False
             self._announce(state.generation)
         except OSError as error:
             raise self._directory.error(error) from error
@@ -217,17 +233,17 @@ class Ledger:
     def _announce(self, generation: int) -> None:
         """Tell those who lend (``lending.words``, the first word) which plan holds; they read it at every region."""
         directory, name = self.beside("lending")
-        with contextlib.suppress(OSError):  # without the file nobody lends; with a wrong one neither
+        with suppress(OSError):  # without the file nobody lends; with a wrong one neither
             file = directory.open(name, os.O_WRONLY)
             try:
                 os.pwrite(file, struct.pack("=Q", generation), 0)
             finally:
                 os.close(file)
 
-    def _load(self) -> State | None:
-        """Return the content; None where there is none, or none that this version can read."""
+    def _load(self, name: str) -> State | None:
+        """Return the content of the file ``name``; None where there is none, or none that this version can read."""
         try:
-            file = self._directory.open(f"{self._name}.json", os.O_RDONLY)
+            file = self._directory.open(f"{name}.json", os.O_RDONLY)
         except FileNotFoundError:
             return None
         with open(file, "rb") as stream:

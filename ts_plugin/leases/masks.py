@@ -1,4 +1,4 @@
-"""The only place that sets affinity masks. Who may set which:
+"""Who may set which affinity mask while workers serve:
 
 - Who holds the ledger's lock binds all workers to their slices, and moves the frontends aside.
 - A worker binds its own process to its slice again where something has changed its masks.
@@ -20,6 +20,12 @@ from ts_plugin.leases.ledger import Lease, Server, State
 from ts_plugin.machine import process
 
 __all__ = ["enforce", "enforce_all", "evict", "outside", "release"]
+
+
+# A frontend that may run anywhere finds idle CPUs by itself; on too few, its I/O threads, compilers and garbage
+# collector, which are as many as it had CPUs when it started, wait for each other, and every request waits for them.
+LEAST_ASIDE = 4  # CPUs: two cores with SMT, for all threads of a JVM
+PART_ASIDE = 8  # and at least one CPU for so many that it was allowed: what it has to do grows with the workers
 
 
 def enforce(lease: Lease, *, before: Iterable[int] = (), borrows: Iterable[int] = ()) -> Outcome:
@@ -83,11 +89,16 @@ def release(pid: int, cpus: Iterable[int], *, held: Iterable[int]) -> None:
 
 
 def _move_aside(server: Server, state: State) -> None:
-    """Keep the frontend's own threads off the slices where they can go elsewhere: reserved cores, idle SMT siblings."""
+    """Keep the frontend's own threads off the slices where they can go elsewhere.
+
+    That is to reserved cores, however few its user gave it, or to idle cores and SMT siblings, if these are enough.
+    """
     held = {cpu for lease in state.leases if lease.slice.pinned for cpu in lease.slice.cpus}
-    free = (server.allowed & state.reserved) or (server.allowed - held)
+    idle = server.allowed - held
+    enough = len(idle) >= max(LEAST_ASIDE, len(server.allowed) / PART_ASIDE)
+    aside = (server.allowed & state.reserved) or (idle if enough else server.allowed)
     with contextlib.suppress(OSError):  # gone already
-        binding.bind_process(server.pid, free or server.allowed, before=os.sched_getaffinity(server.pid))
+        binding.bind_process(server.pid, aside, before=os.sched_getaffinity(server.pid))
 
 
 def _mask(tid: int) -> frozenset[int]:

@@ -55,7 +55,7 @@ def unbound_workers(state: State, directory: str | None = None) -> list[Unbound]
         server = server_of(state, pid)
         environment = process.environment(pid)
         elsewhere = "" if server else _elsewhere(pid, environment, directory)
-        reason = environment.get(UNBOUND_VARIABLE) or reasons.get(pid, PAST_LAUNCHER)
+        reason = reasons.get(pid) or environment.get(UNBOUND_VARIABLE) or PAST_LAUNCHER  # the ledger's is newer
         # A frontend that could not be entered into the ledger is still the parent of its workers.
         found.append(Unbound(pid, reason, server.pid if server else process.parent(pid), elsewhere))
     return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["CpuListError", "format_cpulist", "parse_cpulist"]
+__all__ = ["CpuListError", "format_cpulist", "parse_cpulist", "short_cpulist"]
 
 
+SHORTENED = 4  # of so many CPUs at equal distances: 0,2,4 is as short, and read more easily
 _HIGHEST = 65535  # far above any kernel's NR_CPUS; keeps a slip of the finger from filling the memory
 
 
@@ -17,7 +18,8 @@ class CpuListError(ValueError):
 def parse_cpulist(text: str) -> frozenset[int]:
     """Return the CPU numbers that ``text`` names; an empty text names none.
 
-    Accepts the kernel's list format with strides (``0-10:2/5``) and, because people type them, blanks between entries.
+    Accepts the kernel's list format with strides (``0-10:2/5``), those of taskset (``0-10:5``) and, because people type
+    them, blanks between entries.
 
     Raises:
         CpuListError: a part is no number, too high, or runs backwards: ``invalid CPU list '3-0' (3 > 0)``.
@@ -28,7 +30,7 @@ def parse_cpulist(text: str) -> frozenset[int]:
     for part in text.replace(",", " ").split():
         bounds, _, stride = part.partition(":")
         first, dash, last = bounds.partition("-")
-        used, _, group = stride.partition("/")
+        used, _, group = (stride if "/" in stride else f"1/{stride}").partition("/")
         try:
             low = _number(first)
             high = _number(last) if dash else low
@@ -60,6 +62,24 @@ def format_cpulist(cpus: Iterable[int]) -> str:
         else:
             runs.append([cpu, cpu])
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def short_cpulist(cpus: Iterable[int]) -> str:
+    """Return ``cpus`` as ``format_cpulist`` does, but ``0-34:2`` for CPUs at equal distances: for people and taskset.
+
+    Source: man 1 taskset. The kernel's own form of it is ``0-34:1/2``.
+    """
+    left = sorted(set(cpus))
+    parts = []
+    while left:
+        length, step = 1, left[1] - left[0] if len(left) > 1 else 1
+        while length < len(left) and left[length] - left[length - 1] == step:
+            length += 1
+        if step > 1 and length < SHORTENED:
+            length = 1
+        run, left = left[:length], left[length:]
+        parts.append(format_cpulist(run) if step == 1 or length == 1 else f"{run[0]}-{run[-1]}:{step}")
+    return ",".join(parts)
 
 
 def _number(text: str) -> int:

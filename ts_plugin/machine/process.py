@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "Identity",
+    "boot",
     "command_line",
     "environment",
     "identify",
@@ -41,6 +42,14 @@ class Identity:
     def alive(self) -> bool:
         """Tell whether this very process runs; a zombie uses no CPU any more and counts as dead."""
         return identify(self.pid) == self
+
+
+def boot() -> str:
+    """Return what tells this start of this machine from others, for example ``1f6d0c6a8d2b``; nothing if unknown.
+
+    Source: man 4 random, /proc/sys/kernel/random/boot_id.
+    """
+    return (_read("sys/kernel/random/boot_id") or b"").decode().replace("-", "")[:12]
 
 
 def identify(pid: int) -> Identity | None:

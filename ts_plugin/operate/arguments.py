@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "`ts-cores COMMAND --help` has the options of a command, and examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"ts-cores {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"ts-cores {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     def command(name: str, purpose: str, *examples: str) -> argparse.ArgumentParser:
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--sys-root", type=_file, metavar="DIR", help="read DIR/sys and DIR/proc instead of this machine's"
     )
-    plan.add_argument("--svg", type=_file, metavar="FILE", help="write the picture to FILE")
+    plan.add_argument("--svg", type=_file, metavar="FILE", help="write the picture to FILE; - is stdout")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     show = command(
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--server", type=_number(sys.maxsize), metavar="PID", help="only the workers of this TorchServe frontend"
     )
     show.add_argument("--watch", action="store_true", help="live, with the utilisation of every CPU; Ctrl-C ends it")
-    show.add_argument("--svg", type=_file, metavar="FILE", help="write the picture to FILE")
+    show.add_argument("--svg", type=_file, metavar="FILE", help="write the picture to FILE; - is stdout")
     show.add_argument(
         "--html", type=_file, metavar="FILE", help="write a web page to FILE; --watch keeps it up to date"
     )
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument(
         "path",
         nargs="?",
-        type=_file,
+        type=_config_file,
         default=Path("config.properties"),
         metavar="FILE|DIR",
         help="where to write it, with a directory model_store beside it; default: config.properties",
@@ -169,7 +169,9 @@ def _parser() -> argparse.ArgumentParser:
         "ts-cores tune my.mar --body photo.jpg --p99 200ms --config config.properties",
         "ts-cores tune a.mar b.mar --body a=photo.jpg --body b=text.json --rate a=20 --rate b=2",
     )
-    tune.add_argument("archives", type=_file, nargs="+", metavar="ARCHIVE")
+    tune.add_argument(
+        "archives", type=_file, nargs="+", metavar="ARCHIVE", help="a model archive (.mar) as TorchServe loads it"
+    )
     tune.add_argument("--body", action="append", metavar="[NAME=]FILE", help="what a request sends; JSON as such")
     tune.add_argument("--p99", action="append", metavar="[NAME=]TIME", help="99 of 100 answers within it: 200ms, 0.2s")
     tune.add_argument("--rate", action="append", metavar="[NAME=]N", help="requests/s to serve (default: the most)")
@@ -223,6 +225,11 @@ def _file(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("must name a file or directory, not ''")
     return Path(text)
+
+
+def _config_file(text: str) -> Path:
+    """Return the file that ``DIR/`` means, whether there is such a directory or not yet."""
+    return _file(text) / "config.properties" if text.endswith("/") else _file(text)
 
 
 def _model(text: str) -> PlannedModel:

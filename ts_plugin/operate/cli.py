@@ -7,6 +7,7 @@ import codecs
 import io
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +30,6 @@ from ts_plugin.planning.planner import Demand, Plan, PlanError, plan
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ts_plugin.operate.html import Ticks
 
 __all__ = ["main"]
@@ -38,7 +37,8 @@ __all__ = ["main"]
 APPROXIMATIONS = {"·": "-", "→": "->", "←": "<-", "…": "...", "×": "x", "✗": "x"} | dict(
     zip("▁▂▃▄▅▆▇█", "12345678", strict=True)
 )
-UNCUT = 10_000  # columns of a line that is piped
+# What a name promises that no option of ours writes.
+PICTURES = frozenset((".svg", ".html", ".htm", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"))
 LOOK_EVERY = 1.0  # seconds between two pictures of `show --watch`
 
 
@@ -52,27 +52,38 @@ class InputError(CommandError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 if it failed, 2 if it was not understood."""
-    _print_anything()
+    _open_streams()
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         status = COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:  # `ts-cores show | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except (CommandError, PlanError, LauncherArgsError, DiscoveryError, LedgerError) as error:
         print(f"ts-cores: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError | PlanError | LauncherArgsError) else 1
     except OSError as error:
-        print(f"ts-cores: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
+        print(f"ts-cores: {error.filename or 'stdout'}: {error.strerror or error}", file=sys.stderr)
+        _discard_output()
         return 1
     except KeyboardInterrupt:
         return 130
     return status
 
 
-def _print_anything() -> None:
-    """Let output be an approximation where its encoding lacks a character: PYTHONIOENCODING=ascii."""
+def _discard_output() -> None:
+    """Let what is not written yet go nowhere: Python would try again at its end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_streams() -> None:
+    """Let output go somewhere, and be an approximation where its encoding lacks a character: PYTHONIOENCODING=ascii.
+
+    A stream that is closed (``>&-``) is None. The next file that is opened would take its number.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     codecs.register_error("ts-cores", _approximate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -113,7 +124,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.svg:
         from ts_plugin.operate.svg import svg
 
-        _write(options.svg, svg(planned))
+        _write("--svg", options.svg, svg(planned))
     if options.json:
         workers = [
             {"worker": number, **({"model": name} if name else {}), **slice_document(piece)}
@@ -121,9 +132,9 @@ def _plan(options: argparse.Namespace) -> int:
         ]
         print(json.dumps({"workers": workers, "idle_cpus": sorted(result.idle), "notes": notes}))
     elif not options.svg:
-        from ts_plugin.operate.terminal import Map
+        from ts_plugin.operate.terminal import Map, tell
 
-        _console().print(Map(planned))
+        tell(Map(planned))
     return 0
 
 
@@ -152,6 +163,9 @@ def _machine(root: Path | None) -> tuple[Topology, Allowance]:
 
 def _show(options: argparse.Namespace) -> int:
     drawn = options.svg or options.html
+    if options.watch and Path("-") in (options.svg, options.html):
+        raise InputError("--watch keeps a file up to date, and stdout is none; name a file")
+    _need_directory()
     _need_server(options.server)
     if drawn:
         ticks = _write_pictures(options, before=None)
@@ -167,10 +181,17 @@ def _show(options: argparse.Namespace) -> int:
     elif options.watch and not drawn:
         _watch(options.server)
     elif not drawn:
-        from ts_plugin.operate.terminal import Map
+        from ts_plugin.operate.terminal import Map, tell
 
-        _console().print(Map(view.current_view(options.server)))
+        tell(Map(view.current_view(options.server)))
     return 0
+
+
+def _need_directory() -> None:
+    """Warn where the state directory that the user names is not there: a slip, or nobody has started yet."""
+    directory = Ledger().directory
+    if os.environ.get("TS_CORES_STATE_DIR") and not os.path.lexists(directory):
+        print(f"ts-cores: {directory}: not there, so no worker uses it; TS_CORES_STATE_DIR names it", file=sys.stderr)
 
 
 def _need_server(pid: int | None) -> None:
@@ -196,23 +217,41 @@ def _write_pictures(options: argparse.Namespace, *, before: Ticks | None) -> Tic
     now = view.current_view(options.server)
     ticks, reload = cpu_time.ticks(), LOOK_EVERY if options.watch else None
     if options.svg:
-        _write(options.svg, svg(now))
+        _write("--svg", options.svg, svg(now))
     if options.html:
-        _write(options.html, html(now, ticks=ticks, before=before, reload=reload))
+        _write("--html", options.html, html(now, ticks=ticks, before=before, reload=reload))
     return ticks
 
 
-def _write(file: Path, text: str) -> None:
-    """Write a file whole or not at all: a browser may be reading the old one."""
-    if file.is_dir():
-        raise InputError(f"{file}: is a directory; name a file in it")
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+def _write(option: str, file: Path, text: str) -> None:
+    """Write a file whole or not at all: a browser may be reading the old one. What is no file is written to as it is.
+
+    ``-`` is stdout, as is /dev/stdout. A symbolic link stays one.
+    """
+    kind = option.removeprefix("--")
+    if file.suffix.lower() in PICTURES and not file.suffix.lower().startswith(f".{kind[:3]}"):
+        raise InputError(
+            f"{file}: {option} writes {kind.upper()} and nothing else; name it {file.with_suffix('.' + kind)}"
+        )
     try:
-        try:
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
+        status = None if str(file) == "-" or not file.exists() else file.stat()
+        if str(file) == "-" or (status and os.path.samestat(status, os.fstat(sys.stdout.fileno()))):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        elif status and stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{file}: is a directory; name a file in it")
+        elif status and not stat.S_ISREG(status.st_mode):
+            file.write_text(text, encoding="utf-8")
+        else:
+            target = file.resolve()
+            draft = target.with_name(f".{target.name}.{os.getpid()}")
+            try:
+                draft.write_text(text, encoding="utf-8")
+                draft.replace(target)
+            finally:
+                draft.unlink(missing_ok=True)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise CommandError(f"{file}: {error.strerror}") from error
 
@@ -220,10 +259,10 @@ def _write(file: Path, text: str) -> None:
 def _watch(server_pid: int | None) -> None:
     from rich.live import Live
 
-    from ts_plugin.operate.terminal import Map, utilisation
+    from ts_plugin.operate.terminal import Map, make_console, utilisation
 
     before = cpu_time.ticks()
-    with Live(Map(view.current_view(server_pid)), console=_console(), screen=True, auto_refresh=False) as live:
+    with Live(Map(view.current_view(server_pid)), console=make_console(), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(LOOK_EVERY)
             after = cpu_time.ticks()
@@ -234,6 +273,7 @@ def _watch(server_pid: int | None) -> None:
 def _explain(options: argparse.Namespace) -> int:
     from ts_plugin.operate.explain import explain, find
 
+    _need_directory()
     ledger = Ledger()
     state = ledger.read()
     leases = find(state, options.who)
@@ -255,10 +295,9 @@ def _explain(options: argparse.Namespace) -> int:
         ]
         print(json.dumps({"workers": documents}))
         return 0
-    from ts_plugin.operate.terminal import reasons_table
+    from ts_plugin.operate.terminal import reasons_table, tell
 
-    for lease, reasons in found:
-        _console().print(reasons_table(f"{lease}, pid {lease.pid}", reasons))
+    tell(*(reasons_table(f"{lease}, pid {lease.pid}", reasons) for lease, reasons in found))
     return 0
 
 
@@ -281,9 +320,9 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"config": str(path) if path else None, "findings": [asdict(one) for one in findings]}))
     else:
-        from ts_plugin.operate.terminal import report
+        from ts_plugin.operate.terminal import report, tell
 
-        _console().print(report(findings))
+        tell(report(findings))
     return int(any(one.severity is Severity.ERROR for one in findings))
 
 
@@ -351,14 +390,6 @@ def _plugins() -> Path:
         return built_plugin()
     except FileNotFoundError as error:
         raise CommandError(str(error)) from error
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Piped, a line may be as long as it is: nothing is cut, and grep finds what it looks for.
-    free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(highlight=False, width=UNCUT if free else None)
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {

@@ -27,6 +27,8 @@ __all__ = ["CHECKS", "examine"]
 JAVA_NEEDED = 11  # what the jar is compiled for; model-server.jar 0.12 itself is content with less
 IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"  # in the environment of every container of a pod
 TORCHSERVE_NEEDED = "0.12."
+NO_PROPERTY = ("TS_CORES_", "TS_CONFIG_FILE")  # variables that are no lines of config.properties
+NAMED = 8  # processes of one kind that are named
 
 
 def _system(seen: Inspection) -> Iterator[Finding]:
@@ -152,7 +154,7 @@ def _openmp(seen: Inspection) -> Iterator[Finding]:
         )
     counts = [f"{name}={seen.environment[name]}" for name in THREAD_COUNTS if name in seen.environment]
     if counts:
-        what = f"{', '.join(counts)} in the environment"
+        what = f"{', '.join(counts)} in the environment of this command"
         yield Finding(Severity.NOTE, "OpenMP", what, "workers get the count of their slice instead")
     preload = seen.environment.get("LD_PRELOAD", "")
     if "iomp" in preload:
@@ -162,6 +164,20 @@ def _openmp(seen: Inspection) -> Iterator[Finding]:
             f"LD_PRELOAD={preload}",
             "torch brings an OpenMP runtime of its own: two in one process each start their own threads",
             "take libiomp5 out of LD_PRELOAD",
+        )
+
+
+def _overrides(seen: Inspection) -> Iterator[Finding]:
+    """Name the variables that win over the file. Source: org.pytorch.serve.util.ConfigManager (setSystemVars)."""
+    if seen.config is None or not seen.config.on("enable_envvars_config"):
+        return
+    names = [name for name in sorted(seen.environment) if name.startswith("TS_") and not name.startswith(NO_PROPERTY)]
+    if names:
+        yield Finding(
+            Severity.NOTE,
+            "environment",
+            f"{', '.join(names)}: set in the environment of this command, and go before {seen.config.path}",
+            "a server reads the environment that it is started in: with other values there, ask in that one",
         )
 
 
@@ -200,17 +216,18 @@ def _workers(seen: Inspection) -> Iterator[Finding]:
         )
     for note in not_judged(seen.unbound):
         yield Finding(Severity.NOTE, "worker", note)
-    for pid, threads in seen.astray:
+    if seen.astray:
+        each = _listed(f"{threads} threads of worker {pid}" for pid, threads in seen.astray)
         yield Finding(
             Severity.WARNING,
             "worker",
-            f"{threads} threads of worker {pid} may run outside its slice",
+            f"{each} may run outside their slice",
             "they run on other workers' cores; read-back should have put them back within seconds",
             "see its log: the handler or one of its libraries sets affinity masks",
         )
-    for lease in seen.state.leases:
-        for note in lease.notes:
-            yield Finding(Severity.NOTE, "worker", f"{lease}: {note}")
+    told = [(note, lease) for lease in seen.state.leases for note in lease.notes]
+    for note in dict.fromkeys(note for note, _ in told):
+        yield Finding(Severity.NOTE, "worker", f"{_listed(str(lease) for said, lease in told if said == note)}: {note}")
     for note in seen.state.notes:
         yield Finding(Severity.NOTE, "plan", note)
 
@@ -218,15 +235,18 @@ def _workers(seen: Inspection) -> Iterator[Finding]:
 def _neighbours(seen: Inspection) -> Iterator[Finding]:
     held = {cpu for lease in seen.state.leases if lease.slice.pinned for cpu in lease.slice.cpus}
     cpus = frozenset(held) or (seen.allowance.cpus if seen.allowance else frozenset())
-    for pid, name, mask, share in seen.busy:
-        if not mask.isdisjoint(cpus):
-            yield Finding(
-                Severity.WARNING,
-                "neighbours",
-                f"{name} (pid {pid}) uses {share:.0%} of a CPU and may run on the workers' cores",
-                "the slowest thread of a worker holds up all its others",
-                f"cpu_launcher_args=--reserve-cores 1, then: taskset -apc CPUS {pid} with the reserved CPUs",
-            )
+    busy = [(name, str(pid), share) for pid, name, mask, share in seen.busy if not mask.isdisjoint(cpus)]
+    for name in dict.fromkeys(name for name, _, _ in busy):
+        pids = [pid for other, pid, _ in busy if other == name]
+        share = sum(share for other, _, share in busy if other == name)
+        yield Finding(
+            Severity.WARNING,
+            "neighbours",
+            f"{name} (pid {_listed(pids)}) uses {share:.0%} of a CPU and may run on the workers' cores",
+            "the slowest thread of a worker holds up all its others",
+            f"cpu_launcher_args=--reserve-cores 1, then: taskset -apc CPUS {pids[0]} with the reserved CPUs"
+            + (", and so for each" if len(pids) > 1 else ""),
+        )
 
 
 CHECKS: tuple[Callable[[Inspection], Iterable[Finding]], ...] = (
@@ -241,6 +261,7 @@ CHECKS: tuple[Callable[[Inspection], Iterable[Finding]], ...] = (
     _machine,
     _allowance,
     check_plan,
+    _overrides,
     _openmp,
     _preload,
     check_token,
@@ -248,6 +269,13 @@ CHECKS: tuple[Callable[[Inspection], Iterable[Finding]], ...] = (
     _workers,
     _neighbours,
 )
+
+
+def _listed(words: Iterable[str]) -> str:
+    """Return the first few, and how many more there are."""
+    every = list(words)
+    more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
+    return ", ".join(every[:NAMED]) + more
 
 
 def _release(version: str) -> int | None:

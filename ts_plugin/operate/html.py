@@ -9,7 +9,7 @@ from datetime import datetime
 from html import escape
 from importlib import resources
 
-from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.machine.cpulist import short_cpulist
 from ts_plugin.operate.svg import colour, fill_of, svg, text_at
 from ts_plugin.operate.view import View, tag
 
@@ -64,10 +64,10 @@ def _row(view: View, index: int) -> str:
         f"<b>{escape(worker.model or worker.name)}</b> <small>{escape(worker.version)}</small>",
         escape(worker.worker_id),
         "" if worker.pid is None else str(worker.pid),
-        f"{format_cpulist(piece.cpus).replace(',', ',<wbr>')}{pinned}",
+        f"{short_cpulist(piece.cpus).replace(',', ',<wbr>')}{pinned}",
         str(piece.threads),
-        format_cpulist(piece.numa_nodes),
-        format_cpulist(piece.l3_domains),
+        short_cpulist(piece.numa_nodes),
+        short_cpulist(piece.l3_domains),
         str(worker.moves or ""),
         _now(view, index),
         "<br>".join(escape(note) for note in worker.notes),
@@ -80,6 +80,6 @@ def _now(view: View, index: int) -> str:
     now = view.computes_on(index)
     if now is None:
         return ""
-    own, borrowed = (format_cpulist(cpus).replace(",", ",<wbr>") for cpus in now)
+    own, borrowed = (short_cpulist(cpus).replace(",", ",<wbr>") for cpus in now)
     borrowed = f" <b>+ {borrowed}</b> <small>borrowed</small>" if borrowed else ""
     return f"{own}{borrowed}" or "<small>idle</small>"

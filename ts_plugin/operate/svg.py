@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from math import ceil, isqrt, sqrt
 
-from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.machine.cpulist import format_cpulist, short_cpulist
 from ts_plugin.machine.topology import Core
 from ts_plugin.machine.words import count
 from ts_plugin.operate.view import WORDS, Group, Use, View, Worker, tag
@@ -348,7 +348,7 @@ def _legend(view: View) -> _Box:
 def _describe(worker: Worker) -> str:
     piece = worker.slice
     who = [worker.name] + ([f"worker {worker.worker_id} · pid {worker.pid}"] if worker.pid is not None else [])
-    cpus = f"{'CPU' if len(piece.cpus) == 1 else 'CPUs'} {format_cpulist(piece.cpus)}"
+    cpus = f"{'CPU' if len(piece.cpus) == 1 else 'CPUs'} {short_cpulist(piece.cpus)}"
     where = cpus if piece.pinned else f"anywhere in {cpus}"
     nodes = f"NUMA {format_cpulist(piece.numa_nodes)}" if piece.numa_nodes else ""
     return " · ".join(word for word in (*who, count(piece.threads, "thread"), where, nodes) if word)

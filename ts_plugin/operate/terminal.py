@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 
@@ -12,14 +15,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ts_plugin.machine.cpulist import format_cpulist
+from ts_plugin.machine.cpulist import short_cpulist
 from ts_plugin.machine.topology import Core
 from ts_plugin.machine.words import count
 from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.svg import colour
 from ts_plugin.operate.view import WORDS, Group, Use, View, tag
 
-__all__ = ["Map", "reasons_table", "report", "utilisation"]
+__all__ = ["Map", "make_console", "reasons_table", "report", "tell", "utilisation"]
 
 BARS = " ▁▂▃▄▅▆▇█"
 STYLES = {
@@ -29,8 +32,27 @@ STYLES = {
     Use.RESERVED: ("R", "white on #5a6675"),
     Use.BARRED: ("x", "dim strike"),
 }
-WIDEST = 160  # columns that the map takes at most, where nothing says how wide a line may be
+WIDEST = 160  # columns that the map takes at most, and every line that is piped
 DETAILED = 64  # cores up to which every tile carries its CPU numbers
+
+
+def make_console() -> Console:
+    """Return stdout, as wide as COLUMNS or the terminal say; piped, lines end at WIDEST."""
+    if sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return Console(highlight=False)  # follows a terminal that is resized
+    return Console(highlight=False, width=shutil.get_terminal_size((WIDEST, 24)).columns)  # COLUMNS=0 says nothing
+
+
+def tell(*shown: RenderableType) -> None:
+    """Print on stdout, without the blanks that fill up the lines of a table, unless it is a terminal."""
+    console = make_console()
+    with console.capture() as captured:
+        for one in shown:
+            console.print(one)
+    text = captured.get()
+    if not console.is_terminal:
+        text = "\n".join(line.rstrip() for line in text.split("\n"))
+    sys.stdout.write(text)
 
 
 def utilisation(before: Mapping[int, tuple[int, int]], after: Mapping[int, tuple[int, int]]) -> dict[int, float]:
@@ -69,9 +91,12 @@ class Map:
                 box=ROUNDED,
                 expand=False,
             )
-        yield from self._key()
+        yield from self._key(console)
         if self._view.workers:
             yield self._workers()
+        for index, worker in enumerate(self._view.workers):
+            for note in worker.notes:
+                yield Text.assemble((f"note on {tag(index)} ", "bold"), note)
         for pid, reason in self._view.unbound:
             yield Text.assemble(("unbound ", "bold red"), f"pid {pid}: {reason}")
         for note in self._view.notes:
@@ -99,7 +124,7 @@ class Map:
         if not self._detailed:
             for number, row in enumerate(rows):
                 part = cores[number * per_row : (number + 1) * per_row]
-                row.append(f"  {format_cpulist(cpu for core in part for cpu in core.cpus)}", "dim")
+                row.append(f"  {short_cpulist(cpu for core in part for cpu in core.cpus)}", "dim")
         return Text("\n").join(rows)
 
     def _tile(self, core: Core) -> Text:
@@ -136,20 +161,29 @@ class Map:
         fill, ink = colour(guest)
         return f"←{tag(guest)}", f"{ink} on {fill}"
 
-    def _key(self) -> Iterable[Text]:
+    def _key(self, console: Console) -> Iterable[Text]:
+        """Explain the marks that occur, those by colour or brightness only where there is any."""
         seen = {self._view.use(core) for core in self._view.topology.cores}
         key = Text()
         for use in Use:
             if use in seen and use is not Use.OWNED:
                 mark, style = STYLES[use]
                 key.append(f" {mark} ", style).append(f" {WORDS[use]}   ", "dim")
-        if self._detailed and any(
-            self._view.owners(core) and not self._view.in_slice(cpu)
-            for core in self._view.topology.cores
-            for cpu in core.cpus
+        styled = console.color_system is not None
+        if (
+            self._detailed
+            and styled
+            and any(
+                self._view.owners(core) and not self._view.in_slice(cpu)
+                for core in self._view.topology.cores
+                for cpu in core.cpus
+            )
         ):
             key.append("dim number", "dim").append(" SMT sibling kept free   ", "dim")
-        if any(self._view.borrower(core) is not None for core in self._view.topology.cores):
+        coloured = styled and not console.no_color
+        if (self._detailed or coloured) and any(
+            self._view.borrower(core) is not None for core in self._view.topology.cores
+        ):
             words = "B computes on A's core" if self._detailed else "the colour shows who computes there"
             key.append(" A←B " if self._detailed else " A ", "reverse").append(f" borrowed: {words} now", "dim")
         if key:
@@ -163,16 +197,19 @@ class Map:
         moved = any(worker.moves for worker in self._view.workers)
         now = self._view.users is not None
         for head in (*heads, *["moves"] * moved, *["now on"] * now):
-            table.add_column(head, justify="right" if head in ("pid", "threads", "moves") else "left")
+            right = head in ("pid", "threads", "moves")
+            table.add_column(head, justify="right" if right else "left", overflow="fold")
         for index, worker in enumerate(self._view.workers):
             piece, (fill, ink) = worker.slice, colour(index)
-            cells = [*[worker.name] * named, worker.worker_id, *[str(worker.pid)] * running]
-            cells.append(format_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)"))
-            cells += [str(piece.threads), format_cpulist(piece.numa_nodes), format_cpulist(piece.l3_domains)]
+            cells = [
+                *[f"{worker.model} {worker.version}".strip()] * named,
+                worker.worker_id,
+                *[str(worker.pid)] * running,
+            ]
+            cells.append(short_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)"))
+            cells += [str(piece.threads), short_cpulist(piece.numa_nodes), short_cpulist(piece.l3_domains)]
             cells += [*[str(worker.moves or "")] * moved, *[self._now(index)] * now]
             table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *cells)
-            for note in worker.notes:
-                table.add_row("", Text(note, "dim"))
         return table
 
     def _now(self, index: int) -> str:
@@ -180,7 +217,7 @@ class Map:
         now = self._view.computes_on(index)
         if now is None:
             return ""
-        own, borrowed = map(format_cpulist, now)
+        own, borrowed = map(short_cpulist, now)
         return (f"{own} + {borrowed}" if borrowed else own) or "idle"
 
 

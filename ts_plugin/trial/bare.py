@@ -221,10 +221,10 @@ def _load(model: Path, body: bytes, content_type: str, change: str | None) -> di
     from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
     from ts.model_loader import ModelLoaderFactory
 
-    from ts_plugin.worker import start
+    from ts_plugin.worker import late
 
     # A handler of ours would claim a slice, from the workers of live servers, and leave the cores that were given here.
-    start.start = lambda **_: start.Start(None)
+    late.attempt = lambda context: None
     sys.path.insert(0, str(model))
     os.chdir(model)
     manifest = json.loads((model / "MAR-INF" / "MANIFEST.json").read_text())["model"]

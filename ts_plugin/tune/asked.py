@@ -16,6 +16,9 @@ from ts_plugin.tune.profile import Target
 __all__ = ["TuneError", "asked_models"]
 
 
+DRAWN = (".png", ".svg")  # how the name of a picture may end
+
+
 class TuneError(RuntimeError):
     """Nothing can be tuned; the message is the one line that the user sees."""
 
@@ -32,6 +35,8 @@ def asked_models(options: argparse.Namespace) -> list[Model]:
     bodies = _assigned("--body", options.body, names)
     rates = _assigned("--rate", options.rate, names)
     bounds = _assigned("--p99", options.p99, names)
+    _check_files(options)
+    targets = {name: _target(name, rates.get(name), bounds.get(name)) for name in names}
     models = []
     for path, name in zip(options.archives, names, strict=True):
         if name not in bodies:
@@ -47,18 +52,31 @@ def asked_models(options: argparse.Namespace) -> list[Model]:
             raise TuneError(f"{error.filename}: {error.strerror}") from error
         kind = mimetypes.guess_type(file.name)[0]
         body = Body(content, kind if kind == "application/json" else CONTENT_TYPE)
-        try:
-            target = Target(
-                p99=_seconds(bounds[name]) if name in bounds else None,
-                rate=_positive(rates[name]) if name in rates else None,
-            )
-        except ValueError as error:
-            raise TuneError(f"{name}: {error}") from error
-        models.append(Model(archive, body, target))
+        models.append(Model(archive, body, targets[name]))
     called = [model.archive.model for model in models]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise TuneError(f"{', '.join(twice)}: two archives with a model of this name; one server cannot load both")
     return models
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Raises: TuneError: what is to be written at the end cannot be, which must not be found out then."""
+    for option, file in (("--write", options.write), ("--picture", options.picture)):
+        if file and not file.absolute().parent.is_dir():
+            raise TuneError(f"{option} {file}: there is no directory {file.absolute().parent}; make it first")
+    if options.picture and options.picture.suffix not in DRAWN:
+        raise TuneError(f"--picture {options.picture}: its name must end with {' or '.join(DRAWN)}")
+
+
+def _target(name: str, rate: str | None, bound: str | None) -> Target:
+    """Raises: TuneError: one of them is no number."""
+    try:
+        return Target(
+            p99=None if bound is None else _seconds(bound),
+            rate=None if rate is None else _positive(rate),
+        )
+    except ValueError as error:
+        raise TuneError(f"{name}: {error}") from error
 
 
 def _assigned(option: str, values: Sequence[str] | None, names: Sequence[str]) -> dict[str, str]:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
-from rich.console import Console
 
 from ts_plugin import __version__
 from ts_plugin.machine.words import count
 from ts_plugin.operate.config import Config, read_config
+from ts_plugin.operate.terminal import tell
 from ts_plugin.trial.archive import Archive, copy_with
 from ts_plugin.trial.bare import BareError
 from ts_plugin.trial.properties import Property
@@ -66,8 +66,8 @@ def tune(options: argparse.Namespace) -> int:
     Raises:
         TuneError: and why.
     """
-    models = asked_models(options)
     config = _config(options.config)
+    models = asked_models(options)
     with _alone() as cache:
         try:
             room = find_room(anyway=options.anyway)
@@ -317,11 +317,9 @@ def report(models: Sequence[Model], answers: Sequence[Answer], options: argparse
     if options.json:
         print(to_json(answers, wanted))
     else:
-        console = Console(highlight=False)
         for answer in answers:
-            console.print(table(answer))
-            for text in (sentence(answer), *_keep(answer), *advice(answer), ""):
-                console.print(text, soft_wrap=True, markup=False)
+            tell(table(answer))
+            print(*(sentence(answer), *_keep(answer), *advice(answer), ""), sep="\n")
     say = sys.stderr if options.json else sys.stdout
     if options.picture:
         for number, answer in enumerate(answers):

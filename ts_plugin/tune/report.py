@@ -27,7 +27,7 @@ def table(answer: Answer) -> Table:
     """Draw what was measured for a terminal, the advised row bold; what was only computed says so."""
     result = Table(title=answer.profile.archive, title_justify="left", box=SIMPLE, pad_edge=False, header_style="dim")
     for head in HEADS:
-        result.add_column(head, justify="right" if head else "left")
+        result.add_column(head, justify="right" if head else "left", no_wrap=not head)
     for cells, chosen in _rows(answer):
         result.add_row(*cells, style="bold" if chosen else "")
     return result

@@ -23,7 +23,7 @@ from ts_plugin.worker.log import say
 from ts_plugin.worker.onnx_threads import OnnxThreads
 from ts_plugin.worker.requests import Requests
 
-__all__ = ["Follower", "attach", "current"]
+__all__ = ["Follower", "attach", "current", "follow", "hook"]
 
 INTERVAL = 0.5  # seconds between two stats of the ledger; a death is seen at once
 LOOK_INTERVAL = 5.0  # seconds between two read-backs
@@ -117,10 +117,10 @@ class Follower(hooks.Hook):
         state = written.living()
         refused: dict[int, OSError] = {}
         if state.leases != written.leases:
-            state, refused = coordinator.replan(self._ledger)
+            state, refused = coordinator.divide_freed(self._ledger)
         self._adopt(state, refused.get(self._lease.pid))
         if self.requests.unannounced:  # there is a new file of words, or whoever planned died before it told
-            self._adopt(coordinator.replan(self._ledger)[0])
+            self._adopt(coordinator.divide_freed(self._ledger)[0])
         self._observe(poll, state)
 
     def _look(self) -> None:
@@ -177,7 +177,7 @@ class Follower(hooks.Hook):
         """Bind this process; say in the log and in the ledger that it is not bound, as long as that is so."""
         lease = self._lease
         notes = tuple(note for note in lease.notes if not note.startswith(NOT_BOUND))
-        # What a process has that could not be bound is no choice of its own, so it follows.
+        # While it is NOT BOUND its masks are leftovers, which follow.
         before = None if notes == lease.notes else os.sched_getaffinity(lease.pid)
         try:
             if refused is not None:
@@ -210,7 +210,7 @@ class Follower(hooks.Hook):
             try:
                 self._pidfds[pid] = os.pidfd_open(pid)
             except ProcessLookupError:  # just now
-                coordinator.replan(self._ledger)
+                coordinator.divide_freed(self._ledger)
             except (OSError, AttributeError):  # an old kernel, a sandbox, too many files: look at /proc instead
                 self._blind = True
             else:
@@ -222,21 +222,32 @@ class Follower(hooks.Hook):
             self._reported.add(trouble)
 
 
-def attach(lease: Lease) -> Follower:
-    """Follow ``lease`` in this process from now on, at the request boundaries of whatever handler it runs."""
+def follow(lease: Lease) -> Follower:
+    """Follow ``lease`` in this process from now on; the caller tells its ``requests`` of them."""
     global _current
     own = _current = Follower(Ledger(), lease)
     try:
         own.requests.hold()
     except OSError as error:
         own._report(str(error))
-    own.start()  # before TorchServe is imported, which takes seconds
-    try:
-        hooks.install([own, own.requests])
-        own.requests.hold()  # TorchServe has imported torch by now: what differs later is the handler's doing
-    except Exception as error:  # noqa: BLE001 - the worker is bound already; it must serve even if it cannot follow
-        own._report(f"its threads will not follow its slice: {type(error).__name__}: {error}")
+    own.start()
     return own
+
+
+def attach(lease: Lease) -> Follower:
+    """Do what ``follow`` does, at the request boundaries of whatever handler this process runs."""
+    own = follow(lease)  # before TorchServe is imported, which takes seconds
+    hook(own, own.requests)
+    own.requests.hold()  # TorchServe has imported torch by now: what differs later is the handler's doing
+    return own
+
+
+def hook(*called: hooks.Hook) -> None:
+    """Call these at TorchServe's request boundaries from now on, or say why that cannot be."""
+    try:
+        hooks.install(called)
+    except Exception as error:  # noqa: BLE001 - it is bound already, or may be later; it must serve anyway
+        say(f"threads will not follow the slice: {type(error).__name__}: {error}", problem=True)
 
 
 _current: Follower | None = None

@@ -18,7 +18,8 @@ from ts_plugin.worker.start import start
 
 __all__ = ["main"]
 
-INSIDE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")  # runs the worker and follows its slice
+# Runs the worker, and follows its slice or tries again to get one.
+INSIDE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -37,6 +38,6 @@ def main(arguments: list[str]) -> NoReturn:
     if lease is None:
         unbound = {**os.environ, UNBOUND_VARIABLE: reason}
         unbound.pop(LEASE_VARIABLE, None)
-        os.execve(python, [python, *arguments], unbound)
+        os.execve(python, [python, INSIDE, *arguments], unbound)
     environment[LEASE_VARIABLE] = pack_lease(lease)
     os.execve(python, [python, INSIDE, *arguments], environment)

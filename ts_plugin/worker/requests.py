@@ -51,7 +51,7 @@ class Requests(hooks.Hook):
         self._lender: Lender | None = None
         self._began: Lender | None = None  # what the present request began with
         self._applied: Slice | None = None
-        self._counted: Slice | None = None  # torch was given the number of threads of this one last
+        self._counted: tuple[Slice, int] | None = None  # whose number of threads which thread was given last
         self._bound: Iterable[int] = lease.slice.cpus
         self._published = Status()
         self._join()
@@ -228,13 +228,13 @@ class Requests(hooks.Hook):
                     self._report(note)
                 openmp.end_team()  # its threads keep the policy of the nodes that were left
             self._applied = own
-        found = _set_threads(own.threads)
-        if own is self._counted and found not in (None, own.threads):
+        found, here = _set_threads(own.threads), (own, threading.get_ident())
+        if here == self._counted and found not in (None, own.threads):
             self._report(
                 f"torch.set_num_threads({found}), called by the handler or a library, is overruled: the slice's number "
                 f"is {own.threads}; `cpu: {{cores: N}}` in the archive's model-config.yaml asks for another"
             )
-        self._counted = own if found is not None else None
+        self._counted = here if found is not None else None
 
     def _keep(self, why: str) -> None:
         """Neither lend nor borrow from now on; what the present request has borrowed goes back when it ends."""

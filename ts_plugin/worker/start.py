@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ts_plugin.leases import binding, claim, coordinator, masks
+from ts_plugin.leases.environment import collapsing
 from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.worker.log import say
 
-__all__ = ["Start", "start"]
+__all__ = ["Start", "collapsed", "start"]
 
 
 class Start(NamedTuple):
@@ -21,16 +22,19 @@ class Start(NamedTuple):
     reason: str = ""
 
 
-def start(*, worker: str, archive: str, prepare: Callable[[Lease], list[str]], hooked: bool = False) -> Start:
+def start(
+    *, worker: str, archive: str, prepare: Callable[[Lease], list[str]], hooked: bool = False, said: str = ""
+) -> Start:
     """Claim a slice for this process, which binds it, and set the memory policy of the calling thread.
 
     ``worker`` is TorchServe's number for it, ``archive`` the directory of its model. ``prepare`` does what else the
     slice needs and returns notes for the log. ``hooked``: the frontend has our hook, so its entry in the ledger,
     which says what this worker may use, is worth a wait. Whatever goes wrong, the worker serves: unbound, on
-    the CPUs that it had, with its lease given back.
+    the CPUs that it had, with its lease given back. ``said``: the reason that the log has already.
     """
-    had = os.sched_getaffinity(0)
+    had: frozenset[int] = frozenset()
     try:
+        had = frozenset(os.sched_getaffinity(0))
         lease = claim.claim(Ledger(), archive=claim.read_archive(archive), worker=worker, hooked=hooked)
         policy = lease.demand.policy
         notes = [*lease.notes, *policy.notes]
@@ -39,8 +43,10 @@ def start(*, worker: str, archive: str, prepare: Callable[[Lease], list[str]], h
         notes += prepare(lease)
     except Exception as error:  # noqa: BLE001 - a pinning plug-in never takes serving down, whatever went wrong
         reason = " ".join(str(error).split()) or type(error).__name__
-        say(f"worker {worker} serves UNBOUND: {reason}", problem=True)
-        _give_back(reason, frozenset(had))
+        if reason != said:
+            say(f"worker {worker} serves UNBOUND: {reason}", problem=True)
+        with contextlib.suppress(Exception):  # what failed above may fail here
+            _give_back(reason, had)
         return Start(None, reason)
     say(claim.describe(lease) if hooked else f"{claim.describe(lease)} (claimed by the handler)")
     for note in notes:
@@ -58,3 +64,10 @@ def _give_back(reason: str, had: frozenset[int]) -> None:
     with contextlib.suppress(Exception):
         coordinator.leave(Ledger(), pid, reason)
     masks.release(pid, had, held=held)
+
+
+def collapsed(lease: Lease) -> list[str]:
+    """Return notes on the mask of a process that has imported torch already."""
+    return [
+        f"{name} is set, and shrank the affinity mask at `import torch`; unset it" for name in collapsing(os.environ)
+    ]

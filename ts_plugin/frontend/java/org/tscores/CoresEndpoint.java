@@ -47,7 +47,7 @@ public final class CoresEndpoint extends ModelServerEndpoint {
     private static final String NOTHING = "{\"enabled\": false, \"slices\": [], \"unbound\": []}";
     private static final int TAKE_OVER_SECONDS = 30;
     private static final int LOOK_MILLISECONDS = 500;
-    private static final int LONGEST_PAUSE_SECONDS = 600;
+    private static final int LONGEST_PAUSE_SECONDS = 30;
     private static final int ANSWER_SECONDS = 10;
 
     /** The interpreter that the server was configured with; null until the first instance has looked. */
