@@ -62,6 +62,14 @@ def test_reasons(demands: list[Demand], words: str) -> None:
     assert words in reasons(EIGHT, *demands)
 
 
+def test_equal_is_not_advised_where_it_is_on() -> None:
+    equal = replace(ALL, policy=Policy(equal=True))
+    held = tuple(replace(lease, demand=equal) for lease in leases(EIGHT, ALL, ALL, ALL))
+    said = "\n".join(text for _, text in explain(held[0], State(leases=held), EIGHT))
+    assert "it has 4, because" in said
+    assert "--equal changes that" not in said
+
+
 NODE = machine(cores=4)
 TWO = [Demand(NODE.online, Policy(lend=Lend.AUTO))] * 2
 MEASURED = (Measured(2, 0.1, 20.0), Measured(4, 0.055, 9.0))

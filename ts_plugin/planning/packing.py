@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import islice, permutations
 
+from ts_plugin.planning.allotment import apportion
 from ts_plugin.planning.core_groups import LEVELS, Claim, CoreGroup, Costs, Part, Parts, PlanError, by_level
 
-__all__ = ["pack", "repair"]
+__all__ = ["pack", "pack_within_nodes", "repair"]
 
 _EXCHANGES = 1000  # looked at in one repair
 
@@ -60,6 +62,34 @@ def _take(
         size -= taken
         del rooms[child]
     return tuple(crossed), tuple(sorted(part))
+
+
+def pack_within_nodes(groups: Sequence[CoreGroup], claims: Sequence[Claim]) -> Parts:
+    """Pack the fixed sizes, and others as large as NUMA nodes have room for, in proportion to their weights."""
+    owners = [c for c, claim in enumerate(claims) for _ in range(claim.workers)]
+    weights = [claims[c].weight for c in owners if claims[c].weight]
+    members = by_level(groups, range(len(groups)), "node")
+    nodes = [CoreGroup(0, groups[node[0]].node, 0, 0, sum(groups[i].size for i in node)) for node in members]
+
+    def sizes(more: int) -> list[int]:
+        fair = iter(apportion(len(weights) + more, weights))
+        return [next(fair) if claims[c].weight else claims[c].least for c in owners]
+
+    def fits(more: int) -> bool:
+        try:
+            return bool(pack(nodes, sizes(more), within_nodes=True))
+        except PlanError:
+            return False
+
+    free = sum(node.size for node in nodes) - sum(sizes(0)) if weights else 0
+    chosen = sizes(bisect_left(range(1, free + 1), True, key=lambda more: not fits(more)))
+    packed = [part[0][0] for part in pack(nodes, chosen, within_nodes=True)]
+    parts: dict[int, Part] = {}
+    for n, node in enumerate(members):
+        mine = [w for w, where in enumerate(packed) if where == n]
+        for w, part in zip(mine, pack([groups[i] for i in node], [chosen[w] for w in mine]), strict=True):
+            parts[w] = tuple((node[i], count) for i, count in part)
+    return [(claim, parts[w]) for w, claim in enumerate(owners)]
 
 
 def repair(groups: Sequence[CoreGroup], parts: Parts, claims: Sequence[Claim], costs: Costs) -> Parts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from heapq import heapreplace
@@ -11,18 +10,18 @@ from itertools import accumulate, chain, combinations
 from operator import itemgetter
 
 from ts_plugin.planning.allotment import apportion
-from ts_plugin.planning.core_groups import Claim, CoreGroup, Costs, Distance, Part, Parts, PlanError, by_level
-from ts_plugin.planning.packing import pack, repair
+from ts_plugin.planning.core_groups import Claim, CoreGroup, Costs, Distance, Part, Parts, by_level
+from ts_plugin.planning.packing import pack, pack_within_nodes, repair
 
 __all__ = ["cut"]
 
 # Levels from the outside in: right where packages hold NUMA nodes; where nodes hold packages; where neither holds.
 _ORDERS = (("kind", "package", "node", "l3"), ("kind", "node", "package", "l3"), ("kind", "node", "l3", "package"))
 _NODES_FIRST = ("node", "kind", "package", "l3")
-_MANY = 32  # for more workers a group gets about its proportional number of parts, and one order of levels is tried
+_MANY = 32  # for more workers one order of levels is tried; of more core groups each gets about its share of the parts
 _FEW = 6  # up to so many groups every way of joining them is tried
-_SPAN = 3  # a longer run of core groups is one part
-_MIXES = 400_000  # so many pairs of mixes are put together
+_SPAN = 3  # a longer run of core groups is one part, or the whole row
+_MIXES = 400_000  # so many pairs of mixes may be put together; with more claims each group is tried with fewer
 _BITS = 16  # of the number of each claim's parts in a mix
 
 Mix = int  # how many parts of each claim: of the first in the lowest 16 bits, of the second in the next, and so on
@@ -66,7 +65,7 @@ def cut(
     costs = Costs(groups, distance, [claim.weight for claim in claims])
     homes = homes or [[0] * len(claims)] * len(groups)
     divide = _cut_within_nodes if within_nodes else _cut_anywhere
-    parts = _pack_within_nodes(groups, claims) if within_nodes and equal else divide(groups, claims, costs, homes)
+    parts = pack_within_nodes(groups, claims) if within_nodes and equal else divide(groups, claims, costs, homes)
     return [part for _, part in sorted(parts, key=lambda own: (own[0], own[1][0][0], len(own[1]), -own[1][0][1]))]
 
 
@@ -97,7 +96,7 @@ def _cut_within_nodes(
         # So many nodes stay idle that somebody gets less than half of the equal share.
         lower = [replace(claim, least=max(1, claim.least // 2)) if claim.weight else claim for claim in claims]
         if lower == claims:
-            return _pack_within_nodes(groups, claims)
+            return pack_within_nodes(groups, claims)
         claims = lower
     return found
 
@@ -390,31 +389,3 @@ def _set_partitions(count: int, blocks: int) -> Iterator[list[list[int]]]:
     for partition in _set_partitions(count - 1, blocks):
         for i, block in enumerate(partition):
             yield [*partition[:i], [*block, count - 1], *partition[i + 1 :]]
-
-
-def _pack_within_nodes(groups: Sequence[CoreGroup], claims: Sequence[Claim]) -> Parts:
-    """Pack the fixed sizes, and others as large as NUMA nodes have room for, in proportion to their weights."""
-    owners = [c for c, claim in enumerate(claims) for _ in range(claim.workers)]
-    weights = [claims[c].weight for c in owners if claims[c].weight]
-    members = by_level(groups, range(len(groups)), "node")
-    nodes = [CoreGroup(0, groups[node[0]].node, 0, 0, sum(groups[i].size for i in node)) for node in members]
-
-    def sizes(more: int) -> list[int]:
-        fair = iter(apportion(len(weights) + more, weights))
-        return [next(fair) if claims[c].weight else claims[c].least for c in owners]
-
-    def fits(more: int) -> bool:
-        try:
-            return bool(pack(nodes, sizes(more), within_nodes=True))
-        except PlanError:
-            return False
-
-    free = sum(node.size for node in nodes) - sum(sizes(0)) if weights else 0
-    chosen = sizes(bisect_left(range(1, free + 1), True, key=lambda more: not fits(more)))
-    packed = [part[0][0] for part in pack(nodes, chosen, within_nodes=True)]
-    parts: dict[int, Part] = {}
-    for n, node in enumerate(members):
-        mine = [w for w, where in enumerate(packed) if where == n]
-        for w, part in zip(mine, pack([groups[i] for i in node], [chosen[w] for w in mine]), strict=True):
-            parts[w] = tuple((node[i], count) for i, count in part)
-    return [(claim, parts[w]) for w, claim in enumerate(owners)]
