@@ -354,6 +354,10 @@ NOTES = [
         "2 workers, CPUs not pinned", id="a thread each",
     ),
     pytest.param(
+        XEON, [*[Demand(XEON.online, Policy(node_ids=frozenset({node})), quota=40.0) for node in (0, 1)]],
+        "a CFS quota of 40 CPUs is below the 56 cores that may", id="a quota for two nodes",
+    ),
+    pytest.param(
         VM, [Demand(VM.online, Policy(logical=True), quota=4.0)], "a CFS quota of 4 CPUs is below the 8 CPUs that may",
         id="a quota below the SMT siblings",
     ),

@@ -165,6 +165,7 @@ class _Member:
         return _slice((topology.cores[i] for i in cores), mask, threads, pinned=True)
 
     def mask(self, topology: Topology, cores: Iterable[int], shared: Counter[int] | None = None) -> list[int]:
+        """The CPUs that a slice of ``cores`` has, and may run threads on."""
         mask: list[int] = []
         for i in cores:
             usable = [cpu for cpu in topology.cores[i].cpus if cpu in self.cpus]
@@ -249,7 +250,10 @@ def _reserve(topology: Topology, members: Sequence[_Member]) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """At most ``limit`` of ``cores`` for ``members``; ``fixed`` is the size each of them insists on, or 0."""
+    """At most ``limit`` of ``cores`` for ``members``; ``fixed`` is the size each of them insists on, or 0.
+
+    Where only threads are limited, ``limit`` is the number of threads that could run.
+    """
 
     cores: frozenset[int]
     limit: int
@@ -280,31 +284,31 @@ def _pools(topology: Topology, members: Sequence[_Member], reserved: frozenset[i
                 "server; lower its --reserve-cores"
             )
         if source in scarce and policy.pin is Pin.AUTO:
-            limited.setdefault(source, _Pool(cores, len(cores), [])).members.append(member)
+            limited.setdefault(source, _Pool(cores, scarce[source], [])).members.append(member)
         else:
             mixes = mixes_types(policy) or len({topology.cores[i].kind for i in cores}) == 1
             rules = (policy.equal, policy.skip_cross_node_cores, policy.cores_per_worker, policy.latency, mixes)
             key: object = (cores, rules, source if source in scarce else None)
             owning.setdefault(key, _Pool(cores, len(cores), [], mixes)).members.append(member)
     for rule, pool in owning.items():
-        quota, siblings = pool.members[0].demand.quota, _siblings(topology, pool)
-        if quota is not None and pool.limit * siblings > quota:  # Every worker needs a thread all the same.
-            limit = max(int(quota) // siblings, -(-len(pool.members) // siblings))
+        demand, siblings = pool.members[0].demand, _siblings(topology, pool)
+        if (demand.allowed, demand.quota) in scarce:  # Nobody shares a core while others are idle all the same.
+            limit = max(int(demand.quota or 0) // siblings, len(pool.members))
             pool = replace(pool, limit=min(pool.limit, limit))
         owning[rule] = replace(pool, fixed=_fixed(topology, pool))
         _check(topology, owning[rule])
     return list(limited.values()), list(owning.values())
 
 
-def _scarce(topology: Topology, members: Sequence[_Member], reserved: frozenset[int]) -> set[object]:
-    """The allowed CPUs and quotas of members that could run more threads than the quota pays for."""
+def _scarce(topology: Topology, members: Sequence[_Member], reserved: frozenset[int]) -> dict[object, int]:
+    """Allowed CPUs and quota of members that could run more threads than the quota pays for, and how many."""
     alike = {(m.demand.allowed, m.demand.quota, m.cpus, m.cores, m.demand.policy.logical): m for m in members}
     threads: dict[tuple[frozenset[int], float], set[int]] = {}
     for member in alike.values():
         if member.demand.quota is not None:
             mask = member.mask(topology, member.cores - reserved)
             threads.setdefault((member.demand.allowed, member.demand.quota), set()).update(mask)
-    return {source for source, cpus in threads.items() if source[1] < len(cpus)}
+    return {source: len(cpus) for source, cpus in threads.items() if source[1] < len(cpus)}
 
 
 def _siblings(topology: Topology, pool: _Pool) -> int:
@@ -363,11 +367,10 @@ def _limit_threads_only(topology: Topology, pool: _Pool, notes: list[str]) -> di
             room -= threads[i] - 1
     for i, size in zip(fair, apportion(len(fair) + room, [members[i].demand.share for i in fair]), strict=True):
         threads[i] = size
-    usable = f"{len(pool.cores)} cores" if siblings == 1 else f"{len(members[0].mask(topology, pool.cores))} CPUs"
     notes.append(
-        f"a CFS quota of {quota:g} CPUs is below the {usable} that may be used, so other programs use them too: "
-        f"{count(sum(threads), 'thread')} for {count(len(members), 'worker')}, CPUs not pinned; --pin always pins all "
-        "the same"
+        f"a CFS quota of {quota:g} CPUs is below the {pool.limit} {'cores' if siblings == 1 else 'CPUs'} that may be "
+        f"used, so other programs use them too: {count(sum(threads), 'thread')} for {count(len(members), 'worker')}, "
+        "CPUs not pinned; --pin always pins all the same"
     )
     return {member.place: member.unpinned(topology, number) for member, number in zip(members, threads, strict=True)}
 
@@ -390,14 +393,16 @@ def _allot(topology: Topology, pools: Sequence[_Pool]) -> list[frozenset[int]]:
     )
     chosen: list[frozenset[int]] = [frozenset()] * len(pools)
     for cores, counts in shares:
-        fastest = _fastest(topology, cores, sum(counts.values()))
+        fastest = _fastest(topology, frozenset(cores), sum(counts.values()))
         for p, part in zip(counts, pack(topology, fastest, list(counts.values())), strict=True):
             chosen[p] |= part
     return chosen
 
 
-def _fastest(topology: Topology, cores: Iterable[int], number: int) -> frozenset[int]:
+def _fastest(topology: Topology, cores: frozenset[int], number: int) -> frozenset[int]:
     """So many of ``cores``, close together; those of the fastest type first."""
+    if number == len(cores):
+        return cores
     by_kind: dict[int, set[int]] = {}
     for i in cores:
         by_kind.setdefault(topology.cores[i].kind, set()).add(i)
