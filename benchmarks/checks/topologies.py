@@ -351,7 +351,11 @@ def _limits(cores: int, wishes: Sequence[Wish]) -> list[tuple[int, int]]:
     """
     fair = [Fraction(share) for fixed, share in wishes if not fixed]
     free = cores - sum(fixed or 0 for fixed, _ in wishes)
-    shares = [free * Fraction(share) / sum(fair) for _, share in wishes]
+    rest, weight = free, sum(fair)
+    for share in sorted(fair):  # Whoever is due less than one core gets one, which the others have less.
+        if rest * share < weight:
+            rest, weight = rest - 1, weight - share
+    shares = [max(Fraction(1), rest * Fraction(share) / weight) if weight else Fraction(1) for _, share in wishes]
     return [
         (fixed, fixed) if fixed else (max(1, ceil(share / 2)), max(1, floor(2 * max(share, Fraction(free, len(fair))))))
         for (fixed, _), share in zip(wishes, shares, strict=True)
