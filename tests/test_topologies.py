@@ -277,7 +277,8 @@ def test_the_command_scores_a_directory(
     assert {key: document["totals"]["ts-cores"].get(key, 0) for key in HARD} == dict.fromkeys(HARD, 0)
     several = document["totals"][topologies.SEVERAL]
     assert several["cases"] > 10
-    assert {key: several.get(key, 0) for key in (*HARD, *PROMISES)} == dict.fromkeys((*HARD, *PROMISES), 0)
+    promised = {*HARD, *PROMISES} - {"idle"}  # a fixed size may leave cores of its type idle
+    assert {key: several.get(key, 0) for key in promised} == dict.fromkeys(promised, 0)
     assert topologies.main([str(tmp_path), "--markdown"]) == 0
     assert f"| cases | 7 | {several['cases']} |" in capsys.readouterr().out
     assert list(temporary.iterdir()) == []
