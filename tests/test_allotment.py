@@ -76,6 +76,12 @@ def test_apportion_is_proportional() -> None:
     assert apportion(3, [100, 1, 1]) == [1, 1, 1]
 
 
+def test_apportion_within_limits() -> None:
+    assert apportion(12, [3, 2, 1], most=[4, 12, 12]) == [4, 5, 3]
+    assert apportion(12, [3, 2, 1], least=[1, 1, 5], most=[12, 12, 12]) == [4, 3, 5]
+    assert apportion(3, []) == []
+
+
 TYPES = [
     pytest.param([4, 8], [1, 0.5], [1], [0], id="the fastest first"),
     pytest.param([4, 8], [1, 0.5], [1, 1], [0, 1], id="the slow ones before half of the fast ones"),

@@ -140,6 +140,25 @@ def test_plan_says_why_equal_workers_get_unequal_slices(tree: Path, workers: str
     assert any(note.endswith("--equal makes them equal") for note in notes) is said
 
 
+@pytest.mark.parametrize(
+    ("models", "words", "said"),
+    [
+        pytest.param(("a=3",), "", True, id="4 + 2 + 2"),
+        pytest.param(("a=3",), "--equal", False, id="asked for"),
+        pytest.param(("a=3",), "--equal --use-logical-core", False, id="a core is two threads"),
+        pytest.param(("a=1", "b=2"), "", True, id="of two models"),
+        pytest.param(("a=1:cores=1", "b=3"), "", False, id="3 + 2 + 2 beside a fixed size"),
+        pytest.param(("a=1:share=3", "b=2"), "", False, id="4 + 2 + 2 by share"),
+    ],
+)
+def test_plan_says_why_workers_of_one_share_get_unequal_slices(
+    tree: Path, models: tuple[str, ...], words: str, said: bool
+) -> None:
+    wanted = [word for model in models for word in ("--model", model)]
+    notes = answer("plan", *wanted, "--sys-root", tree, "--launcher-args", words)["notes"]
+    assert any(note.endswith("--equal makes them equal") for note in notes) is said
+
+
 def test_plan_for_several_models(tree: Path) -> None:
     models = ("bert=1:share=3", "tiny=2:cores=1", "rest=1")
     words = ["plan", "--sys-root", str(tree), *(word for model in models for word in ("--model", model))]

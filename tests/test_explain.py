@@ -59,6 +59,14 @@ def test_reasons(demands: list[Demand], words: str) -> None:
     assert words in reasons(EIGHT, *demands)
 
 
+def test_equal_is_not_advised_where_it_is_on() -> None:
+    equal = replace(ALL, policy=Policy(equal=True))
+    held = tuple(replace(lease, demand=equal) for lease in leases(EIGHT, ALL, ALL, ALL))
+    said = "\n".join(text for _, text in explain(held[0], State(leases=held), EIGHT))
+    assert "it has 4, because" in said
+    assert "--equal changes that" not in said
+
+
 NODE = machine(cores=4)
 TWO = [Demand(NODE.online, Policy(lend=Lend.AUTO))] * 2
 STATUS = Status(50, 20, 2.5, 3, 4, 0.001, 0.0007, 1, {2: 0.1, 4: 0.055})

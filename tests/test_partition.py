@@ -1,16 +1,16 @@
-"""Cutting: nothing crosses fewer boundaries. Compared with all divisions there are, on all small machines."""
+"""Cutting: nothing crosses fewer boundaries. Compared with all divisions there are, on small machines."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ts_plugin.planning.core_groups import CoreGroup, Part
+from ts_plugin.planning.core_groups import Claim, CoreGroup, Costs, Part
 from ts_plugin.planning.packing import pack, repair
 from ts_plugin.planning.partition import cut
 
@@ -19,6 +19,17 @@ Key = tuple[int, ...]
 
 def far(a: int, b: int) -> int:
     return 20
+
+
+def alike(total: int, workers: int, *, equal: bool = False) -> Claim:
+    """Identical workers: half to twice of the equal share."""
+    if equal:
+        return Claim(workers, total // workers, -(-total // workers))
+    return Claim(workers, -(-total // (2 * workers)), 2 * total // workers)
+
+
+def cut_alike(groups: Sequence[CoreGroup], workers: int, *, equal: bool = False) -> list[Part]:
+    return cut(groups, [alike(sum(group.size for group in groups), workers, equal=equal)], distance=far)
 
 
 def integer_partitions(total: int, parts: int, largest: int | None = None) -> Iterator[tuple[int, ...]]:
@@ -83,7 +94,7 @@ def sizes(parts: Sequence[Part]) -> list[int]:
 def check(groups: Sequence[CoreGroup], workers: int, *, equal: bool) -> None:
     """Compare with all divisions that keep to the same rules."""
     total = sum(group.size for group in groups)
-    parts = cut(groups, workers, distance=far, equal=equal)
+    parts = cut_alike(groups, workers, equal=equal)
     assert [sum(dict(part).get(i, 0) for part in parts) for i in range(len(groups))] == [group.size for group in groups]
     share = total // workers, -(-total // workers)
     low, high = share if equal else (-(-total // (2 * workers)), 2 * total // workers)
@@ -165,20 +176,20 @@ def test_no_division_of_a_hard_machine_crosses_less(workers: int, domains: list[
 def test_two_odd_nodes_make_room_for_one_more() -> None:
     """Parts have two cores or more here, so three and three hold three of them together but two apart."""
     groups = [CoreGroup(0, node, 0, node, cores) for node, cores in enumerate((2, 3, 3, 3, 3, 3, 3, 3))]
-    parts = cut(groups, 9, distance=far)
+    parts = cut_alike(groups, 9)
     assert sum(len(part) - 1 for part in parts) == 1
 
 
 def test_types_are_mixed_last() -> None:
     groups = [CoreGroup(0, 0, 0, 0, 4), CoreGroup(1, 0, 0, 0, 2), CoreGroup(0, 1, 1, 1, 4), CoreGroup(1, 1, 1, 1, 2)]
-    parts = cut(groups, 4, distance=far)
+    parts = cut_alike(groups, 4)
     assert all(len({groups[i].kind for i, _ in part}) == 1 for part in parts)
 
 
 def test_near_nodes_are_joined() -> None:
     """Four nodes on a ring, two workers: opposite nodes are further apart than neighbours."""
     groups = [CoreGroup(0, node, 0, node, 4) for node in (0, 1, 2, 3)]
-    parts = cut(groups, 2, distance=lambda a, b: 16 if a // 2 == b // 2 else 32)
+    parts = cut(groups, [alike(16, 2)], distance=lambda a, b: 16 if a // 2 == b // 2 else 32)
     assert {tuple(i for i, _ in part) for part in parts} == {(0, 1), (2, 3)}
 
 
@@ -187,7 +198,7 @@ def test_near_nodes_are_joined() -> None:
 def test_a_large_machine(workers: int, equal: bool) -> None:
     """512 cores in 8 nodes of 8 L3 domains: nothing crosses more than the groups' sizes force it to."""
     groups = [CoreGroup(0, node, node // 4, 8 * node + l3, 8) for node in range(8) for l3 in range(8)]
-    parts = cut(groups, workers, distance=far, equal=equal)
+    parts = cut_alike(groups, workers, equal=equal)
     assert (len(parts), sum(sizes(parts))) == (workers, 512)
     if equal:
         assert max(sizes(parts)) - min(sizes(parts)) <= 1
@@ -217,11 +228,16 @@ def test_pack(domains: list[int], wanted: list[int], expected: list[str]) -> Non
 
 def test_repair_gives_away_and_exchanges() -> None:
     groups = [CoreGroup(0, node, node, node, 6) for node in range(2)]
+    costs = Costs(groups, far, [1.0])
+
+    def repaired(parts: list[Part], least: int, most: int) -> list[Part]:
+        return [part for _, part in repair(groups, [(0, part) for part in parts], [Claim(2, least, most)], costs)]
+
     crossing: list[Part] = [((0, 6), (1, 1)), ((1, 5),)]
-    assert repair(groups, crossing, [3, 3], 12, far) == [((0, 6),), ((1, 6),)]
-    assert repair(groups, crossing, [7, 3], 12, far) == crossing
+    assert repaired(crossing, 3, 12) == [((0, 6),), ((1, 6),)]
+    assert repaired(crossing, 7, 12) == crossing
     entangled: list[Part] = [((0, 3), (1, 3)), ((0, 3), (1, 3))]
-    assert repair(groups, entangled, [6, 6], 6, far) in ([((0, 6),), ((1, 6),)], [((1, 6),), ((0, 6),)])
+    assert repaired(entangled, 6, 6) in ([((0, 6),), ((1, 6),)], [((1, 6),), ((0, 6),)])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +248,7 @@ def test_repair_gives_away_and_exchanges() -> None:
 def test_parts_are_in_one_order(domains: list[int], workers: int) -> None:
     """Groups and parts are numbered upwards, so that the same machine always gives the same text."""
     groups = [CoreGroup(0, 0, 0, l3, cores) for l3, cores in enumerate(domains)]
-    parts = cut(groups, workers, distance=far)
+    parts = cut_alike(groups, workers)
     assert len(parts) == workers
     assert all(list(part) == sorted(part) for part in parts)
     assert all(a[0][0] <= b[0][0] for a, b in pairwise(parts))
@@ -253,7 +269,7 @@ EVEN = [
 @pytest.mark.parametrize(("domains", "workers", "expected"), EVEN)
 def test_sizes_are_as_equal_as_boundaries_allow(domains: list[int], workers: int, expected: list[int]) -> None:
     groups = [CoreGroup(0, 0, 0, l3, size) for l3, size in enumerate(domains)]
-    assert sorted(sizes(cut(groups, workers, distance=far)), reverse=True) == expected
+    assert sorted(sizes(cut_alike(groups, workers)), reverse=True) == expected
 
 
 @given(
@@ -266,7 +282,7 @@ def test_nobody_gets_less_than_half_or_more_than_twice_of_the_equal_share(
     groups = [CoreGroup(0, node, node // 2, l3, cores) for l3, (node, cores) in enumerate(domains)]
     total = sum(group.size for group in groups)
     assume(workers <= total)
-    found = sizes(cut(groups, workers, distance=far))
+    found = sizes(cut_alike(groups, workers))
     assert (len(found), sum(found)) == (workers, total)
     assert min(found) * 2 * workers >= total
     assert max(found) * workers <= 2 * total
@@ -274,5 +290,98 @@ def test_nobody_gets_less_than_half_or_more_than_twice_of_the_equal_share(
 
 def test_the_example_at_the_head_of_cut() -> None:
     groups = [CoreGroup(0, node, node, 3 * node + l3, 4) for node in range(2) for l3 in range(3)]
-    parts = cut(groups, 5, distance=far)
+    parts = cut_alike(groups, 5)
     assert parts == [((0, 4), (1, 4)), ((2, 4),), ((3, 4),), ((4, 4),), ((5, 4),)]
+
+
+# Several claims: fixed sizes and weights together
+
+
+@st.composite
+def mixed(draw: st.DrawFn) -> tuple[list[CoreGroup], list[Claim]]:
+    """A machine of up to eight cores whose packages hold nodes that hold L3 domains; up to three claims."""
+    nodes = draw(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), min_size=1, max_size=3))
+    groups = [
+        CoreGroup(0, node, node // 2, 8 * node + l3, cores)
+        for node, domains in enumerate(nodes)
+        for l3, cores in enumerate(domains)
+    ]
+    free = sum(group.size for group in groups)
+    assume(2 <= free <= 8)
+    claims = []
+    for workers, size in draw(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), max_size=2)):
+        if workers * size < free:
+            claims.append(Claim(workers, size, size, weight=0))
+            free -= workers * size
+    if draw(st.booleans()):
+        claims.append(alike(free, draw(st.integers(1, min(free, 3)))))
+    elif free > 2:  # two weights: a worker of the first gets about twice the cores of one of the second
+        claims += [Claim(1, free // 4 + 1, free - 1, weight=2), Claim(1, 1, free // 2 + 1, weight=1)]
+    assume(claims and sum(claim.workers for claim in claims) <= 5)
+    return groups, claims
+
+
+def fewest(groups: Sequence[CoreGroup], claims: Sequence[Claim]) -> tuple[Key, float]:
+    """The fewest boundaries of all divisions that keep to the claims, and how near to the weights sizes then come."""
+    owners = [claim for claim in claims for _ in range(claim.workers)]
+    known: dict[Key, float] = {}
+    rest = not any(claim.weight for claim in claims)  # Some cores may be left over, like the part of one worker more.
+    found = []
+    for division in divisions(groups, len(owners) + rest):
+        for parts in [division[:i] + division[i + 1 :] for i in range(len(division))] if rest else [division]:
+            key = tuple(sorted(sizes(parts)))
+            if key not in known:
+                known[key] = min((spread(key, order) for order in set(permutations(owners))), default=float("inf"))
+            if known[key] < float("inf"):
+                found.append((crossed(groups, parts), known[key]))
+    return min(found)
+
+
+def spread(sizes: Sequence[int], claims: Sequence[Claim]) -> float:
+    """Squared sizes, divided by their weights; endless if a size is against its claim."""
+    pairs = list(zip(sizes, claims, strict=True))
+    if not all(claim.least <= size <= claim.most for size, claim in pairs):
+        return float("inf")
+    return sum(size**2 / claim.weight for size, claim in pairs if claim.weight)
+
+
+@settings(max_examples=300)
+@given(case=mixed())
+def test_no_division_among_several_claims_crosses_less(case: tuple[list[CoreGroup], list[Claim]]) -> None:
+    groups, claims = case
+    parts = cut(groups, claims, distance=far)
+    owners = [claim for claim in claims for _ in range(claim.workers)]
+    used = [sum(dict(part).get(i, 0) for part in parts) for i in range(len(groups))]
+    if any(claim.weight for claim in claims):
+        assert used == [group.size for group in groups]
+    assert all(number <= group.size for number, group in zip(used, groups, strict=True))
+    boundaries, equality = fewest(groups, claims)
+    assert crossed(groups, parts) == boundaries
+    assert spread(sizes(parts), owners) == pytest.approx(equality)
+
+
+MIXED = [
+    pytest.param([18, 18], [Claim(2, 5, 20), Claim(2, 8, 8, 0)], [10, 10, 8, 8], 0, id="8 + 10 in each node"),
+    pytest.param([28, 28], [Claim(2, 10, 40), Claim(2, 8, 8, 0)], [20, 20, 8, 8], 0, id="equal where that is free"),
+    pytest.param([28, 28], [Claim(1, 12, 48, 3), Claim(4, 4, 16)], [28, 7, 7, 7, 7], 0, id="weights"),
+    pytest.param([10, 10], [Claim(1, 5, 5, 0), Claim(2, 4, 4, 0), Claim(1, 3, 3, 0), Claim(2, 2, 2, 0)],
+                 [5, 4, 4, 3, 2, 2], 0, id="fixed sizes that fill the nodes"),
+    pytest.param([8, 8], [Claim(1, 6, 6, 0), Claim(2, 3, 10)], [6, 5, 5], 1, id="forced to cross"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "claims", "expected", "crossings"), MIXED)
+def test_several_claims(nodes: list[int], claims: list[Claim], expected: list[int], crossings: int) -> None:
+    groups = [CoreGroup(0, node, node, node, cores) for node, cores in enumerate(nodes)]
+    parts = cut(groups, claims, distance=far)
+    assert sizes(parts) == expected
+    assert crossed(groups, parts)[1] == crossings
+
+
+def test_many_workers_of_several_claims() -> None:
+    """1,024 cores in 8 nodes of 16 L3 domains, 256 workers: every node and nearly every domain is divided by itself."""
+    groups = [CoreGroup(0, node, node // 4, 16 * node + l3, 8) for node in range(8) for l3 in range(16)]
+    claims = [Claim(86, 1, 1, 0), Claim(85, 2, 10), Claim(85, 4, 20, 2.5)]
+    parts = cut(groups, claims, distance=far)
+    assert sum(sizes(parts)) == 1024
+    assert crossed(groups, parts)[:3] == (0, 0, 0)

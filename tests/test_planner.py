@@ -123,15 +123,27 @@ TABLE = [
     pytest.param(PHONE, wants(PHONE, 2), "0 1-3", id="... then the fastest"),
     # Fixed sizes
     pytest.param(XEON, wants(XEON, 3, cores_per_worker=(4,)), "0-3 4-7 8-11", id="cores per worker"),
-    pytest.param(XEON, wants(XEON, 3, cores_per_worker=(18,)), "0-17 28-45 18-27,46-53", id="... across only in need"),
+    pytest.param(XEON, wants(XEON, 3, cores_per_worker=(18,)), "0-17 18-35 36-53", id="... across only in need"),
     pytest.param(XEON, wants(XEON, 2, cores_per_worker=(4, 20)), "0-3 4-23", id="... one number each"),
     pytest.param(VM, wants(VM, 2, cores_per_worker=(4,), logical=True), "0-3 4-7", id="logical: counts CPUs"),
     pytest.param(VM, wants(VM, 2, cores_per_worker=(3,), logical=True), "0-3 4-7", id="logical: whole cores"),
     pytest.param(XEON, wants(XEON, 2, latency=True), "0-3 4-7", id="latency mode: four cores each"),
     pytest.param(SMALL, wants(SMALL, 2, latency=True), "0-1 2-3", id="latency mode on a small machine"),
-    pytest.param(XEON, [Demand(XEON.online, cores=8), *wants(XEON, 2)], "0-7 8-27 28-55", id="fixed sizes first"),
+    pytest.param(XEON, [Demand(XEON.online, cores=8), *wants(XEON, 2)], "28-35 0-27 36-55", id="fixed sizes first"),
     pytest.param(
         SMALL, [Demand(SMALL.online, cores=3), *wants(SMALL, 2)], "0-1 2 3", id="fixed only if each gets a core"
+    ),
+    pytest.param(
+        XEON, [*wants(XEON, 2), *[Demand(XEON.online, cores=8)] * 2], "0-19 28-47 20-27 48-55",
+        id="fixed sizes where the others stay equal",
+    ),
+    pytest.param(
+        XEON, [*wants(XEON, 2, equal=True), *[Demand(XEON.online, Policy(equal=True), cores=8)] * 2],
+        "0-19 28-47 20-27 48-55", id="... and cross nothing with equal",
+    ),
+    pytest.param(
+        XEON, [Demand(XEON.online, share=3), *wants(XEON, 4)], "0-27 28-34 35-41 42-48 49-55",
+        id="one larger share, the others equal",
     ),
     pytest.param(SMALL, [Demand(SMALL.online, cores=3), *wants(SMALL)], "0-2 3", id="... but just that"),
     pytest.param(
@@ -141,15 +153,27 @@ TABLE = [
         machine(cores=12), [replace(wants(SMALL)[0], allowed=cpus("0-11"), share=share) for share in (3, 2, 1)],
         "0-5 6-9 10-11", id="weights, in proportion",
     ),
+    pytest.param(
+        XEON, [replace(wants(XEON, equal=True)[0], share=share) for share in (3, 1, 1, 1, 1)],
+        "0-23 24-31 32-39 40-47 48-55", id="weights, exact with equal",
+    ),
+    pytest.param(
+        XEON, [replace(wants(XEON, skip_cross_node_cores=True)[0], share=share) for share in (3, 1, 1, 1, 1)],
+        "0-27 28-34 35-41 42-48 49-55", id="skip: by weight",
+    ),
+    pytest.param(
+        LAMED, [replace(wants(LAMED, skip_cross_node_cores=True, equal=True)[0], share=share) for share in (3, 1)],
+        "0-7 8-9", id="skip and equal: by weight",
+    ),
     # Never across a node
     pytest.param(XEON, wants(XEON, 1, skip_cross_node_cores=True), "0-27", id="skip: one node idles"),
     pytest.param(
         EPYC, [replace(wants(EPYC, skip_cross_node_cores=True)[0], share=share) for share in (1, 1, 2)],
-        "16-23 24-31 0-15", id="skip: the largest slice to the largest share",
+        "0-7 8-15 16-31", id="skip: the largest slice to the largest share",
     ),
     pytest.param(EPYC, wants(EPYC, 5, skip_cross_node_cores=True), "0-7 8-15 16-23 24-27 28-31", id="skip: none idle"),
     pytest.param(
-        LAMED, wants(LAMED, 3, skip_cross_node_cores=True, equal=True), "0-2 3-5 6-8", id="skip and equal: a rest idles"
+        LAMED, wants(LAMED, 3, skip_cross_node_cores=True, equal=True), "0-3 4-6 7-9", id="skip and equal: a rest idles"
     ),
     pytest.param(LAMED, wants(LAMED, 2, skip_cross_node_cores=True), "0-4 5-9", id="skip: too small a node idles"),
     # More workers than cores
@@ -163,6 +187,14 @@ TABLE = [
     pytest.param(SMALL, [Demand(SMALL.online, quota=4)] * 2, "0-1 2-3", id="a quota of all the cores: pinned"),
     pytest.param(
         EPYC, [Demand(EPYC.online, Policy(pin=Pin.ALWAYS), quota=6.9)] * 3, "0-1 2-3 4-5", id="pin always: compact"
+    ),
+    pytest.param(
+        HYBRID, [Demand(HYBRID.online, Policy(pin=Pin.ALWAYS), quota=4.5)] * 6, "0 1 2 3 4 5",
+        id="pin always: no core is shared while others are idle",
+    ),
+    pytest.param(
+        VM, [Demand(VM.online, Policy(pin=Pin.ALWAYS, logical=True), quota=4.0)] * 2, "0-1 2-3",
+        id="pin always: a quota pays for threads, not for cores",
     ),
     pytest.param(SMALL, wants(SMALL, 2, pin=Pin.NEVER), "0-3 0-3", id="pin never"),
     # Several pools
@@ -273,6 +305,21 @@ THREADS = [
         id="fixed within a quota",
     ),
     pytest.param(SMALL, [Demand(SMALL.online, quota=2, cores=8)] * 2, [1, 1], False, id="not more than the quota"),
+    pytest.param(EPYC, [Demand(EPYC.online, quota=10, cores=3)], [3], False, id="nobody for the rest of a quota"),
+    pytest.param(
+        VM, [Demand(VM.online, Policy(logical=True), quota=4.0)], [4], False, id="a quota is compared with threads"
+    ),
+    pytest.param(
+        VM, [Demand(VM.online, Policy(logical=logical), quota=4.0) for logical in (True, False)], [2, 2], False,
+        id="... of all who share it",
+    ),
+    pytest.param(
+        VM, [Demand(VM.online, Policy(logical=True), quota=8.0)] * 2, [4, 4], True, id="a quota of all the threads"
+    ),
+    pytest.param(
+        XEON, [*[Demand(XEON.online, Policy(node_ids=frozenset({node})), quota=40.0) for node in (0, 1)]], [20, 20],
+        False, id="one quota for workers on two nodes",
+    ),
     pytest.param(XEON, wants(XEON, 3, pin=Pin.NEVER), [28, 14, 14], False, id="as if pinned"),
 ]  # fmt: skip
 
@@ -301,6 +348,19 @@ NOTES = [
     ),
     pytest.param(PHONE, wants(PHONE), "5 of 8 cores are left out because they are of another type", id="three types"),
     pytest.param(SMALL, [Demand(SMALL.online, quota=2.5)], "a CFS quota of 2.5 CPUs is below the 4 cores", id="quota"),
+    pytest.param(
+        SMALL, [Demand(SMALL.online, quota=0.5)] * 2,
+        "a CFS quota of 0.5 CPUs is below the 4 cores that may be used, so other programs use them too: 2 threads for "
+        "2 workers, CPUs not pinned", id="a thread each",
+    ),
+    pytest.param(
+        XEON, [*[Demand(XEON.online, Policy(node_ids=frozenset({node})), quota=40.0) for node in (0, 1)]],
+        "a CFS quota of 40 CPUs is below the 56 cores that may", id="a quota for two nodes",
+    ),
+    pytest.param(
+        VM, [Demand(VM.online, Policy(logical=True), quota=4.0)], "a CFS quota of 4 CPUs is below the 8 CPUs that may",
+        id="a quota below the SMT siblings",
+    ),
     pytest.param(
         SMALL, [Demand(SMALL.online, cores=4), *wants(SMALL)], "worker 0 asks for 4 cores and gets 2", id="not granted"
     ),

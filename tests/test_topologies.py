@@ -39,6 +39,7 @@ MACHINE = Machine(
     core_of={cpu: cpu % 8 for cpu in ONLINE},
     node_of={cpu: cpu % 8 // 4 for cpu in ONLINE},
     l3_of={cpu: cpu % 8 // 2 for cpu in ONLINE},
+    package_of=dict.fromkeys(ONLINE),
     kind_of=dict.fromkeys(ONLINE),
 )
 
@@ -85,6 +86,35 @@ def test_isolated_cpus_are_not_idle() -> None:
     assert score(case("0-3 4-5", replace(MACHINE, isolated=frozenset({6, 14, 7}))))["idle"] == 0
 
 
+SHARES = [
+    pytest.param("0-1 2-7", [(2, 1.0), (None, 1.0)], {"unmet": 0, "uneven": 0}, id="a fixed size and the rest"),
+    pytest.param("0-2 3-7", [(2, 1.0), (None, 1.0)], {"unmet": 1}, id="a fixed size that is not met"),
+    pytest.param("0-1 2-6", [(2, 1.0), (None, 1.0)], {"idle_avoidable": 1}, id="idle beside a fixed size"),
+    pytest.param("0-5 6-7", [(None, 3.0), (None, 1.0)], {"uneven": 0}, id="by share"),
+    pytest.param("0-1 2-7", [(None, 3.0), (None, 1.0)], {"uneven": 1}, id="against the shares"),
+    pytest.param("0-1 2-3,4-5 6-7", [(2, 1.0), (None, 1.0), (None, 1.0)], {"numa_avoidable": 1}, id="2 + 2 and 4"),
+]
+
+
+@pytest.mark.parametrize(("slices", "wishes", "expected"), SHARES)
+def test_counts_of_several_models(slices: str, wishes: list[topologies.Wish], expected: dict[str, int]) -> None:
+    counts = score(replace(case(slices), wishes=tuple(wishes)))
+    assert {key: counts[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("slices", "equal", "expected"),
+    [
+        pytest.param("0-3 4-5 6-7", "0-1 2-3 4-7", 0, id="as equal as it gets"),
+        pytest.param("0-3 4-6 7", "0-3 4-5 6-7", 1, id="unequal for nothing"),
+        pytest.param("0-3 4-6 7", "0-2 3-5 6-7", 0, id="unequal rather than crossing"),
+    ],
+)
+def test_sizes_are_compared_with_equal_ones(slices: str, equal: str, expected: int) -> None:
+    counts = score(replace(case(slices), equal=tuple(map(parse_cpulist, equal.split()))))
+    assert counts["unequal"] == expected
+
+
 def test_core_types_that_nobody_touches_may_be_left_out_on_purpose() -> None:
     hybrid = replace(MACHINE, kind_of={cpu: cpu % 8 >= 4 for cpu in ONLINE})
     accidental = case("0-1 2-3", hybrid)
@@ -109,23 +139,29 @@ def compositions(total: int, parts: int, least: int) -> Iterator[tuple[int, ...]
             yield (first, *rest)
 
 
-def fewest_by_trying(groups: tuple[int, ...], workers: int) -> int:
+def alike(cores: int, workers: int) -> list[tuple[int, int]]:
+    """The limits of workers that ask for the same: half to twice of the equal share."""
+    return [(-(-cores // (2 * workers)), 2 * cores // workers)] * workers
+
+
+def fewest_by_trying(groups: tuple[int, ...], limits: list[tuple[int, int]]) -> int:
     """Try every division of every group among the workers."""
     cores = sum(groups)
-    sizes = range(-(-cores // (2 * workers)), 2 * cores // workers + 1)
 
     @cache
-    def best(group: int, held: tuple[tuple[int, int], ...]) -> int:
+    def best(group: int, held: tuple[tuple[tuple[int, int], int, int], ...]) -> int:
         if group == len(groups):
-            return sum(touched - 1 for _, touched in held) if all(size in sizes for size, _ in held) else cores
+            fits = all(least <= size <= most for (least, most), size, _ in held)
+            return sum(touched - 1 for _, _, touched in held) if fits else cores
         return min(
             best(
-                group + 1, tuple(sorted((s + more, t + (more > 0)) for (s, t), more in zip(held, shares, strict=True)))
+                group + 1,
+                tuple(sorted((w, s + more, t + (more > 0)) for (w, s, t), more in zip(held, shares, strict=True))),
             )
-            for shares in compositions(groups[group], workers, 0)
+            for shares in compositions(groups[group], len(limits), 0)
         )
 
-    return best(0, ((0, 0),) * workers)
+    return best(0, tuple(sorted((limit, 0, 0) for limit in limits)))
 
 
 GROUPS = [(2, 2, 2, 2), (4, 4), (3, 5), (1, 1, 1, 5), (1, 2, 3), (7,), (1, 1, 1, 1, 1), (6, 1), (2, 1, 2, 1), (5, 1, 1)]
@@ -134,7 +170,21 @@ GROUPS = [(2, 2, 2, 2), (4, 4), (3, 5), (1, 1, 1, 5), (1, 2, 3), (7,), (1, 1, 1,
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 def test_the_fewest_boundaries_of_small_machines_are_exact(groups: tuple[int, ...]) -> None:
     for workers in range(1, min(5, sum(groups)) + 1):
-        assert fewest_boundaries(groups, workers) == fewest_by_trying(groups, workers), workers
+        limits = alike(sum(groups), workers)
+        assert fewest_boundaries(groups, limits) == fewest_by_trying(groups, limits), workers
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "a bound"])
+@pytest.mark.parametrize("groups", [(4, 4), (3, 5), (2, 2, 3), (1, 1, 5), (6, 2)], ids=str)
+def test_the_fewest_boundaries_of_several_models(
+    groups: tuple[int, ...], exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topologies, "FEW", 400 if exact else 0)
+    for limits in ([(3, 3), (1, 5)], [(1, 1), (1, 1), (2, 8)], [(3, 3), (2, 2), (1, 4)], [(4, 8), (1, 3), (1, 3)]):
+        fewest = fewest_by_trying(groups, limits)
+        if fewest < sum(groups):  # else nobody can divide the cores like this
+            found = fewest_boundaries(groups, limits)
+            assert found == fewest if exact else found <= fewest, limits
 
 
 @pytest.mark.parametrize(
@@ -150,7 +200,7 @@ def test_the_fewest_boundaries_of_small_machines_are_exact(groups: tuple[int, ..
     ],
 )
 def test_the_fewest_boundaries(groups: list[int], workers: int, expected: int) -> None:
-    assert fewest_boundaries(groups, workers) == expected
+    assert fewest_boundaries(groups, alike(sum(groups), workers)) == expected
 
 
 def test_an_l3_domain_per_core_tells_nothing() -> None:
@@ -205,6 +255,8 @@ HARD = (
     "dead",
 )
 
+PROMISES = ("numa_avoidable", "uneven", "unequal", "unmet", "idle_avoidable")
+
 
 @needs_captures
 @pytest.mark.parametrize("name", ["flux-ipa20", "nri-sample1", "hwloc-16amd64-8n2c-cpusets", "nri-server"])
@@ -223,8 +275,12 @@ def test_the_command_scores_a_directory(
     assert document["totals"]["ts-cores"]["cases"] == len(topologies.WORKERS)
     assert not [case for case in document["cases"] if case["contestant"] == "ts-cores" and case["error"]]
     assert {key: document["totals"]["ts-cores"].get(key, 0) for key in HARD} == dict.fromkeys(HARD, 0)
+    several = document["totals"][topologies.SEVERAL]
+    assert several["cases"] > 10
+    promised = {*HARD, *PROMISES} - {"idle"}  # a fixed size may leave cores of its type idle
+    assert {key: several.get(key, 0) for key in promised} == dict.fromkeys(promised, 0)
     assert topologies.main([str(tmp_path), "--markdown"]) == 0
-    assert "| cases | 7 |" in capsys.readouterr().out
+    assert f"| cases | 7 | {several['cases']} |" in capsys.readouterr().out
     assert list(temporary.iterdir()) == []
 
 

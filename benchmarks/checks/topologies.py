@@ -2,7 +2,8 @@
 
 ``./dev topologies DIR [--json | --markdown]``: DIR has ``json/NAME.json`` (the truth about a machine),
 ``sysfs/NAME.tar.xz`` (the kernel files that ts-cores reads) and ``lscpu/NAME.txt`` (what the other launcher reads);
-a directory ``derived`` of the same shape inside DIR is scored too. A case is one machine with one number of workers.
+a directory ``derived`` of the same shape inside DIR is scored too. A case is one machine with one number of workers,
+which ask for the same; for ts-cores also workers of several models, some with a fixed size or a larger share.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
+import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,13 +30,16 @@ from benchmarks.harness.captures import unpacked
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.planning.planner import Demand, Slice, plan
+from ts_plugin.planning.policy import Policy
 
 __all__ = [
     "COLUMNS",
     "WORKERS",
     "Case",
     "Machine",
+    "Wish",
     "fewest_boundaries",
+    "mixes",
     "Slicer",
     "cases",
     "contest",
@@ -43,6 +50,8 @@ __all__ = [
 ]
 
 WORKERS = (1, 2, 3, 4, 5, 8, 16)
+SEVERAL = "ts-cores, several models"
+FEW = 2000  # for so many ways to take from groups and workers the fewest boundaries are exact
 
 COLUMNS = {
     "smt_inside": "cores with several siblings in one slice",
@@ -58,12 +67,17 @@ COLUMNS = {
     "mixed": "boundaries between core types inside slices",
     "mixed_avoidable": "… more than a lower bound",
     "uneven": "slices below half or above twice of the equal share",
+    "unequal": "divisions worse than one into equal sizes",
+    "unmet": "slices that have not the fixed size asked for",
     "idle": "cores idle",
     "idle_avoidable": "… more than equal slices leave over",
     "dead": "workers that get no CPUs",
 }
 _TOTALS = {"cases": "cases", "slices": "slices", "unpinned": "slices without pinning (CFS quota)"}
 _WRONG = [key for key in COLUMNS if key not in ("numa", "l3", "mixed", "idle")]
+
+Wish = tuple[int | None, float]
+"""What a worker asks for: a fixed number of cores, or its share."""
 
 Slicer = Callable[[int, int], frozenset[int] | None]
 """The CPUs of the worker with this rank among so many, None without pinning."""
@@ -83,6 +97,7 @@ class Machine:
     core_of: Mapping[int, Any]
     node_of: Mapping[int, Any]
     l3_of: Mapping[int, Any]
+    package_of: Mapping[int, Any]
     kind_of: Mapping[int, Any]
 
 
@@ -91,7 +106,8 @@ class Case:
     """The slices that ``contestant`` gave to ``workers`` workers: CPU sets, None where a worker was not pinned.
 
     A worker that died has no slice, and ``error`` says why. ``chooses_kinds``: core types that no slice touches are
-    left out on purpose, as E-cores are by default.
+    left out on purpose, as E-cores are by default. ``wishes`` are those of workers that do not all ask for the same;
+    ``equal`` are the slices if sizes have to be equal (or in proportion to the shares), whatever they cross.
     """
 
     machine: Machine
@@ -100,6 +116,8 @@ class Case:
     workers: int
     chooses_kinds: bool = False
     error: str = ""
+    wishes: tuple[Wish, ...] = ()
+    equal: tuple[frozenset[int] | None, ...] = ()
 
 
 def machines(directory: Path) -> list[Machine]:
@@ -143,6 +161,7 @@ def _machine(file: Path, document: dict[str, Any], kinds: dict[tuple[str, str], 
         core_of=_by_cpu(document, "core"),
         node_of=_by_cpu(document, "node"),
         l3_of=_by_cpu(document, "llc"),
+        package_of=_by_cpu(document, "pkg"),
         kind_of=kind_of,
     )
 
@@ -170,6 +189,30 @@ def ts_cores(root: str) -> Slicer:
         return frozenset(chosen.cpus) if chosen.pinned else None
 
     return slice_of
+
+
+def mixes(workers: int, cores: int) -> Iterator[tuple[Wish, ...]]:
+    """Yield what workers of several models ask for: half of the equal share, three times of it, and both."""
+    small = max(1, cores // (2 * workers)), 1.0
+    yield tuple(small if w % 2 else (None, 1.0) for w in range(workers))
+    yield tuple((None, 1.0 if w % 3 else 3.0) for w in range(workers))
+    yield tuple([small, (None, 1.0), (None, 2.5)][w % 3] for w in range(workers))
+
+
+def mixed_cases(machine: Machine, root: str) -> Iterator[Case]:
+    """Yield a case for every mix of two workers or more, as ``ts-cores plan --model`` would divide the cores."""
+    topology, allowance = read_topology(root), read_allowance(root)
+    cores = len(topology.cores_of(allowance.cpus))
+
+    def slices(wishes: Sequence[Wish], *, equal: bool) -> tuple[frozenset[int] | None, ...]:
+        policy = Policy(equal=equal)
+        made = plan(topology, [Demand(allowance.cpus, policy, allowance.quota, *wish) for wish in wishes]).slices
+        return tuple(frozenset(piece.cpus) if piece.pinned else None for piece in made)
+
+    for workers in WORKERS:
+        for wishes in mixes(workers, cores) if 1 < workers <= cores else ():
+            default, equal = slices(wishes, equal=False), slices(wishes, equal=True)
+            yield Case(machine, SEVERAL, default, workers, chooses_kinds=True, wishes=wishes, equal=equal)
 
 
 def run_cpu(lscpu: str, *options: str) -> Slicer:
@@ -220,6 +263,7 @@ def cases(machine: Machine, *, with_run_cpu: bool) -> Iterator[Case]:
     """Yield every case of a machine: ts-cores, and run_cpu as it is and with the option that TorchServe recommends."""
     with unpacked(machine.archive) as root:
         yield from contest(machine, "ts-cores", functools.cache(lambda: ts_cores(root)), chooses_kinds=True)
+        yield from mixed_cases(machine, root)
     if with_run_cpu and machine.lscpu is not None:
         for options in ((), ("--use_logical_core",)):
             prepare = functools.cache(functools.partial(run_cpu, machine.lscpu, *options))
@@ -245,9 +289,9 @@ def score(case: Case) -> Counter[str]:
     held = [frozenset(machine.core_of[cpu] for cpu in cpus) for cpus in slices]
     usable = {machine.core_of[cpu] for cpu in machine.allowed - machine.isolated}
     if case.chooses_kinds:
-        kinds = {machine.core_of[cpu]: kind for cpu, kind in machine.kind_of.items()}
-        touched = {kinds[core] for cores in held for core in cores}
-        usable = {core for core in usable if kinds[core] in touched}
+        kind_of = {machine.core_of[cpu]: kind for cpu, kind in machine.kind_of.items()}
+        touched = {kind_of[core] for cores in held for core in cores}
+        usable = {core for core in usable if kind_of[core] in touched}
     count["smt_inside"] = sum(len(cpus) - len(cores) for cpus, cores in zip(slices, held, strict=True))
     if workers <= len(usable):
         sharers = Counter(core for cores in held for core in cores)
@@ -256,6 +300,13 @@ def score(case: Case) -> Counter[str]:
     if not count["unpinned"]:
         count["idle"] = len(usable.difference(*held))
         count["idle_avoidable"] = max(0, count["idle"] - len(usable) % workers)
+    sizes = list(map(len, held))
+    kinds = [frozenset(machine.kind_of[cpu] for cpu in cpus) for cpus in slices]
+    one_kind = len(frozenset().union(*kinds)) == 1
+    wishes = case.wishes or ((None, 1.0),) * workers
+    limits = _limits(len(usable), wishes)
+    if case.wishes:  # A core type that only fixed sizes use may have cores left.
+        count["idle_avoidable"] = count["idle"] if one_kind else 0
     places = {"numa": machine.node_of, "l3": machine.l3_of, "mixed": machine.kind_of}
     if max(Counter({machine.core_of[cpu]: l3 for cpu, l3 in machine.l3_of.items()}.values()).values()) == 1:
         places["l3"] = dict.fromkeys(machine.l3_of)  # a domain per core tells nothing
@@ -263,12 +314,52 @@ def score(case: Case) -> Counter[str]:
         groups = Counter(
             {machine.core_of[cpu]: place for cpu, place in place_of.items() if machine.core_of[cpu] in usable}.values()
         )
-        count[column] = sum(len({place_of[cpu] for cpu in cpus}) - 1 for cpus in slices if cpus)
-        count[f"{column}_avoidable"] = max(0, count[column] - fewest_boundaries(list(groups.values()), workers))
-    count["uneven"] = _uneven(
-        [frozenset(machine.kind_of[cpu] for cpu in cpus) for cpus in slices], list(map(len, held))
-    )
+        count[column] = _boundaries(place_of, slices)
+        if one_kind or not case.wishes:  # Else nobody says which worker had to be on which type.
+            count[f"{column}_avoidable"] = max(0, count[column] - fewest_boundaries(list(groups.values()), limits))
+    if not case.wishes:
+        count["uneven"] = _uneven(kinds, sizes)
+    elif one_kind:
+        count["uneven"] = sum(
+            not least <= size <= most
+            for size, (least, most), (fixed, _) in zip(sizes, limits, wishes, strict=True)
+            if fixed is None
+        )
+    count["unmet"] = sum(fixed not in (None, size) for size, (fixed, _) in zip(sizes, wishes, strict=False))
+    if case.equal and None not in case.equal:
+        levels = [machine.kind_of, machine.node_of, machine.package_of, places["l3"]]
+        equal = [cpus for cpus in case.equal if cpus is not None]
+        rivals = [([_boundaries(level, made) for level in levels], _spread(made, wishes)) for made in (equal, slices)]
+        count["unequal"] = int(one_kind and sum(map(len, equal)) == sum(sizes) and rivals[0] < rivals[1])
     return count
+
+
+def _boundaries(place_of: Mapping[int, Any], slices: Iterable[frozenset[int]]) -> int:
+    return sum(len({place_of[cpu] for cpu in cpus}) - 1 for cpus in slices if cpus)
+
+
+def _spread(slices: Sequence[frozenset[int]], wishes: Sequence[Wish]) -> Fraction:
+    """Squared sizes, divided by their shares: least where sizes are equal, or in proportion to the shares."""
+    pairs = zip(slices, wishes, strict=True)
+    return sum((Fraction(len(cpus) ** 2) / Fraction(share) for cpus, (fixed, share) in pairs if not fixed), Fraction())
+
+
+def _limits(cores: int, wishes: Sequence[Wish]) -> list[tuple[int, int]]:
+    """The fewest and the most cores of each worker.
+
+    That is half to twice of its share of what fixed sizes leave; but nobody's upper limit is below twice the equal one.
+    """
+    fair = [Fraction(share) for fixed, share in wishes if not fixed]
+    free = cores - sum(fixed or 0 for fixed, _ in wishes)
+    rest, weight = free, sum(fair)
+    for share in sorted(fair):  # Whoever is due less than one core gets one, which the others have less.
+        if rest * share < weight:
+            rest, weight = rest - 1, weight - share
+    shares = [max(Fraction(1), rest * Fraction(share) / weight) if weight else Fraction(1) for _, share in wishes]
+    return [
+        (fixed, fixed) if fixed else (max(1, ceil(share / 2)), max(1, floor(2 * max(share, Fraction(free, len(fair))))))
+        for (fixed, _), share in zip(wishes, shares, strict=True)
+    ]
 
 
 def _uneven(kinds: Sequence[frozenset[Any]], sizes: Sequence[int]) -> int:
@@ -282,25 +373,57 @@ def _uneven(kinds: Sequence[frozenset[Any]], sizes: Sequence[int]) -> int:
     return sum(not shares[chosen] <= 2 * size <= 4 * shares[chosen] for size, chosen in zip(sizes, kinds, strict=True))
 
 
-def fewest_boundaries(groups: Sequence[int], workers: int) -> int:
-    """Return a number of boundaries that ``workers`` slices of groups of these sizes cannot do without.
+def fewest_boundaries(groups: Sequence[int], limits: Sequence[tuple[int, int]]) -> int:
+    """Return a number of boundaries that slices within ``limits``, a worker's fewest and most cores, cannot do without.
 
-    A lower bound: it looks at one level alone. Nothing is idle, and every slice has half to twice of the equal share.
-    Slices and groups that touch each other form components, and one of k groups crosses k - 1 boundaries. Joining two
-    groups makes room for one more slice at most, or for one less. Groups that are too small for a slice are joined
-    with each other or with a larger one.
+    A lower bound: it looks at one level alone. Nothing is idle. Slices and groups that touch each other form
+    components, and one of k groups crosses k - 1 boundaries. With few groups and workers all ways to form components
+    are tried. With many the bound is what must be joined at least: joining two groups makes room for one more slice at
+    most, or for one less; groups that are too small for a slice are joined with each other or with a larger one.
     """
-    cores = sum(groups)
+    cores, workers = sum(groups), len(limits)
     if cores < workers:
         return 0
-    least, most = -(-cores // (2 * workers)), 2 * cores // workers
+    sizes, kinds = sorted(Counter(groups).items()), sorted(Counter(limits).items())
+    if math.prod(number + 1 for _, number in (*sizes, *kinds)) <= FEW:
+        components = _most_components(tuple(sizes), tuple(kinds))
+        return cores if components is None else len(groups) - components  # Where nobody can, nobody is to blame.
+    least, most = min(low for low, _ in limits), max(high for _, high in limits)
     small = [group for group in groups if group < least]
     return max(
         0,
         workers - sum(group // least for group in groups),
         sum(-(-group // most) for group in groups) - workers,
         len(small) - sum(small) // least,
+        sum(-(-low // max(groups)) - 1 for low, _ in limits),
     )
+
+
+@functools.cache
+def _most_components(
+    groups: tuple[tuple[int, int], ...], workers: tuple[tuple[tuple[int, int], int], ...]
+) -> int | None:
+    """The most components of groups (sizes, how many) and workers (limits, how many); None if they do not fit."""
+
+    def packed(numbers: Sequence[int]) -> int:
+        return sum(number << 16 * place for place, number in enumerate(numbers))
+
+    ways = [range(number + 1) for _, number in (*groups, *workers)]
+    states, components = {}, []  # some of the groups and workers in one number, as in a positional system
+    for numbers in itertools.product(*ways):
+        some, users = numbers[: len(groups)], numbers[len(groups) :]
+        states[packed(numbers)] = sum(some)
+        cores = sum(number * size for number, (size, _) in zip(some, groups, strict=True))
+        least = sum(number * low for number, ((low, _), _) in zip(users, workers, strict=True))
+        most = sum(number * high for number, ((_, high), _) in zip(users, workers, strict=True))
+        if cores and least <= cores <= most:
+            components.append(packed(numbers))
+    best = {0: 0}
+    for state in sorted(states, key=lambda state: states[state]):
+        for more in components if state in best else ():
+            if state + more in states:
+                best[state + more] = max(best.get(state + more, 0), best[state] + 1)
+    return best.get(packed([way.stop - 1 for way in ways]))
 
 
 def _table(totals: Mapping[str, Counter[str]], *, markdown: bool) -> str:
@@ -343,8 +466,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.json:
                 documents.append(_document(case, counts))
             wrong = {key: counts[key] for key in _WRONG if counts[key]}
-            if case.contestant == "ts-cores" and wrong:
-                findings.append(f"{machine.name}, {case.workers} workers: {wrong} {_listed(case)}")
+            if case.contestant in ("ts-cores", SEVERAL) and wrong:
+                findings.append(f"{machine.name}, {case.wishes or case.workers} workers: {wrong} {_listed(case)}")
     if options.json:
         json.dump({"machines": len(chosen), "totals": totals, "cases": documents}, sys.stdout)
         print()

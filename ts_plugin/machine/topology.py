@@ -82,7 +82,7 @@ class Allowance:
     def limit(self, mask: frozenset[int] | None) -> frozenset[int] | None:
         """Return ``mask`` if it holds a process back further than this, by taskset for example; else None.
 
-        A mask that spans the cpuset is no wish for just these CPUs: it follows the cpuset, and CPUs that come online.
+        A mask that covers the cpuset is no restriction: it follows the cpuset, and CPUs that come online.
         """
         return None if mask is None or mask >= self.cpus else mask
 

@@ -140,14 +140,16 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _uneven(models: Sequence[PlannedModel], policy: Policy, planned: Plan) -> Iterator[str]:
     """Say that workers which ask for the same get slices of different sizes, and which option changes that."""
-    if len(set(models)) > 1 or policy.cores_per_worker:
-        return
-    threads = [piece.threads for piece in planned.slices]
-    if max(threads) - min(threads) > 1:
-        yield (
-            f"workers that ask for the same get {min(threads)} to {max(threads)} threads: slices that stay inside NUMA "
-            "nodes, L3 domains and core types go before equal sizes; --equal makes them equal"
-        )
+    threads: dict[float, list[int]] = {}
+    for model, piece in zip(models, planned.slices, strict=True):
+        if model.cores is None and not policy.cores_per_worker and not policy.equal:
+            threads.setdefault(model.share, []).append(piece.threads)
+    for numbers in threads.values():
+        if max(numbers) - min(numbers) > 1:
+            yield (
+                f"workers that ask for the same get {min(numbers)} to {max(numbers)} threads: slices that stay inside "
+                "NUMA nodes, L3 domains and core types go before equal sizes; --equal makes them equal"
+            )
 
 
 def _machine(root: Path | None) -> tuple[Topology, Allowance]:

@@ -124,6 +124,7 @@ def _share(lease: Lease, rivals: Sequence[Lease], topology: Topology) -> Iterato
         yield "there are more workers than cores, so cores are shared, one thread each; use fewer workers"
     elif lease.slice.pinned and abs(own - part) >= 1:
         alike = len({other.demand.share for other in rivals if other.demand.cores is None}) == 1
+        alike = alike and not lease.demand.policy.equal
         yield (
             f"it has {own}, because slices that stay inside NUMA nodes, L3 domains and core types go before equal "
             f"sizes{' (--equal changes that)' if alike else ''}"

@@ -20,18 +20,28 @@ class Taker:
     weight: float
 
 
-def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Divide ``total`` whole cores by weight, at least one each; ``total`` is at least the number of weights.
+def apportion(
+    total: int, weights: Sequence[float], least: Sequence[int] | None = None, most: Sequence[int] | None = None
+) -> list[int]:
+    """Divide ``total`` whole cores by weight, from ``least`` (one) to ``most`` (all) each; such a division exists.
 
-    Each core goes to the one furthest below its due (Webster's method): one core more never takes one from anybody.
+    Each core goes to the one furthest below its due (Webster's method): one core more never takes one from anybody,
+    and the sum of squared sizes, each divided by its weight, is the least there is.
     """
-    sizes = [1] * len(weights)
-    heap = [((2 * size + 1) / weight, i) for i, (size, weight) in enumerate(zip(sizes, weights, strict=True))]
+    sizes = list(least or [1] * len(weights))
+    heap = [
+        ((2 * size + 1) / weight, i)
+        for i, (size, weight) in enumerate(zip(sizes, weights, strict=True))
+        if not most or size < most[i]
+    ]
     heapq.heapify(heap)
-    for _ in range(total - len(sizes)):
+    for _ in range(total - sum(sizes) if sizes else 0):
         i = heap[0][1]
         sizes[i] += 1
-        heapq.heapreplace(heap, ((2 * sizes[i] + 1) / weights[i], i))
+        if most and sizes[i] == most[i]:
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, ((2 * sizes[i] + 1) / weights[i], i))
     return sizes
 
 

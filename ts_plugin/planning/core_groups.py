@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
 
-__all__ = ["LEVELS", "CoreGroup", "Costs", "Distance", "Limits", "Part", "PlanError", "by_level", "size_of"]
+__all__ = ["LEVELS", "Claim", "CoreGroup", "Costs", "Distance", "Part", "Parts", "PlanError", "by_level", "size_of"]
 
 LEVELS = ("kind", "node", "package", "l3")  # the most expensive to cross comes first
 FIELDS = ("move", "distance", "square", "l3", "package", "node", "kind", "idle")  # of a cost, the cheapest first
-BITS = 32  # of every field
+BITS = 64  # of every field
+_UNIT = 1 << 10  # of a squared size, for the largest weight
 
 Part = tuple[tuple[int, int], ...]  # (index of the core group, cores taken from it), ascending
+Parts = list[tuple[int, Part]]  # each with the index of its claim
 Distance = Callable[[int, int], int]  # between two NUMA nodes, as the firmware says
 
 
@@ -36,22 +38,16 @@ class CoreGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """The fewest and the most cores that a part may have."""
+class Claim:
+    """``workers`` that ask for the same: ``least`` to ``most`` cores each, in proportion to ``weight``.
 
+    Of a fixed size least and most are the same, and there is no weight: it is 0.
+    """
+
+    workers: int
     least: int
     most: int
-
-    @classmethod
-    def around(cls, total: int, parts: int, *, equal: bool = False) -> Limits:
-        """Half to twice of the equal share; with ``equal`` the share, rounded down and up."""
-        if equal:
-            return cls(total // parts, -(-total // parts))
-        return cls(-(-total // (2 * parts)), 2 * total // parts)
-
-    def parts(self, cores: int) -> range:
-        """The numbers of parts that so many cores can be cut into."""
-        return range(max(1, -(-cores // self.most)), cores // self.least + 1)
+    weight: float = 1.0
 
 
 def size_of(part: Part) -> int:
@@ -70,18 +66,22 @@ class Costs:
     """The cost of parts as one integer, which adds up over parts: the more a field matters, the higher its bits.
 
     Counted are boundaries (groups touched minus one) on each level, then squared sizes, then distances between nodes.
+    Squares are divided by the weight: their sum is least where sizes are equal, or in proportion to the weights.
     """
 
     weight: ClassVar = {name: 1 << (BITS * place) for place, name in enumerate(FIELDS)}
     boundaries: ClassVar = BITS * FIELDS.index("l3")  # shift that leaves the boundaries only
 
-    def __init__(self, groups: Sequence[CoreGroup], distance: Distance) -> None:
+    def __init__(self, groups: Sequence[CoreGroup], distance: Distance, weights: Sequence[float]) -> None:
+        """``weights`` are those of the claims."""
         self.total = sum(group.size for group in groups)
         self.places = [tuple(getattr(group, level) for level in LEVELS) for group in groups]
         self.distance = distance
+        most = max(weights, default=0)
+        self.units = [min(_UNIT**2, round(_UNIT * most / weight)) if weight else 0 for weight in weights]
 
-    def part(self, part: Part) -> int:
-        cost = size_of(part) ** 2 * self.weight["square"]
+    def part(self, claim: int, part: Part) -> int:
+        cost = size_of(part) ** 2 * self.units[claim] * self.weight["square"]
         if len(part) == 1:
             return cost
         for level, places in zip(LEVELS, zip(*(self.places[i] for i, _ in part), strict=True), strict=True):
@@ -91,9 +91,11 @@ class Costs:
                 cost += sum(self.distance(a, b) for a, b in combinations(sorted(touched), 2)) * self.weight["distance"]
         return cost
 
-    def parts(self, parts: Sequence[Part]) -> int:
+    def parts(self, parts: Parts) -> int:
         """The cost of a whole division, idle cores included."""
-        return self.idle(self.total - sum(map(size_of, parts))) + sum(map(self.part, parts))
+        idle = self.total - sum(size_of(part) for _, part in parts)
+        return idle * self.weight["idle"] + sum(self.part(*part) for part in parts)
 
-    def idle(self, cores: int) -> int:
-        return cores * self.weight["idle"]
+    def crossed(self, parts: Parts) -> int:
+        """What the boundaries alone cost."""
+        return sum(self.part(*own) >> self.boundaries for own in parts) << self.boundaries

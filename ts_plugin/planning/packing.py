@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import permutations
+from itertools import islice, permutations
 
-from ts_plugin.planning.core_groups import LEVELS, CoreGroup, Costs, Distance, Part, PlanError, by_level
+from ts_plugin.planning.allotment import apportion
+from ts_plugin.planning.core_groups import LEVELS, Claim, CoreGroup, Costs, Part, Parts, PlanError, by_level
 
-__all__ = ["pack", "repair"]
+__all__ = ["pack", "pack_within_nodes", "repair"]
 
 _EXCHANGES = 1000  # looked at in one repair
 
@@ -62,16 +64,39 @@ def _take(
     return tuple(crossed), tuple(sorted(part))
 
 
-def repair(
-    groups: Sequence[CoreGroup], parts: Sequence[Part], lows: Sequence[int], high: int, distance: Distance
-) -> list[Part]:
-    """Let parts exchange cores, or give some away, as long as fewer boundaries are crossed.
+def pack_within_nodes(groups: Sequence[CoreGroup], claims: Sequence[Claim]) -> Parts:
+    """Pack the fixed sizes, and others as large as NUMA nodes have room for, in proportion to their weights."""
+    owners = [c for c, claim in enumerate(claims) for _ in range(claim.workers)]
+    weights = [claims[c].weight for c in owners if claims[c].weight]
+    members = by_level(groups, range(len(groups)), "node")
+    nodes = [CoreGroup(0, groups[node[0]].node, 0, 0, sum(groups[i].size for i in node)) for node in members]
 
-    ``lows`` are the fewest cores each part may have, ``high`` the most.
-    """
-    costs = Costs(groups, distance)
-    mine = [dict(part) for part in parts]
-    cost = [costs.part(part) for part in parts]
+    def sizes(more: int) -> list[int]:
+        fair = iter(apportion(len(weights) + more, weights))
+        return [next(fair) if claims[c].weight else claims[c].least for c in owners]
+
+    def fits(more: int) -> bool:
+        try:
+            return bool(pack(nodes, sizes(more), within_nodes=True))
+        except PlanError:
+            return False
+
+    free = sum(node.size for node in nodes) - sum(sizes(0)) if weights else 0
+    chosen = sizes(bisect_left(range(1, free + 1), True, key=lambda more: not fits(more)))
+    packed = [part[0][0] for part in pack(nodes, chosen, within_nodes=True)]
+    parts: dict[int, Part] = {}
+    for n, node in enumerate(members):
+        mine = [w for w, where in enumerate(packed) if where == n]
+        for w, part in zip(mine, pack([groups[i] for i in node], [chosen[w] for w in mine]), strict=True):
+            parts[w] = tuple((node[i], count) for i, count in part)
+    return [(claim, parts[w]) for w, claim in enumerate(owners)]
+
+
+def repair(groups: Sequence[CoreGroup], parts: Parts, claims: Sequence[Claim], costs: Costs) -> Parts:
+    """Let parts exchange cores, or give some away, as long as fewer boundaries are crossed."""
+    owners = [claim for claim, _ in parts]
+    mine = [dict(part) for _, part in parts]
+    cost = [costs.part(*own) for own in parts]
     tried = 0
     improved = True
     while improved:
@@ -79,21 +104,22 @@ def repair(
         for a, b in permutations(range(len(mine)), 2):
             if len(mine[a]) == 1:
                 continue
-            spare = min(sum(mine[a].values()) - lows[a], high - sum(mine[b].values()))
-            for give, take, count in _exchanges(mine[a], mine[b], spare):
+            spare = min(sum(mine[a].values()) - claims[owners[a]].least, claims[owners[b]].most - sum(mine[b].values()))
+            for give, take, count in islice(_exchanges(mine[a], mine[b], spare), _EXCHANGES - tried):
                 tried += 1
-                if tried > _EXCHANGES:
-                    return [tuple(sorted(part.items())) for part in mine]
                 new_a, new_b = dict(mine[a]), dict(mine[b])
                 _move(new_a, new_b, give, count)
                 if take is not None:
                     _move(new_b, new_a, take, count)
-                cost_a, cost_b = costs.part(tuple(new_a.items())), costs.part(tuple(new_b.items()))
+                cost_a, cost_b = (
+                    costs.part(owners[a], tuple(new_a.items())),
+                    costs.part(owners[b], tuple(new_b.items())),
+                )
                 if (cost_a + cost_b) >> Costs.boundaries < (cost[a] + cost[b]) >> Costs.boundaries:
                     mine[a], mine[b], cost[a], cost[b] = new_a, new_b, cost_a, cost_b
                     improved = True
                     break
-    return [tuple(sorted(part.items())) for part in mine]
+    return [(owner, tuple(sorted(part.items()))) for owner, part in zip(owners, mine, strict=True)]
 
 
 def _exchanges(mine: dict[int, int], other: dict[int, int], spare: int) -> Iterator[tuple[int, int | None, int]]:

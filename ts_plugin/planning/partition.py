@@ -1,39 +1,47 @@
-"""Cutting one pool of cores into parts of about equal size that cross the fewest boundaries. Pure arithmetic."""
+"""Cutting one pool of cores into parts, one per worker, that cross the fewest boundaries. Pure arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from heapq import heapreplace
-from itertools import chain, combinations
+from itertools import accumulate, chain, combinations
+from operator import itemgetter
 
-from ts_plugin.planning.core_groups import CoreGroup, Costs, Distance, Limits, Part, by_level
-from ts_plugin.planning.packing import pack, repair
+from ts_plugin.planning.allotment import apportion
+from ts_plugin.planning.core_groups import Claim, CoreGroup, Costs, Distance, Part, Parts, by_level
+from ts_plugin.planning.packing import pack, pack_within_nodes, repair
 
 __all__ = ["cut"]
 
 # Levels from the outside in: right where packages hold NUMA nodes; where nodes hold packages; where neither holds.
 _ORDERS = (("kind", "package", "node", "l3"), ("kind", "node", "package", "l3"), ("kind", "node", "l3", "package"))
 _NODES_FIRST = ("node", "kind", "package", "l3")
-_MANY = 32  # for more workers a group gets about its proportional number of parts, and one order of levels is tried
+_MANY = 32  # for more workers one order of levels is tried; of more core groups each gets about its share of the parts
 _FEW = 6  # up to so many groups every way of joining them is tried
-_SPAN = 3  # a longer run of core groups is one part
+_SPAN = 3  # a longer run of core groups is one part, or the whole row
+_MIXES = 400_000  # so many pairs of mixes may be put together; with more claims each group is tried with fewer
+_BITS = 16  # of the number of each claim's parts in a mix
 
-_Parts = list[Part] | tuple["_Parts", "_Parts"]  # a tree, because most of them are thrown away
-_Table = dict[int, tuple[int, _Parts]]  # by their number: the cheapest parts, and their cost
+Mix = int  # how many parts of each claim: of the first in the lowest 16 bits, of the second in the next, and so on
+_Tree = Parts | tuple["_Tree", "_Tree"]  # because most of them are thrown away
+_Table = dict[Mix, tuple[int, _Tree]]  # of every mix the cheapest parts, and their cost
 
 
 def cut(
     groups: Sequence[CoreGroup],
-    workers: int,
+    claims: Sequence[Claim],
     *,
     distance: Distance,
     equal: bool = False,
     within_nodes: bool = False,
-    homes: Sequence[int] | None = None,
+    homes: Sequence[Sequence[int]] | None = None,
 ) -> list[Part]:
-    """Divide all cores of ``groups`` into parts, one per worker, with the least cost (``Costs``).
+    """Divide the cores of ``groups`` into parts with the least cost (``Costs``), for the workers of each claim in turn.
 
-    An example: two NUMA nodes, each with three L3 domains of 4 cores, and five workers.
+    All cores are used, unless every size is fixed. An example: two NUMA nodes, each with three L3 domains of 4 cores,
+    and one claim of five workers.
 
     1. The equal share is 24 / 5 = 4.8 cores. A part has half to twice of it: 3 to 9 cores.
     2. From the inside out, each group says what its cheapest division into 1, 2, 3 ... parts is. An L3 domain of 4
@@ -45,33 +53,56 @@ def cut(
     5. If nodes must be joined, for two or three workers on eight of them, their cores form a row, which is cut where
        core groups end. What that misses, ``repair`` finds by exchanges.
 
-    ``equal`` wants sizes within one core of each other, whatever they cross. ``within_nodes`` leaves cores idle rather
-    than have a part span two NUMA nodes. ``homes`` is the number of workers at home in each core group: among equals
-    the division in which most of them can stay is taken.
+    Of several claims a group says the same for each mix of them: one part of the first with two of the second, ...
+
+    ``within_nodes`` leaves cores idle rather than have a part span two NUMA nodes; with ``equal`` too rather than have
+    sizes differ. ``homes`` is the number of workers of each claim at home in each core group: among equals the division
+    in which most of them can stay is taken.
+
+    Raises:
+        PlanError: ``within_nodes``, and the fixed sizes fit into no node.
     """
-    total = sum(group.size for group in groups)
-    if within_nodes and equal:
-        return _cut_nodes_equally(groups, workers)
-    costs = Costs(groups, distance)
-    limits = Limits.around(total, workers, equal=equal)
-    if within_nodes:
-        limits = Limits(limits.least, total)
-        while not (found := _Search(groups, workers, limits, costs, homes, spare_nodes=True).run(_NODES_FIRST)):
-            # So many nodes stay idle that somebody gets less than half of the equal share.
-            limits = Limits(max(1, limits.least // 2), total)
-        return found
-    parts = _cut_evenly(groups, range(len(groups)), workers)
-    for levels in _ORDERS if workers <= _MANY else _ORDERS[:1]:
-        found = _Search(groups, workers, limits, costs, homes).run(levels)
+    costs = Costs(groups, distance, [claim.weight for claim in claims])
+    homes = homes or [[0] * len(claims)] * len(groups)
+    divide = _cut_within_nodes if within_nodes else _cut_anywhere
+    parts = pack_within_nodes(groups, claims) if within_nodes and equal else divide(groups, claims, costs, homes)
+    return [part for _, part in sorted(parts, key=lambda own: (own[0], own[1][0][0], len(own[1]), -own[1][0][1]))]
+
+
+def _cut_anywhere(
+    groups: Sequence[CoreGroup], claims: Sequence[Claim], costs: Costs, homes: Sequence[Sequence[int]]
+) -> Parts:
+    workers = sum(claim.workers for claim in claims)
+    search = _Search(groups, claims, costs, homes)
+    if not search.slack:
+        parts = search.evenly(range(len(groups)), search.everybody)[1]
+    else:
+        owners = [c for c, claim in enumerate(claims) for _ in range(claim.workers)]
+        parts = list(zip(owners, pack(groups, [claims[c].least for c in owners]), strict=True))
+    orders = _ORDERS if workers <= _MANY else _ORDERS[:1]
+    for levels in orders if len(groups) <= _MANY or not search.slack else ():
+        found = search.run(levels)
         parts = min(parts, found or parts, key=costs.parts)
-        if costs.parts(parts) < costs.weight["package"]:
+        if costs.crossed(parts) < costs.weight["package"]:
             break  # Only L3 domains are crossed.
-    parts = min(parts, repair(groups, parts, [limits.least] * workers, limits.most, distance), key=costs.parts)
-    return sorted(parts, key=lambda part: (part[0][0], len(part), -part[0][1]))
+    return min(parts, repair(groups, parts, claims, costs), key=costs.parts)
+
+
+def _cut_within_nodes(
+    groups: Sequence[CoreGroup], claims: Sequence[Claim], costs: Costs, homes: Sequence[Sequence[int]]
+) -> Parts:
+    claims = [replace(claim, most=costs.total) if claim.weight else claim for claim in claims]
+    while not (found := _Search(groups, claims, costs, homes, spare_nodes=True).run(_NODES_FIRST)):
+        # So many nodes stay idle that somebody gets less than half of the equal share.
+        lower = [replace(claim, least=max(1, claim.least // 2)) if claim.weight else claim for claim in claims]
+        if lower == claims:
+            return pack_within_nodes(groups, claims)
+        claims = lower
+    return found
 
 
 class _Search:
-    """Tables of "so many parts out of this group" for one order of the levels, the outermost first.
+    """Tables of "this mix of parts out of this group" for one order of the levels, the outermost first.
 
     ``spare_nodes``: a NUMA node may stay idle, and nothing joins two.
     """
@@ -79,59 +110,97 @@ class _Search:
     def __init__(
         self,
         groups: Sequence[CoreGroup],
-        workers: int,
-        limits: Limits,
+        claims: Sequence[Claim],
         costs: Costs,
-        homes: Sequence[int] | None,
+        homes: Sequence[Sequence[int]],
         *,
         spare_nodes: bool = False,
     ) -> None:
         self.groups = groups
-        self.workers = workers
-        self.limits = limits
+        self.claims = claims
         self.costs = costs
-        self.homes = homes or [0] * len(groups)
+        self.homes = homes
         self.spare_nodes = spare_nodes
-        self.rows: dict[tuple[tuple[int, ...], ...], _Table] = {}
-        self.near = workers if len(groups) <= _MANY or spare_nodes else 1
+        self.slack = not any(claim.weight for claim in claims)
+        self.everybody = _mix(claim.workers for claim in claims)
+        self.rows: dict[tuple[tuple[tuple[int, ...], ...], bool], _Table] = {}
+        self.known: dict[tuple[int, int, bool | None], dict[Mix, int]] = {}
+        self.sizes: dict[tuple[int, Mix], list[tuple[int, int]]] = {}
+        alone = len(claims) == 1 and len(groups) > _MANY and not spare_nodes
+        self.near = 1 if alone else max(claim.workers for claim in claims)
+        while self.near and len(groups) * self._window(self.near) * self._window(self.near + 1) > _MIXES:
+            self.near //= 2
 
-    def run(self, levels: Sequence[str]) -> list[Part] | None:
+    def run(self, levels: Sequence[str]) -> Parts | None:
         order = sorted(range(len(self.groups)), key=lambda i: ([getattr(self.groups[i], name) for name in levels], i))
-        found = self._table(tuple(order), levels, range(self.workers, self.workers + 1)).get(self.workers)
-        return found and _flat(found[1])
+        found = self._table(tuple(order), levels, [self.everybody], slack=self.slack)
+        return _flat(found[self.everybody][1]) if found else None
+
+    def _window(self, near: int) -> int:
+        """How many mixes there may be for one number of cores."""
+        return math.prod(min(claim.workers, 2 * near + 1) + 1 for claim in self.claims)
 
     def _size(self, members: Iterable[int]) -> int:
         return sum(self.groups[i].size for i in members)
 
-    def _numbers(self, size: int) -> range:
-        """Numbers of parts worth trying for so many cores."""
-        possible, share = self.limits.parts(size), size * self.workers // self.costs.total
-        return range(
-            max(possible.start, share - self.near), min(possible.stop, self.workers + 1, share + 2 + self.near)
-        )
+    def _workers(self, mix: Mix) -> int:
+        return sum(self._numbers(mix))
 
-    def _table(self, members: tuple[int, ...], levels: Sequence[str], wanted: range) -> _Table:
-        """The cheapest divisions of ``members`` into ``wanted`` numbers of parts; a number may be impossible."""
+    def _numbers(self, mix: Mix) -> list[int]:
+        return [mix >> _BITS * c & (1 << _BITS) - 1 for c in range(len(self.claims))]
+
+    def _mixes(self, size: int, *, slack: bool | None, near: int | None = None) -> dict[Mix, int]:
+        """Mixes worth trying for so many cores, ascending, and the number of parts in each.
+
+        With ``slack`` fixed sizes that may leave a rest; where it is None, all mixes that are not too large.
+        """
+        near = self.near if near is None else near
+        key = size, near, slack
+        if key not in self.known:
+            found = [(0, 0, 0, 0)]  # the mix, its parts, the fewest and the most cores that they can have
+            for c, claim in enumerate(self.claims):
+                share = size * claim.workers // self.costs.total
+                numbers = range(0 if slack else max(0, share - near), min(claim.workers, share + 1 + near) + 1)
+                if slack and claim.weight:
+                    numbers = range(1)
+                found = [
+                    (mix + (n << _BITS * c), parts + n, least + n * claim.least, most + n * claim.most)
+                    for mix, parts, least, most in found
+                    for n in numbers
+                    if least + n * claim.least <= size
+                ]
+            self.known[key] = {mix: n for mix, n, _, most in sorted(found) if slack is not False or size <= most}
+        return self.known[key]
+
+    def _table(
+        self, members: tuple[int, ...], levels: Sequence[str], wanted: Collection[Mix], *, slack: bool
+    ) -> _Table:
+        """The cheapest divisions of ``members`` into ``wanted`` mixes; some may be impossible."""
         if not levels:
-            return {p: self._evenly(members, p) for p in wanted if p in self.limits.parts(self._size(members))}
+            possible = self._mixes(self._size(members), slack=slack)
+            return {mix: self.evenly(members, mix) for mix in wanted if mix in possible}
         level, *inner = levels
         children = by_level(self.groups, members, level)
         if len(children) == 1:
-            return self._table(members, inner, wanted)
+            return self._table(members, inner, wanted, slack=slack)
         spare = self.spare_nodes and level == "node"
         tables = []
         for child in children:
             size = self._size(child)
-            table = self._table(child, inner, self._numbers(size))
+            table = self._table(child, inner, self._mixes(size, slack=slack), slack=slack)
             if spare:
-                table[0] = self.costs.idle(size), []
+                table |= self._table(child, inner, self._mixes(size, slack=True), slack=True)
             tables.append(self._with_moves(table, child, level))
-        result = self._combine(tables, wanted)
+        result = self._combine(tables, list(map(self._size, children)), wanted)
+        missing = [] if spare else [mix for mix in wanted if mix not in result]
+        mixed = missing and len(self.claims) > 1 and len(members) <= _MANY
+        row = self._row(tuple(children), slack=slack) if mixed else {}
         # Joining k groups costs k - 1 boundaries, so join as few as possible: into as many blocks as possible.
         for count in range(len(children) - 1, 0, -1):
-            missing = [p for p in wanted if p not in result and p >= count]
-            if missing and not spare:
-                result |= self._join(children, tables, level, count, missing)
+            rest = [mix for mix in missing if mix not in result and (slack or self._workers(mix) >= count)]
+            if rest:
+                found = self._join(children, tables, level, count, rest, slack=slack)
+                result |= {mix: min(found[mix], row.get(mix, found[mix]), key=itemgetter(0)) for mix in found}
         return dict(sorted(result.items()))  # among equals, the first groups get the fewest parts
 
     def _join(
@@ -140,11 +209,14 @@ class _Search:
         tables: Sequence[_Table],
         level: str,
         count: int,
-        wanted: Sequence[int],
+        wanted: Collection[Mix],
+        *,
+        slack: bool,
     ) -> _Table:
-        """The cheapest divisions into ``wanted`` numbers of parts that join ``children`` to ``count`` blocks."""
+        """The cheapest divisions into ``wanted`` mixes that join ``children`` to ``count`` blocks."""
         sizes = [self._size(child) for child in children]
-        homes = [sum(self.homes[i] for i in child) for child in children]
+        homes = [sum(map(sum, (self.homes[i] for i in child))) for child in children]
+        single = not slack and all(self._workers(mix) == count for mix in wanted)  # Every block is one part.
         found: _Table = {}
         for blocks in _joins(sizes, homes, count):
             options = []
@@ -154,77 +226,122 @@ class _Search:
                     continue
                 spans = tuple(children[child] for child in block)
                 joined = tuple(chain(*spans))
-                table = self._row(spans) if wanted[-1] > count else self._whole(joined)  # else every block is one part
+                table = self._whole(joined) if single else self._row(spans, slack=slack)
                 options.append(self._with_moves(table, joined, level))
-            for p, (cost, parts) in self._combine(options, range(wanted[0], wanted[-1] + 1)).items():
-                if p in wanted:
-                    _improve(found, p, cost, parts)
+            areas = [sum(sizes[child] for child in block) for block in blocks]
+            for mix, (cost, parts) in self._combine(options, areas, wanted).items():
+                _improve(found, mix, cost, parts)
         return found
 
     def _with_moves(self, table: _Table, members: Iterable[int], level: str) -> _Table:
         """Add the moves that follow where fewer parts than are at home in a group stay there; far ones count more."""
-        here = sum(self.homes[i] for i in members)
+        here = [sum(numbers) for numbers in zip(*(self.homes[i] for i in members), strict=True)]
+        if not any(here):
+            return table
         unit = self.costs.weight["move"] << (0 if level == "l3" else 12)
-        return {p: (cost + max(0, here - p) * unit, parts) for p, (cost, parts) in table.items()}
+        return {
+            mix: (cost + unit * sum(max(0, a - b) for a, b in zip(here, self._numbers(mix), strict=True)), parts)
+            for mix, (cost, parts) in table.items()
+        }
 
-    @staticmethod
-    def _combine(tables: Sequence[_Table], wanted: range) -> _Table:
-        """The cheapest way to get every wanted number of parts, so many of each table."""
+    def _combine(self, tables: Sequence[_Table], sizes: Sequence[int], wanted: Collection[Mix]) -> _Table:
+        """The cheapest way to get every wanted mix, some of each table."""
         if not all(tables):
             return {}
-        low, high = sum(map(min, tables)), sum(map(max, tables))  # of the tables still to come
         reached: _Table = {0: (0, [])}
-        for table in tables:
-            low, high = low - min(table), high - max(table)
+        for table, size in zip(tables, accumulate(sizes), strict=True):
+            allowed = self._mixes(size, slack=None, near=self.near + 1)
             longer: _Table = {}
             for p, (cost, parts) in reached.items():
                 for q, (more, others) in table.items():
-                    if p + q + low < wanted.stop and p + q + high >= wanted.start:
+                    if p + q in allowed:
                         _improve(longer, p + q, cost + more, (parts, others))
             reached = longer
-        return reached
+        return {mix: reached[mix] for mix in wanted if mix in reached}
 
     def _whole(self, members: Sequence[int]) -> _Table:
-        return {1: self._evenly(members, 1)} if 1 in self.limits.parts(self._size(members)) else {}
+        possible = self._mixes(self._size(members), slack=False)
+        return {mix: self.evenly(members, mix) for mix, parts in possible.items() if parts == 1}
 
-    def _row(self, spans: tuple[tuple[int, ...], ...]) -> _Table:
-        """Divide joined groups as one row of cores: in their order, or so that small core groups meet."""
-        if spans not in self.rows:
+    def _row(self, spans: tuple[tuple[int, ...], ...], *, slack: bool) -> _Table:
+        """Divide joined groups as one row of cores: in their order, or so that small or large core groups meet."""
+        if (spans, slack) not in self.rows:
+            found = self.rows[spans, slack] = dict[Mix, tuple[int, _Tree]]()
             first, *others = (sorted(span, key=lambda i: self.groups[i].size) for span in spans)
-            found = self._cut_row(list(chain(*spans)))
-            for number, (cost, parts) in self._cut_row([*reversed(first), *chain(*others)]).items():
-                _improve(found, number, cost, parts)
-            self.rows[spans] = found
-        return self.rows[spans]
+            rows = [*chain(*spans)], [*reversed(first), *chain(*others)], [*first, *reversed([*chain(*others)])]
+            for row in {tuple(self.groups[i].size for i in row): row for row in reversed(rows)}.values():
+                for mix, (cost, parts) in self._cut_row(row, slack=slack).items():
+                    _improve(found, mix, cost, parts)
+        return self.rows[spans, slack]
 
-    def _cut_row(self, row: Sequence[int]) -> _Table:
+    def _cut_row(self, row: Sequence[int], *, slack: bool) -> _Table:
         """Cut at the ends of core groups, and evenly in short runs."""
         reached: list[_Table] = [{0: (0, [])}, *({} for _ in row)]
-        most = self._numbers(self._size(row)).stop
+        ends = [0, *accumulate(self.groups[i].size for i in row)]
         for start, here in enumerate(reached[:-1]):
             for stop in range(start + 1, len(row) + 1) if here else ():
                 run = row[start:stop]
-                for q in self._numbers(self._size(run)):
-                    if q > 1 and stop - start > _SPAN:
-                        break
-                    cost, parts = self._evenly(run, q)
+                allowed = self._mixes(ends[stop], slack=None, near=self.near + 1)
+                for q, number in self._mixes(ends[stop] - ends[start], slack=slack).items():
+                    if number > 1 and _SPAN < stop - start < len(row):
+                        continue
+                    cost, parts = self.evenly(run, q)
                     for p, (before, others) in here.items():
-                        if p + q < most:
+                        if p + q in allowed:
                             _improve(reached[stop], p + q, before + cost, (others, parts))
         return reached[-1]
 
-    def _evenly(self, members: Sequence[int], parts: int) -> tuple[int, list[Part]]:
-        made = _cut_evenly(self.groups, members, parts)
-        return sum(map(self.costs.part, made)), made
+    def evenly(self, members: Sequence[int], mix: Mix) -> tuple[int, Parts]:
+        """Cut core groups in this order into parts of one claim that differ by one core at most; return their cost."""
+        made: Parts = []
+        rest = iter(members)
+        left = 0
+        for claim, size in self._sizes(self._size(members), mix):
+            part: list[tuple[int, int]] = []
+            while size:
+                if not left:
+                    i = next(rest)
+                    left = self.groups[i].size
+                take = min(size, left)
+                part.append((i, take))
+                size, left = size - take, left - take
+            made.append((claim, tuple(sorted(part))))
+        idle = left + self._size(rest)
+        return idle * self.costs.weight["idle"] + sum(self.costs.part(*own) for own in made), made
+
+    def _sizes(self, cores: int, mix: Mix) -> list[tuple[int, int]]:
+        """The sizes of the parts of a mix, and their claims; the largest first."""
+        if (cores, mix) not in self.sizes:
+            owners = [c for c, number in enumerate(self._numbers(mix)) for _ in range(number)]
+            fixed = [(c, self.claims[c].least) for c in owners if not self.claims[c].weight]
+            fair = [c for c in owners if self.claims[c].weight]
+            mine = [self.claims[c] for c in fair]
+            sizes = (
+                apportion(
+                    cores - sum(size for _, size in fixed),
+                    [claim.weight for claim in mine],
+                    [claim.least for claim in mine],
+                    [claim.most for claim in mine],
+                )
+                if fair
+                else []
+            )
+            made = [*fixed, *zip(fair, sizes, strict=True)]
+            self.sizes[cores, mix] = sorted(made, key=lambda own: -own[1])
+        return self.sizes[cores, mix]
 
 
-def _improve(table: _Table, number: int, cost: int, parts: _Parts) -> None:
-    if number not in table or cost < table[number][0]:
-        table[number] = cost, parts
+def _mix(numbers: Iterable[int]) -> Mix:
+    return sum(number << _BITS * c for c, number in enumerate(numbers))
 
 
-def _flat(parts: _Parts) -> list[Part]:
-    found: list[Part] = []
+def _improve(table: _Table, mix: Mix, cost: int, parts: _Tree) -> None:
+    if mix not in table or cost < table[mix][0]:
+        table[mix] = cost, parts
+
+
+def _flat(parts: _Tree) -> Parts:
+    found: Parts = []
     rest = [parts]
     while rest:
         first = rest.pop()
@@ -233,26 +350,6 @@ def _flat(parts: _Parts) -> list[Part]:
         else:
             found += first
     return found
-
-
-def _cut_evenly(groups: Sequence[CoreGroup], row: Sequence[int], parts: int) -> list[Part]:
-    """Cut core groups in this order into parts that differ by one core at most."""
-    quotient, larger = divmod(sum(groups[i].size for i in row), parts)
-    made: list[Part] = []
-    rest = iter(row)
-    left = 0
-    for number in range(parts):
-        size = quotient + (number < larger)
-        part: list[tuple[int, int]] = []
-        while size:
-            if not left:
-                i = next(rest)
-                left = groups[i].size
-            take = min(size, left)
-            part.append((i, take))
-            size, left = size - take, left - take
-        made.append(tuple(sorted(part)))
-    return made
 
 
 def _joins(sizes: Sequence[int], homes: Sequence[int], count: int) -> Iterator[list[list[int]]]:
@@ -264,6 +361,11 @@ def _joins(sizes: Sequence[int], homes: Sequence[int], count: int) -> Iterator[l
     if len(sizes) - count == 1:  # two groups are joined: the first pair of every two sizes
         for a, b in {(looks[a], looks[b]): (a, b) for a, b in combinations(reversed(range(len(sizes))), 2)}.values():
             yield [[a, b], *([i] for i in range(len(sizes)) if i not in (a, b))]
+    # One large block beside single groups of about one size, for a worker that is far larger than the others.
+    order = sorted(range(len(sizes)), key=lambda i: looks[i])
+    runs = [order[start : start + count - 1] for start in range(len(sizes) - count + 2)]
+    for single in {tuple(looks[i] for i in run): run for run in runs}.values():
+        yield [[i for i in range(len(sizes)) if i not in single], *([i] for i in single)]
     # Blocks of about one size: the largest group first into the lightest block, which keeps groups with workers apart.
     blocks: list[list[tuple[int, int]]] = [[] for _ in range(count)]
     lightest = [(0, block) for block in range(count)]
@@ -287,11 +389,3 @@ def _set_partitions(count: int, blocks: int) -> Iterator[list[list[int]]]:
     for partition in _set_partitions(count - 1, blocks):
         for i, block in enumerate(partition):
             yield [*partition[:i], [*block, count - 1], *partition[i + 1 :]]
-
-
-def _cut_nodes_equally(groups: Sequence[CoreGroup], workers: int) -> list[Part]:
-    nodes = [sum(groups[i].size for i in node) for node in by_level(groups, range(len(groups)), "node")]
-    size = sum(nodes) // workers
-    while sum(cores // size for cores in nodes) < workers:
-        size -= 1
-    return pack(groups, [size] * workers, within_nodes=True)

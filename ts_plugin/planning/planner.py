@@ -1,9 +1,8 @@
 """Who gets which cores: topology and demands in, one disjoint slice per worker out. Pure, and always the same.
 
 Demands that may use the same cores under the same rules form a pool. Overlapping pools divide the cores first
-(``allotment``), then every pool is divided among its workers (``pool``): it is cut into local parts (``partition``), or
-parts of given sizes are packed into it (``packing``). Where a CFS quota says that others use the same CPUs, threads are
-only counted.
+(``allotment``), then every pool is divided among its workers (``pool``): it is cut into local parts, of fixed sizes and
+by weight (``partition``). Where a CFS quota says that others use the same CPUs, threads are only counted.
 """
 
 from __future__ import annotations
@@ -82,9 +81,10 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
     Always: slices are disjoint sets of whole cores, unless there are more workers than cores; then each core carries
     about equally many one-thread workers. Nothing is idle that a worker could use, except where a fixed size, a
     reserve, a quota or ``skip_cross_node_cores`` says so, or a slice would have to mix core types. After that, in this
-    order: no worker gets less than half of the equal share, or more than twice of it; fewest boundaries (groups
-    touched minus one) between core types, NUMA nodes, packages and L3 domains; equal sizes; short distances; few
-    moves. ``Policy.equal`` puts equal sizes (within one core) before the boundaries.
+    order: no worker gets less than half of its share of what fixed sizes leave, or more than twice of it (or of the
+    equal share, if that is more); fewest boundaries (groups touched minus one) between core types, NUMA nodes, packages
+    and L3 domains; equal sizes, or in proportion to the shares; short distances; few moves. ``Policy.equal`` puts these
+    sizes (within one core) before the boundaries.
 
     Raises:
         PlanError: no plan exists, for example a node that the machine does not have.
@@ -93,10 +93,10 @@ def plan(topology: Topology, demands: Sequence[Demand]) -> Plan:
     members = _members(topology, demands, notes)
     reserved = _reserve(topology, members)
     owners = [member for member in members if member.demand.cores != 0]
-    bounded, pools = _pools(topology, owners, reserved)
+    limited, pools = _pools(topology, owners, reserved)
     slices = {member.place: member.guest(topology, reserved) for member in members if member.demand.cores == 0}
-    for pool in bounded:
-        slices.update(_bound(topology, pool, notes))
+    for pool in limited:
+        slices.update(_limit_threads_only(topology, pool, notes))
     loads = _Loads()
     for pool, cores in zip(pools, _allot(topology, pools), strict=True):
         slices.update(_assign(topology, pool, cores, loads, notes))
@@ -158,16 +158,21 @@ class _Member:
         ``shared`` counts the workers on each CPU of cores that have to be shared, with one thread each: their workers
         spread over the SMT siblings.
         """
+        mask = self.mask(topology, cores, shared)
+        threads = len(mask) if shared is None else 1
+        if self.demand.policy.pin is Pin.NEVER:
+            return self.unpinned(topology, threads)
+        return _slice((topology.cores[i] for i in cores), mask, threads, pinned=True)
+
+    def mask(self, topology: Topology, cores: Iterable[int], shared: Counter[int] | None = None) -> list[int]:
+        """The CPUs that a slice of ``cores`` has, and may run threads on."""
         mask: list[int] = []
         for i in cores:
             usable = [cpu for cpu in topology.cores[i].cpus if cpu in self.cpus]
             if shared is not None:
                 usable.sort(key=lambda cpu: (shared[cpu], cpu not in self.demand.held))
             mask += usable if self.demand.policy.logical else usable[:1]
-        threads = len(mask) if shared is None else 1
-        if self.demand.policy.pin is Pin.NEVER:
-            return self.unpinned(topology, threads)
-        return _slice((topology.cores[i] for i in cores), mask, threads, pinned=True)
+        return mask
 
     def guest(self, topology: Topology, reserved: frozenset[int]) -> Slice:
         """One thread on any core that is not kept free of workers."""
@@ -245,7 +250,10 @@ def _reserve(topology: Topology, members: Sequence[_Member]) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """At most ``limit`` of ``cores`` for ``members``; ``fixed`` is the size each of them insists on, or 0."""
+    """At most ``limit`` of ``cores`` for ``members``; ``fixed`` is the size each of them insists on, or 0.
+
+    Where only threads are limited, ``limit`` is the number of threads that could run.
+    """
 
     cores: frozenset[int]
     limit: int
@@ -259,35 +267,55 @@ class _Pool:
 
 
 def _pools(topology: Topology, members: Sequence[_Member], reserved: frozenset[int]) -> tuple[list[_Pool], list[_Pool]]:
-    """Sort members into pools whose threads are only bounded, and pools that own cores.
+    """Sort members into pools whose threads are only limited, and pools that own cores.
 
-    A CFS quota belongs to all the members that have the same allowed CPUs and quota. Below the number of cores it means
-    that others use these CPUs too.
+    A CFS quota belongs to all the members that have the same allowed CPUs and quota. Below the number of threads that
+    they would run on all their cores it means that others use these CPUs too.
     """
-    bounded: dict[object, _Pool] = {}
+    limited: dict[object, _Pool] = {}
     owning: dict[object, _Pool] = {}
+    scarce = _scarce(topology, members, reserved)
     for member in members:
-        demand, policy = member.demand, member.demand.policy
+        policy, source = member.demand.policy, (member.demand.allowed, member.demand.quota)
         cores = member.cores - reserved
         if not cores:
             raise PlanError(
                 f"all cores that may be used (CPUs {listed(_cpus(topology, member.cores))}) are reserved for another "
                 "server; lower its --reserve-cores"
             )
-        scarce = demand.quota is not None and demand.quota < len(cores)
-        limit = max(1, int(demand.quota)) if scarce and demand.quota is not None else len(cores)
-        if scarce and policy.pin is Pin.AUTO:
-            key: object = (demand.allowed, demand.quota)
-            bounded.setdefault(key, _Pool(cores, limit, [])).members.append(member)
+        if source in scarce and policy.pin is Pin.AUTO:
+            limited.setdefault(source, _Pool(cores, scarce[source], [])).members.append(member)
         else:
             mixes = mixes_types(policy) or len({topology.cores[i].kind for i in cores}) == 1
             rules = (policy.equal, policy.skip_cross_node_cores, policy.cores_per_worker, policy.latency, mixes)
-            key = (cores, rules, (demand.allowed, demand.quota) if scarce else None)
-            owning.setdefault(key, _Pool(cores, limit, [], mixes)).members.append(member)
-    for key, pool in owning.items():
-        owning[key] = replace(pool, fixed=_fixed(topology, pool))
-        _check(topology, owning[key])
-    return list(bounded.values()), list(owning.values())
+            key: object = (cores, rules, source if source in scarce else None)
+            owning.setdefault(key, _Pool(cores, len(cores), [], mixes)).members.append(member)
+    for rule, pool in owning.items():
+        demand, siblings = pool.members[0].demand, _siblings(topology, pool)
+        if (demand.allowed, demand.quota) in scarce:  # Nobody shares a core while others are idle all the same.
+            limit = max(int(demand.quota or 0) // siblings, len(pool.members))
+            pool = replace(pool, limit=min(pool.limit, limit))
+        owning[rule] = replace(pool, fixed=_fixed(topology, pool))
+        _check(topology, owning[rule])
+    return list(limited.values()), list(owning.values())
+
+
+def _scarce(topology: Topology, members: Sequence[_Member], reserved: frozenset[int]) -> dict[object, int]:
+    """Allowed CPUs and quota of members that could run more threads than the quota pays for, and how many."""
+    alike = {(m.demand.allowed, m.demand.quota, m.cpus, m.cores, m.demand.policy.logical): m for m in members}
+    threads: dict[tuple[frozenset[int], float], set[int]] = {}
+    for member in alike.values():
+        if member.demand.quota is not None:
+            mask = member.mask(topology, member.cores - reserved)
+            threads.setdefault((member.demand.allowed, member.demand.quota), set()).update(mask)
+    return {source: len(cpus) for source, cpus in threads.items() if source[1] < len(cpus)}
+
+
+def _siblings(topology: Topology, pool: _Pool) -> int:
+    """The most threads that a core has in a slice."""
+    first = pool.members[0]
+    logical = any(member.demand.policy.logical for member in pool.members)
+    return max(len(first.cpus.intersection(topology.cores[i].cpus)) for i in pool.cores) if logical else 1
 
 
 def _fixed(topology: Topology, pool: _Pool) -> tuple[int, ...]:
@@ -306,7 +334,7 @@ def _fixed(topology: Topology, pool: _Pool) -> tuple[int, ...]:
         )
     per_worker = asked * len(members) if len(asked) == 1 else asked[: len(members)]
     if policy.logical and policy.cores_per_worker:
-        siblings = max(len(members[0].cpus.intersection(topology.cores[i].cpus)) for i in pool.cores)
+        siblings = _siblings(topology, pool)
         per_worker = tuple(-(-cpus // siblings) for cpus in per_worker)
     return tuple(member.demand.cores or size for member, size in zip(members, per_worker, strict=True))
 
@@ -325,25 +353,25 @@ def _check(topology: Topology, pool: _Pool) -> None:
     )
 
 
-def _bound(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice]:
-    """Threads only, as many for all members together as the CFS quota pays for, rounded down."""
-    members = pool.members
-    notes.append(
-        f"a CFS quota of {members[0].demand.quota:g} CPUs is below the {len(pool.cores)} cores that may be used, so "
-        f"other programs use them too: {count(pool.limit, 'thread')} for {count(len(members), 'worker')}, CPUs not "
-        "pinned; --pin always pins all the same"
-    )
+def _limit_threads_only(topology: Topology, pool: _Pool, notes: list[str]) -> dict[int, Slice]:
+    """Pin nothing; all members together have as many threads as the CFS quota pays for, rounded down, but one each."""
+    members, siblings = pool.members, _siblings(topology, pool)
+    quota = members[0].demand.quota or 0
     fixed = _fixed(topology, pool)
     fair = [i for i, size in enumerate(fixed) if not size]
     threads = [1] * len(members)
-    if len(members) <= pool.limit:
-        room = pool.limit - len(members)
-        for i, size in enumerate(fixed):
-            if size:
-                threads[i] = min(size, 1 + room)
-                room -= threads[i] - 1
-        for i, size in zip(fair, apportion(len(fair) + room, [members[i].demand.share for i in fair]), strict=True):
-            threads[i] = size
+    room = max(0, int(quota) - len(members))
+    for i, size in enumerate(fixed):
+        if size:
+            threads[i] = min(size * (siblings if members[i].demand.policy.logical else 1), 1 + room)
+            room -= threads[i] - 1
+    for i, size in zip(fair, apportion(len(fair) + room, [members[i].demand.share for i in fair]), strict=True):
+        threads[i] = size
+    notes.append(
+        f"a CFS quota of {quota:g} CPUs is below the {pool.limit} {'cores' if siblings == 1 else 'CPUs'} that may be "
+        f"used, so other programs use them too: {count(sum(threads), 'thread')} for {count(len(members), 'worker')}, "
+        "CPUs not pinned; --pin always pins all the same"
+    )
     return {member.place: member.unpinned(topology, number) for member, number in zip(members, threads, strict=True)}
 
 
@@ -365,9 +393,23 @@ def _allot(topology: Topology, pools: Sequence[_Pool]) -> list[frozenset[int]]:
     )
     chosen: list[frozenset[int]] = [frozenset()] * len(pools)
     for cores, counts in shares:
-        for p, part in zip(counts, pack(topology, cores, list(counts.values())), strict=True):
+        fastest = _fastest(topology, frozenset(cores), sum(counts.values()))
+        for p, part in zip(counts, pack(topology, fastest, list(counts.values())), strict=True):
             chosen[p] |= part
     return chosen
+
+
+def _fastest(topology: Topology, cores: frozenset[int], number: int) -> frozenset[int]:
+    """So many of ``cores``, close together; those of the fastest type first."""
+    if number == len(cores):
+        return cores
+    by_kind: dict[int, set[int]] = {}
+    for i in cores:
+        by_kind.setdefault(topology.cores[i].kind, set()).add(i)
+    taken: frozenset[int] = frozenset()
+    for _, mine in sorted(by_kind.items()):
+        taken |= pack(topology, mine, [min(number - len(taken), len(mine))])[0]
+    return taken
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,16 @@ A core is its position in ``topology.cores`` here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import combinations
+from fractions import Fraction
+from itertools import chain, combinations
+from math import ceil, floor
 
 from ts_plugin.machine.topology import Topology
 from ts_plugin.planning import packing
 from ts_plugin.planning.allotment import apportion, choose_types
-from ts_plugin.planning.core_groups import CoreGroup, Costs, Limits, Part, by_level, size_of
+from ts_plugin.planning.core_groups import Claim, CoreGroup, Costs, Part, by_level, size_of
 from ts_plugin.planning.eligibility import capacity_of_types
 from ts_plugin.planning.partition import cut
 
@@ -48,7 +50,6 @@ class _GroupedCores:
         self.contents = [contents[key] for key in order]
         self.groups = [CoreGroup(*key, len(contents[key])) for key in order]
         self.home = {core: i for i, content in enumerate(self.contents) for core in content}
-        self.costs = Costs(self.groups, self.distance)
         self._distances = {node.number: dict(node.distances) for node in topology.nodes}
         self._capacities = capacity_of_types(topology)
 
@@ -59,23 +60,30 @@ class _GroupedCores:
         """How many of ``cores`` lie in which group."""
         return Counter(self.home[core] for core in cores if core in self.home)
 
-    def by_type(self, room: Sequence[int], weights: Sequence[float]) -> list[tuple[list[int], list[int]]]:
-        """Return groups with cores of one type, by their place, and positions of the workers that divide them.
-
-        ``room`` are the cores of every group that are still free.
-        """
+    def by_type(self, workers: Sequence[Worker]) -> tuple[list[tuple[list[int], list[int]]], dict[int, Part]]:
+        """Return the areas of one type, as sizes of all groups, and their workers; and parts that have to mix types."""
+        packed = packing.pack(self.groups, [worker.fixed for worker in workers if worker.fixed])
+        parts = dict(zip((w for w, worker in enumerate(workers) if worker.fixed), packed, strict=True))
+        mixed = {w: part for w, part in parts.items() if len({self.groups[i].kind for i, _ in part}) > 1}
+        room = [group.size for group in self.groups]
+        for i, count in chain(*mixed.values()):
+            room[i] -= count
         types = by_level(self.groups, range(len(room)), "kind")  # the fastest first
-        sizes = [sum(room[i] for i in members) for members in types]
+        mine = [[w for w, part in parts.items() if w not in mixed and part[0][0] in members] for members in types]
+        sizes = [
+            sum(room[i] for i in members) - sum(workers[w].fixed for w in ws)
+            for members, ws in zip(types, mine, strict=True)
+        ]
         busy = {t for t, members in enumerate(types) if sizes[t] < sum(self.groups[i].size for i in members)}
         capacities = [self._capacities[self.groups[members[0]].kind] for members in types]
-        chosen = choose_types(sizes, capacities, weights, busy)
-        if len(set(weights)) == 1:
+        fair = sorted((w for w, worker in enumerate(workers) if not worker.fixed), key=lambda w: -workers[w].weight)
+        chosen = choose_types(sizes, capacities, [workers[w].weight for w in fair], busy)
+        if len({workers[w].weight for w in fair}) == 1:
             chosen.sort()
-        return [
-            ([i for i in members if room[i]], [w for w, kind in enumerate(chosen) if kind == t])
-            for t, members in enumerate(types)
-            if t in chosen
-        ]
+        for w, t in zip(fair, chosen, strict=True):
+            mine[t].append(w)
+        areas = [[room[i] if i in members else 0 for i in range(len(room))] for members in types]
+        return [(area, sorted(ws)) for area, ws in zip(areas, mine, strict=True) if ws], mixed
 
 
 def pack(topology: Topology, cores: Iterable[int], sizes: Sequence[int]) -> list[frozenset[int]]:
@@ -118,94 +126,97 @@ def divide(
 ) -> list[frozenset[int]]:
     """Give every worker its own cores; there are at least as many cores as workers.
 
-    Fixed sizes are met in order of arrival as long as everybody else gets a core; the others share by weight, each
-    of them on one core type, which may leave cores idle, unless slices may mix types.
+    Fixed sizes are met in order of arrival as long as everybody else gets a core; the others share by weight. Each is
+    on one core type, which may leave cores idle, unless slices may mix types.
 
     Raises:
         PlanError: ``within_nodes``, and the fixed sizes fit into no node.
     """
     grouped = _GroupedCores(topology, cores)
-    sizes = _possible_sizes(workers, len(grouped.home))
-    held = [worker.held & grouped.home.keys() for worker in workers]
-    homes = [grouped.counts(mine) for mine in held]
-    fixed = [w for w, size in enumerate(sizes) if size]
-    packed = packing.pack(grouped.groups, [sizes[w] for w in fixed], within_nodes=within_nodes)
-    parts = dict(zip(fixed, packed, strict=True))
-    room = [group.size for group in grouped.groups]
-    for i, count in (piece for part in packed for piece in part):
-        room[i] -= count
-    fair = sorted((w for w, size in enumerate(sizes) if not size), key=lambda w: -workers[w].weight)
-    weights = [workers[w].weight for w in fair]
-    free = [i for i, count in enumerate(room) if count]
-    for members, positions in [(free, list(range(len(fair))))] if mixes_types else grouped.by_type(room, weights):
-        rest = [replace(grouped.groups[i], size=room[i]) for i in members]
-        mine = [fair[position] for position in positions]
-        at_home = Counter(homes[w].most_common(1)[0][0] for w in mine if homes[w])
-        made = _cut_by_weight(
-            rest,
-            [workers[w].weight for w in mine],
-            grouped,
+    workers = _possible(workers, grouped.home.keys())
+    areas, parts = [([group.size for group in grouped.groups], list(range(len(workers))))], dict[int, Part]()
+    if not mixes_types and len({group.kind for group in grouped.groups}) > 1:
+        areas, parts = grouped.by_type(workers)
+    limits = {w: (workers[w].fixed, workers[w].fixed) for w in parts}
+    for room, mine in areas if workers else ():
+        members = [i for i, size in enumerate(room) if size]
+        classes = _classes([workers[w] for w in mine])
+        claims = _claims(sum(room), [workers[w] for w in mine], classes, equal=equal)
+        at_home = [[0] * len(claims) for _ in room]
+        for c, places in enumerate(classes):
+            for place in places:
+                limits[mine[place]] = claims[c].least, claims[c].most
+                if home := grouped.counts(workers[mine[place]].held):
+                    at_home[home.most_common(1)[0][0]][c] += 1
+        made = cut(
+            [replace(grouped.groups[i], size=room[i]) for i in members],
+            claims,
+            distance=grouped.distance,
             equal=equal,
             within_nodes=within_nodes,
             homes=[at_home[i] for i in members],
         )
-        for w, part in zip(mine, made, strict=True):
-            parts[w] = tuple((members[i], count) for i, count in part)
-    return _hand_out(grouped, workers, sizes, [parts[w] for w in range(len(workers))], held, equal=equal)
+        for place, part in zip(chain(*classes), made, strict=True):
+            parts[mine[place]] = tuple((members[i], count) for i, count in part)
+    ordered = [parts[w] for w in range(len(workers))]
+    return _hand_out(grouped, workers, ordered, [limits[w] for w in range(len(workers))])
 
 
-def _possible_sizes(workers: Sequence[Worker], total: int) -> list[int]:
-    """The fixed sizes; 0 for a worker whose size would leave somebody else without a core."""
-    room = total - len(workers)
-    sizes = []
+def _possible(workers: Sequence[Worker], cores: Set[int]) -> list[Worker]:
+    """The workers: holding only cores that are there, and no fixed size that leaves somebody else without a core."""
+    room = len(cores) - len(workers)
+    possible = []
     for worker in workers:
-        sizes.append(worker.fixed if worker.fixed - 1 <= room else 0)
-        room -= max(0, sizes[-1] - 1)
-    return sizes
+        fixed = worker.fixed if worker.fixed - 1 <= room else 0
+        room -= max(0, fixed - 1)
+        possible.append(replace(worker, fixed=fixed, held=worker.held & cores))
+    return possible
 
 
-def _cut_by_weight(
-    groups: Sequence[CoreGroup],
-    weights: Sequence[float],
-    grouped: _GroupedCores,
-    *,
-    equal: bool,
-    within_nodes: bool,
-    homes: Sequence[int],
-) -> list[Part]:
-    """A part for each of ``weights``, which descend; all cores are used unless ``within_nodes``."""
-    if not weights:
-        return []
-    if len(set(weights)) == 1 or within_nodes:
-        parts = cut(
-            groups, len(weights), equal=equal, within_nodes=within_nodes, distance=grouped.distance, homes=homes
-        )
-        return parts if len(set(weights)) == 1 else sorted(parts, key=size_of, reverse=True)
-    total = sum(group.size for group in groups)
-    due = apportion(total, weights)
-    lows = [-(-size // 2) for size in due]
-    return packing.repair(groups, packing.pack(groups, due), lows, total, grouped.distance)
+def _classes(workers: Sequence[Worker]) -> list[list[int]]:
+    """Positions of the workers that have the same right to cores."""
+    found: dict[tuple[int, float], list[int]] = {}
+    for w, worker in enumerate(workers):
+        found.setdefault((worker.fixed, 0 if worker.fixed else worker.weight), []).append(w)
+    return list(found.values())
+
+
+def _claims(cores: int, workers: Sequence[Worker], classes: Sequence[Sequence[int]], *, equal: bool) -> list[Claim]:
+    """What each class may get of what fixed sizes leave: with ``equal`` its share, else half of it to twice.
+
+    No weight is so low that a worker could not have twice of the equal share, rather than others cross a boundary.
+    """
+    fair = [w for w, worker in enumerate(workers) if not worker.fixed]
+    free = cores - sum(worker.fixed for worker in workers)
+    weights = [workers[w].weight for w in fair]
+    whole = dict(zip(fair, apportion(free, weights), strict=True))
+    claims = []
+    for members in classes:
+        number, worker = len(members), workers[members[0]]
+        if worker.fixed:
+            claims.append(Claim(number, worker.fixed, worker.fixed, weight=0))
+            continue
+        share = Fraction(sum(whole[w] for w in members), number)  # of whole cores, at least one for everybody
+        if equal:
+            claims.append(Claim(number, floor(share), ceil(share), worker.weight))
+        else:
+            exact = free * Fraction(worker.weight) / sum(map(Fraction, weights))
+            least, most = ceil(min(share, exact) / 2), floor(2 * max(share, exact, Fraction(free, len(fair))))
+            claims.append(Claim(number, least, most, worker.weight))
+    return claims
 
 
 def _hand_out(
-    grouped: _GroupedCores,
-    workers: Sequence[Worker],
-    sizes: Sequence[int],
-    parts: list[Part],
-    held: Sequence[frozenset[int]],
-    *,
-    equal: bool,
+    grouped: _GroupedCores, workers: Sequence[Worker], parts: list[Part], limits: Sequence[tuple[int, int]]
 ) -> list[frozenset[int]]:
     """Choose the worker of each part, and its cores: what is held is kept if it is as good, else few move."""
-    # Workers with the same right to cores may swap their parts.
-    classes: dict[tuple[int, float], list[int]] = {}
-    for w, worker in enumerate(workers):
-        classes.setdefault((sizes[w], worker.weight), []).append(w)
-    if _may_stay(grouped, parts, held, classes.values(), equal=equal):
-        return list(held)
+    held = [worker.held for worker in workers]
+    homes = [grouped.counts(mine) for mine in held]
+    classes = _classes(workers)
+    if _may_stay(grouped, workers, classes, parts, limits):
+        return held
     if any(held):
-        homes = [grouped.counts(mine) for mine in held]
-        for swappable in classes.values():
+        for swappable in classes:
             matched = _match(grouped, [parts[w] for w in swappable], [homes[w] for w in swappable])
             for w, part in zip(swappable, matched, strict=True):
                 parts[w] = part
@@ -214,26 +225,23 @@ def _hand_out(
 
 def _may_stay(
     grouped: _GroupedCores,
+    workers: Sequence[Worker],
+    classes: Sequence[Sequence[int]],
     parts: Sequence[Part],
-    held: Sequence[frozenset[int]],
-    classes: Iterable[Sequence[int]],
-    *,
-    equal: bool,
+    limits: Sequence[tuple[int, int]],
 ) -> bool:
     """Whether what the workers hold is as good as the new parts."""
-    if not all(held) or len(frozenset().union(*held)) != sum(map(len, held)):
+    held = [worker.held for worker in workers]
+    sizes = list(map(len, held))
+    if len(frozenset().union(*held)) != sum(sizes) or sum(sizes) != sum(map(size_of, parts)):
         return False
-    new = list(map(size_of, parts))
-    if sum(map(len, held)) != sum(new):
+    if not all(least <= size <= most for size, (least, most) in zip(sizes, limits, strict=True)):
         return False
-    limits = Limits.around(sum(new), len(new))
-    for workers in classes:
-        has, gets = sorted(len(held[w]) for w in workers), sorted(new[w] for w in workers)
-        free = not equal and len(workers) == len(held) and limits.least <= has[0] and has[-1] <= limits.most
-        if has != gets and not free:
-            return False
+    weights = [0 if workers[members[0]].fixed else workers[members[0]].weight for members in classes]
+    costs = Costs(grouped.groups, grouped.distance, weights)
     stays = [tuple(sorted(grouped.counts(mine).items())) for mine in held]
-    return grouped.costs.parts(stays) <= grouped.costs.parts(parts)
+    owners = [(c, w) for c, members in enumerate(classes) for w in members]
+    return costs.parts([(c, stays[w]) for c, w in owners]) <= costs.parts([(c, parts[w]) for c, w in owners])
 
 
 def _match(grouped: _GroupedCores, parts: Sequence[Part], homes: Sequence[Counter[int]]) -> list[Part]:
