@@ -240,7 +240,7 @@ def test_a_frontend_moves_aside_where_enough_is_left_for_it(
     aside: Iterable[int],
 ) -> None:
     bound = []
-    monkeypatch.setattr(binding, "bind_tree", lambda pid, cpus, before: binding.Outcome(0))
+    monkeypatch.setattr(binding, "bind_tree", lambda pid, cpus, before, borrows: binding.Outcome(0))
     monkeypatch.setattr(binding, "bind_process", lambda pid, cpus, before: bound.append((pid, frozenset(cpus))))
     me, cpus = os.getpid(), tuple(held)
     demand = Demand(frozenset(allowed))
