@@ -204,6 +204,7 @@ def test_every_java_that_the_jar_runs_on_will_do(release: str) -> None:
             {"environment": {"LD_PRELOAD": "/x/libiomp5.so"}}, "warning", "OpenMP", "libiomp5", id="two runtimes"
         ),
         pytest.param({"preload_notes": ("no lib",)}, "warning", "preload", "no lib", id="no allocator"),
+        pytest.param({"no_lending": "no .so"}, "warning", "lending", "no .so", id="no library"),
         pytest.param(
             {"config": config(management_address="http://0.0.0.0:8081")}, "warning", "token", "0.0.0.0", id="open"
         ),

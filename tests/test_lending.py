@@ -226,6 +226,21 @@ def test_another_plan_ends_all_loans_at_the_next_region(pair: tuple[Borrower, Bo
     first.ask("end")
 
 
+def test_a_slice_that_becomes_smaller_has_fewer_threads_at_the_next_region(start: Start, state: Path) -> None:
+    if len(ALLOWED) < 2:
+        pytest.skip("needs two CPUs")
+    worker = start()
+    worker.ask("plan", 0, 2, ALLOWED[:2], [])
+    worker.ask("end")
+    worker.ask("begin", 2, 0.0)
+    assert worker.ask("compute", 2)["threads"] == 2
+    Ledger(str(state)).write(State(generation=7))
+    os.sched_setaffinity(worker.pid, ALLOWED[:1])
+    assert worker.ask("compute", 2) == {"threads": 1, "mask": ALLOWED[:1]}
+    answer = worker.ask("end")
+    assert (answer["ended"], answer["stale"]) == (1, 1)
+
+
 def test_a_request_with_less_than_its_share_gets_some_from_who_has_more(start: Start) -> None:
     workers = [start() for _ in range(4)]
     first, second, *_ = workers

@@ -22,8 +22,8 @@
    lost. An owner takes any slice of its own that is not BUSY, and otherwise waits for the end of that one region. Words
    do not know that a process died. The kernel does: every worker holds a record lock on the byte of its slot.
 
-   A generation counts the plans. What was borrowed under another plan goes back at the next region; whoever made the new
-   plan has set all masks already.
+   A generation counts the plans. What was borrowed under another plan goes back at the next region, and where the new
+   plan has made the own slice smaller, the request goes on with fewer threads. Whoever made the plan sets the masks.
 
    One struct worker is used by one thread at a time: the one that runs the model. Times are CLOCK_MONOTONIC, in ns. */
 #define _GNU_SOURCE
@@ -143,7 +143,7 @@ static void set_threads(int threads) {
 }
 
 static void account(struct worker *w, uint64_t t) {
-  w->answer.borrowed += (uint64_t)(w->width - w->threads) * (t - w->since);
+  if (w->width > w->threads) w->answer.borrowed += (uint64_t)(w->width - w->threads) * (t - w->since);
   w->since = t;
 }
 
@@ -198,6 +198,24 @@ static void enter(struct worker *w, int busy) {
   }
 }
 
+static int outdated(struct worker *w) {
+  return w->mask_bytes && !w->held_count && atomic_load(&w->words->generation) != w->generation;
+}
+
+static void shrink(struct worker *w) {
+  /* Another plan holds. If it has taken CPUs of the slice itself, the threads would get in each other's way on the rest. */
+  unsigned long mask[128];
+  int cpus = 0;
+  if (sched_getaffinity(0, sizeof mask, (cpu_set_t *)mask)) return;
+  for (int i = 0; i < 128; i++) cpus += __builtin_popcountl(mask[i]);
+  if (cpus >= w->width) return;
+  account(w, now());
+  w->width = cpus;
+  w->answer.stale = 1;
+  pause_all(PAUSE_SOFT);
+  set_threads(cpus);
+}
+
 static void leave(struct worker *w, uint64_t started) {
   uint32_t me = (uint32_t)w->slot + 1;
   for (int i = 0; i < w->held_count; i++) swap(&slot_of(w, w->held[i])->user, me | BUSY, me); /* fails: taken by force */
@@ -208,6 +226,7 @@ static void leave(struct worker *w, uint64_t started) {
 static void look_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags) {
   struct worker *w = computing;
   if (w) w->answer.regions++;
+  if (w && outdated(w) && !in_parallel()) shrink(w);
   if (!w || !w->held_count || in_parallel()) {
     real_parallel(function, data, threads, flags);
     return;
@@ -228,6 +247,7 @@ static void look_parallel(void (*function)(void *), void *data, unsigned threads
 static int look_max(void) {
   struct worker *w = computing;
   if (w && w->held_count && !in_parallel()) enter(w, 0);
+  if (w && outdated(w) && !in_parallel()) shrink(w);
   return real_max();
 }
 

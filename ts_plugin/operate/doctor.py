@@ -186,6 +186,13 @@ def _preload(seen: Inspection) -> Iterator[Finding]:
         yield Finding(Severity.WARNING, "preload", note)
 
 
+def _lending(seen: Inspection) -> Iterator[Finding]:
+    if seen.no_lending:
+        why = "workers neither lend idle cores nor borrow any; everything else works"
+        change = "install ts-cores where a C compiler is (cc), or a wheel that was built for this processor"
+        yield Finding(Severity.WARNING, "lending", seen.no_lending, why, change)
+
+
 def _ledger(seen: Inspection) -> Iterator[Finding]:
     if seen.ledger_error:
         why = "without the ledger no worker knows what the others hold, so all serve unbound"
@@ -264,6 +271,7 @@ CHECKS: tuple[Callable[[Inspection], Iterable[Finding]], ...] = (
     _overrides,
     _openmp,
     _preload,
+    _lending,
     check_token,
     _ledger,
     _workers,

@@ -23,6 +23,7 @@ import psutil
 from ts_plugin.leases.environment import COLLAPSING, prepare_environment
 from ts_plugin.leases.ledger import Ledger, LedgerError, State
 from ts_plugin.leases.unbound import JAR, Unbound, unbound_workers
+from ts_plugin.lending import library
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.machine.topology import Allowance, Topology
@@ -56,7 +57,8 @@ class Inspection:
     or a key which TorchServe cannot use here, with the reason, ``gpus`` the number of GPUs that it finds,
     ``preload_notes`` what the launcher would say of libraries, ``ledger`` the file of ``state``, ``unbound`` the
     workers without a lease in it, ``astray`` the workers (PID, number of threads) with threads whose mask reaches
-    outside their slice, ``busy`` other processes (PID, name, mask, used share of one CPU).
+    outside their slice, ``busy`` other processes (PID, name, mask, used share of one CPU), ``no_lending`` why the
+    library that lends cores cannot be used.
     """
 
     system: str = "Linux"
@@ -80,6 +82,7 @@ class Inspection:
     unbound: tuple[Unbound, ...] = ()
     astray: tuple[tuple[int, int], ...] = ()
     busy: tuple[tuple[int, str, frozenset[int], float], ...] = ()
+    no_lending: str = ""
 
     @property
     def cores(self) -> int:
@@ -148,6 +151,7 @@ def inspect(path: Path | None) -> Inspection:
         allowance=allowance,
         environment=environment,
         preload_notes=tuple(_preload_notes(environment, config)),
+        no_lending=_no_lending(),
         state=state,
         ledger=ledger_path,
         ledger_error=ledger_error,
@@ -274,6 +278,14 @@ def count_gpus(environment: Mapping[str, str]) -> int:
             return 0
         found += max(0, len(answer.stdout.splitlines()) - 1)
     return found
+
+
+def _no_lending() -> str:
+    try:
+        library.load()
+    except library.LibraryError as error:
+        return str(error)
+    return ""
 
 
 def _preload_notes(environment: Mapping[str, str], config: Config | None) -> list[str]:
