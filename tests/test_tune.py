@@ -26,19 +26,22 @@ from ts_plugin.machine import discovery
 from ts_plugin.machine.cgroups import Cgroups
 from ts_plugin.machine.process import memory
 from ts_plugin.machine.tree import Tree
+from ts_plugin.trial import room
 from ts_plugin.trial.archive import ArchiveError, copy_with, read_archive
-from ts_plugin.trial.bare import Bare, BareError, Binding
+from ts_plugin.trial.bare import Bare, BareError, Binding, explained
+from ts_plugin.trial.load import Body
+from ts_plugin.trial.room import Room
+from ts_plugin.trial.store import Store
+from ts_plugin.trial.turns import Contender, pace
 from ts_plugin.tune import command as command_module
-from ts_plugin.tune import measure, room
+from ts_plugin.tune import measure
 from ts_plugin.tune.advise import gain
 from ts_plugin.tune.answer import Answer, Confirmed
+from ts_plugin.tune.asked import Wanted
 from ts_plugin.tune.choose import choose
-from ts_plugin.tune.command import explained, shortlist
-from ts_plugin.tune.confirm import Candidate, Model, Served, pace, pick
-from ts_plugin.tune.measure import Body
+from ts_plugin.tune.command import shortlist
+from ts_plugin.tune.confirm import Candidate, Served, pick
 from ts_plugin.tune.profile import Cell, Choice, Profile, Target, fitting
-from ts_plugin.tune.room import Room
-from ts_plugin.tune.store import Store
 
 HANDLER = """
 import time
@@ -153,7 +156,7 @@ def test_a_quota_bounds_how_many_instances_compute() -> None:
 def row(throughput: float, p99: float, own: Choice | None = None) -> Served:
     title = "default" if own is None else f"{own.workers} x {own.threads}, {own.batch}"
     rows = (Confirmed(title, own, throughput, 0.1, p99 / 2, p99, 0, 5.0),)
-    return Served(Candidate(title, None if own is None else (own,), {}, 0), rows)
+    return Served(Candidate(Contender(title, {}), None if own is None else (own,), 0), rows)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +380,7 @@ def test_a_target_that_cannot_be_met_is_no_success(
     target = Target(p99=0.01)
     ranked = choose(profile, target)
     answer = Answer("tiny", "1.0", profile, target, tuple(ranked), ranked[0])
-    model = Model(read_archive(archive(tmp_path)), Body(BODY), target)
+    model = Wanted(read_archive(archive(tmp_path)), Body(BODY), target)
     file = tmp_path / "config.properties"
     options = argparse.Namespace(write=file, json=False, picture=None)
     assert command_module.report([model], [answer], options) == 1

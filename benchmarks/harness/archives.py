@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import CHECKOUT
-from ts_plugin.tune.store import cache_directory
+from ts_plugin.trial.store import cache_directory
 
 if TYPE_CHECKING:
     import torch

@@ -22,9 +22,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
+from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.load import CONTENT_TYPE
+from ts_plugin.worker.start import OFF_VARIABLE
 
-__all__ = ["BFLOAT16", "OPTIMIZE", "Bare", "BareError", "Binding"]
+__all__ = ["BFLOAT16", "OPTIMIZE", "Bare", "BareError", "Binding", "explained"]
 
 OPTIMIZE = "optimize_for_inference"  # what may be done to a model after it was loaded
 BFLOAT16 = "bfloat16"
@@ -37,6 +39,22 @@ class BareError(RuntimeError):
         super().__init__(f"{stage}: {reason}{f': {log}' if log else ''}")
         self.stage = stage
         self.reason = reason
+
+
+def explained(archive: Archive, error: BareError) -> str:
+    """Return what a failed bare process means for the user."""
+    reason = error.reason
+    lower = reason.lower()
+    if any(word in lower for word in ("cuda", "nvidia", "gpu_id", "hip ")):
+        return (
+            f"{archive.path}: its handler needs a GPU ({reason}); cores are measured here, without a GPU: let the "
+            "handler take device 'cpu' when system_properties has no gpu_id"
+        )
+    if error.stage == "load":
+        missing = reason.startswith(("ModuleNotFoundError", "ImportError"))
+        remedy = "install it here" if missing else "a TorchServe worker would fail with it too"
+        return f"{archive.path}: its handler cannot be loaded: {reason}; {remedy}"
+    return f"{archive.path}: its handler rejects the body: {reason}; give one that the model takes: --body FILE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,10 +239,8 @@ def _load(model: Path, body: bytes, content_type: str, change: str | None) -> di
     from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
     from ts.model_loader import ModelLoaderFactory
 
-    from ts_plugin.worker import start
-
     # A handler of ours would claim a slice, from the workers of live servers, and leave the cores that were given here.
-    start.start = lambda **_: start.Start(None)
+    os.environ[OFF_VARIABLE] = "1"
     sys.path.insert(0, str(model))
     os.chdir(model)
     manifest = json.loads((model / "MAR-INF" / "MANIFEST.json").read_text())["model"]

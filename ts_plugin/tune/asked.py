@@ -3,79 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import mimetypes
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
-from ts_plugin.trial.archive import ArchiveError, read_archive
-from ts_plugin.trial.load import CONTENT_TYPE
-from ts_plugin.tune.confirm import Model
-from ts_plugin.tune.measure import Body
+from ts_plugin.trial.asked import Model, TrialError, asked_models, assigned
 from ts_plugin.tune.profile import Target
 
-__all__ = ["TuneError", "asked_models"]
+__all__ = ["Wanted", "wanted_models"]
 
 
-class TuneError(RuntimeError):
-    """Nothing can be tuned; the message is the one line that the user sees."""
+@dataclass(frozen=True, slots=True)
+class Wanted(Model):
+    """A model with its target."""
+
+    target: Target
 
 
-def asked_models(options: argparse.Namespace) -> list[Model]:
+def wanted_models(options: argparse.Namespace) -> list[Wanted]:
     """Read what is asked for.
 
     Raises:
-        TuneError: it makes no sense, or a file cannot be read.
+        TrialError: it makes no sense, or a file cannot be read.
     """
+    models = asked_models(options)
     names = [path.stem for path in options.archives]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise TuneError(f"{', '.join(twice)}: two archives of this name; one server cannot load both")
-    bodies = _assigned("--body", options.body, names)
-    rates = _assigned("--rate", options.rate, names)
-    bounds = _assigned("--p99", options.p99, names)
-    models = []
-    for path, name in zip(options.archives, names, strict=True):
-        if name not in bodies:
-            given = f"--body {name}=FILE" if len(names) > 1 else "--body FILE"
-            raise TuneError(f"{path}: what do its requests send? Give one, for example with {given}")
-        file = Path(bodies[name])
-        try:
-            archive = read_archive(path)
-            content = file.read_bytes()
-        except ArchiveError as error:
-            raise TuneError(str(error)) from error
-        except OSError as error:
-            raise TuneError(f"{error.filename}: {error.strerror}") from error
-        kind = mimetypes.guess_type(file.name)[0]
-        body = Body(content, kind if kind == "application/json" else CONTENT_TYPE)
+    rates = assigned("--rate", options.rate, names)
+    bounds = assigned("--p99", options.p99, names)
+    found = []
+    for model, name in zip(models, names, strict=True):
         try:
             target = Target(
                 p99=_seconds(bounds[name]) if name in bounds else None,
                 rate=_positive(rates[name]) if name in rates else None,
             )
         except ValueError as error:
-            raise TuneError(f"{name}: {error}") from error
-        models.append(Model(archive, body, target))
-    called = [model.archive.model for model in models]
-    if twice := sorted({name for name in called if called.count(name) > 1}):
-        raise TuneError(f"{', '.join(twice)}: two archives with a model of this name; one server cannot load both")
-    return models
-
-
-def _assigned(option: str, values: Sequence[str] | None, names: Sequence[str]) -> dict[str, str]:
-    """Return what ``NAME=VALUE``, or without a name the same for all models, says.
-
-    Raises:
-        TuneError: a name that no archive has.
-    """
-    found = {}
-    for text in values or ():
-        name, equals, value = text.partition("=")
-        if equals and name in names:
-            found[name] = value
-        elif equals and len(names) > 1:
-            raise TuneError(f"{option} {text}: no archive is called {name}; there are: {', '.join(names)}")
-        else:
-            found |= dict.fromkeys((one for one in names if one not in found), text)
+            raise TrialError(f"{name}: {error}") from error
+        found.append(Wanted(model.archive, model.body, target))
     return found
 
 

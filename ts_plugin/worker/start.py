@@ -11,7 +11,9 @@ from ts_plugin.leases import binding, claim, coordinator, masks
 from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.worker.log import say
 
-__all__ = ["Start", "start"]
+__all__ = ["OFF_VARIABLE", "Start", "start"]
+
+OFF_VARIABLE = "TS_CORES_OFF"  # in a worker's environment: it stays as TorchServe started it, whatever its handler is
 
 
 class Start(NamedTuple):
@@ -27,8 +29,10 @@ def start(*, worker: str, archive: str, prepare: Callable[[Lease], list[str]], h
     ``worker`` is TorchServe's number for it, ``archive`` the directory of its model. ``prepare`` does what else the
     slice needs and returns notes for the log. ``hooked``: the frontend has our hook, so its entry in the ledger,
     which says what this worker may use, is worth a wait. Whatever goes wrong, the worker serves: unbound, on
-    the CPUs that it had, with its lease given back.
+    the CPUs that it had, with its lease given back. With TS_CORES_OFF it does so without a word.
     """
+    if OFF_VARIABLE in os.environ:
+        return Start(None, f"{OFF_VARIABLE} is set")
     had = os.sched_getaffinity(0)
     try:
         lease = claim.claim(Ledger(), archive=claim.read_archive(archive), worker=worker, hooked=hooked)
