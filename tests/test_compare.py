@@ -20,6 +20,7 @@ from rich.console import Console
 
 from tests.eventually import eventually
 from tests.test_tune import archive, run
+from ts_plugin.compare import inside, perf
 from ts_plugin.compare.comparison import Comparison, FormatError, Server
 from ts_plugin.compare.picture import picture
 from ts_plugin.compare.report import notes, table, verdict
@@ -266,6 +267,62 @@ def test_a_picture_of_little_is_drawn_too() -> None:
     assert "could not run" in picture(refused)
 
 
+# ---- inside, for --pictures
+
+
+@pytest.mark.parametrize(
+    ("resident", "ran", "expected"),
+    [
+        pytest.param({0: 100}, {0: 1}, 0.0, id="all local"),
+        pytest.param({1: 100}, {0: 1}, 1.0, id="all remote"),
+        pytest.param({0: 50, 1: 50}, {0: 2, 1: 2}, 0.5, id="wandering over both nodes"),
+        pytest.param({0: 75, 1: 25}, {0: 4}, 0.25, id="bound, a quarter elsewhere"),
+        pytest.param({}, {0: 1}, None, id="no numa_maps"),
+        pytest.param({0: 1}, {}, None, id="never ran"),
+    ],
+)
+def test_remote_share(resident: dict[int, int], ran: dict[int, int], expected: float | None) -> None:
+    assert inside.remote_share(resident, ran) == expected
+
+
+def test_a_look_inside_a_process_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inside, "SAMPLES", 4)
+    monkeypatch.setattr(inside, "PROFILE", 0.5)
+    cpus = os.sched_getaffinity(0)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            seen = inside.look([busy.pid], dict.fromkeys(cpus, 0))
+        finally:
+            busy.kill()
+    assert seen["busy"].keys() == {str(cpu) for cpu in cpus}
+    assert {len(shares) for shares in seen["busy"].values()} == {4}
+    assert all(0 <= share <= 1 for shares in seen["busy"].values() for share in shares)
+    assert any(share > 0.1 for shares in seen["busy"].values() for share in shares)
+    assert all((seen[name] is None) == (name in seen["missing"]) for name in ("spinning", "core_bound"))
+    picture = inside.drawn(replace(whole(), inside={Way.OURS: seen | {"core_bound": None, "moves": 3.25}}))
+    words = [text.text or "" for text in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")]
+    assert any("core bound not known here" in line and "3.25/s" in line for line in words)
+
+
+REPORT = """\
+    40.00%;libgomp-1.so.1.0.0;[.] 0x0000000000020ab0
+    10.00%;[kernel.kallsyms];[k] do_sched_yield
+    50.00%;libtorch_cpu.so;[.] mkl_blas_avx512_sgemm_kernel_0
+"""
+
+
+def test_spinning_is_time_in_the_openmp_runtime_and_in_sched_yield() -> None:
+    assert perf.parse_spinning(REPORT) == pytest.approx(0.5)
+    with pytest.raises(perf.Unavailable, match="no samples"):
+        perf.parse_spinning("# nothing\n")
+
+
+def test_core_bound() -> None:
+    assert perf.parse_core_bound("12;;x;1;100.00;23.5;%  tma_core_bound\n") == pytest.approx(0.235)
+    with pytest.raises(perf.Unavailable, match="performance counters"):
+        perf.parse_core_bound("<not supported>;;slots;0;100.00;;\n")
+
+
 # ---- a busy machine
 
 
@@ -331,16 +388,18 @@ import os, time
 from ts_plugin.handlers import CoreSliceMixin
 from ts_plugin.worker import follower
 
-class Plain:
-    def initialize(self, context):
-        self.initialized = True
-        with open("SEEN", "a") as seen:
-            print("TS_CORES_OFF" in os.environ, follower.current() is not None, file=seen)
-    def handle(self, data, context):
-        time.sleep(0.02)
-        return [1] * len(data)
+def plain():  # TorchServe wants one class in the file
+    class Plain:
+        def initialize(self, context):
+            self.initialized = True
+            with open("SEEN", "a") as seen:
+                print("TS_CORES_OFF" in os.environ, follower.current() is not None, file=seen)
+        def handle(self, data, context):
+            time.sleep(0.02)
+            return [1] * len(data)
+    return Plain
 
-class Handler(CoreSliceMixin, Plain):
+class Handler(CoreSliceMixin, plain()):
     pass
 """
 

@@ -114,7 +114,7 @@ def test_other_blocks_can_be_read(path: Path, checkout: Path) -> None:
                 commands = re.findall(r"^\./dev \w+", (checkout / "dev").read_text(), re.MULTILINE)
                 for line in block.text.splitlines():
                     assert (
-                        line.startswith(("docker ", "kubectl ", "pip ", "ts-cores tune "))
+                        line.startswith(("docker ", "kubectl ", "pip ", "ts-cores tune ", "ts-cores compare "))
                         or line.split("  ")[0] in commands
                     ), line
                 for file in re.findall(r"config/\S+", block.text):

@@ -124,6 +124,17 @@ def test_the_sentence(given: Answer, words: list[str]) -> None:
         assert word in said
 
 
+def test_the_latency_that_the_most_throughput_costs_is_said() -> None:
+    own, default, now = answer().confirmed
+    other = replace(own, name="1 worker x 2 cores, batch 1", throughput=20.0, p99=0.4)
+    assert "costs latency" not in sentence(answer())
+    told = sentence(answer(confirmed=(own, replace(other, choice=None), default, now)))
+    assert "; it costs latency: 1 worker x 2 cores, batch 1 takes 400 ms, and serves 20 requests/s." in told
+    assert "costs latency" not in sentence(answer(confirmed=(own, replace(other, p99=0.59))))
+    assert "costs latency" not in sentence(answer(confirmed=(own, replace(other, failed=1))))
+    assert "costs latency" not in sentence(answer(Target(p99=0.7), confirmed=(own, other)))
+
+
 def test_the_target_is_met_by_what_was_measured() -> None:
     target = Target(p99=0.61)
     assert answer(target).met

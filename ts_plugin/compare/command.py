@@ -9,6 +9,7 @@ import platform
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -18,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from ts_plugin import __version__
+from ts_plugin.compare import inside
 from ts_plugin.compare.comparison import Comparison, FormatError, Server
 from ts_plugin.compare.demo import demonstration
 from ts_plugin.compare.machine import describe
@@ -115,7 +117,6 @@ class _Run:
         self._options = options
         self._workers: list[int] = store.get("workers", [])
         self._contenders: dict[Way, Contender] = {}
-        self._pictures: dict[str, Any] = store.get("pictures", {})
 
     def measure(self) -> None:
         """Measure what the store does not have yet.
@@ -229,6 +230,21 @@ class _Run:
                 now = time.monotonic()
                 deadline = now + (end - now) / (len(groups) - number)
                 turns.measure([self._contenders[way] for way in group], loads, deadline=deadline, essential=2)
+                for way in group:
+                    if self._options.pictures and str(way) in turns.servers and f"inside {way}" not in self._store:
+                        tell(f"looking inside {way}", inside.SECONDS)
+                        self._store.set(f"inside {way}", self._inside(turns, way))
+
+    def _inside(self, turns: Turns, way: Way) -> dict[str, Any]:
+        load = threading.Thread(target=turns.full_load, args=(self._contenders[way], inside.SECONDS), daemon=True)
+        load.start()
+        time.sleep(LEAD_IN)
+        cores = self._room.topology.cores
+        node_of = {cpu: core.node for core in cores for cpu in core.cpus if cpu in self._room.cpus}
+        try:
+            return inside.look(sorted(turns.servers[way].workers()), node_of)
+        finally:
+            load.join()
 
     def _loads(self) -> tuple[Load, ...]:
         return tuple(map(Load.from_json, self._store.get("loads", ())))
@@ -240,6 +256,8 @@ class _Run:
 
     def _complete(self, way: Way, loads: Sequence[Load]) -> bool:
         one = self._contenders[way]
+        if self._options.pictures and f"inside {way}" not in self._store:
+            return False
         return all(len(list(rounds_of(self._store, [one], [load.name]))) >= load.repetitions for load in loads)
 
     def _start(self, turns: Turns, way: Way) -> None:
@@ -281,7 +299,7 @@ class _Run:
             rounds=rounds,
             busy_before=self._store.get("busy", 0.0),
             interrupted=interrupted,
-            pictures=self._pictures,
+            inside={way: seen for way in Way if (seen := self._store.get(f"inside {way}"))},
         )
 
     def _batch(self, model: Model) -> int:
@@ -323,6 +341,8 @@ def _report(found: Comparison, out: Path, *, kept: bool) -> int:
             console.print(text, soft_wrap=True, markup=False)
     console.print(machine(found), soft_wrap=True, markup=False)
     files = [(out.with_suffix(".svg"), picture(found))] + ([(out, found.to_json())] if kept else [])
+    if found.inside:
+        files.append((out.with_suffix(".inside.svg"), inside.drawn(found)))
     for file, text in files:
         draft = file.with_name(f".{file.name}.{os.getpid()}")
         try:

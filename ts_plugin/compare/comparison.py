@@ -34,7 +34,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """``machine`` and ``settings`` are for people, ``models`` names; ``pictures`` what --pictures saw, by way.
+    """``machine`` and ``settings`` are for people, ``models`` names; ``inside`` what --pictures saw, by way.
 
     ``busy_before`` and each round's ``elsewhere`` are how many CPUs others used.
     """
@@ -47,7 +47,7 @@ class Comparison:
     rounds: tuple[Round, ...]
     busy_before: float = 0.0
     interrupted: bool = False
-    pictures: Mapping[str, Any] = field(default_factory=dict)
+    inside: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps({"ts_cores_comparison": FORMAT} | dataclasses.asdict(self), indent=1) + "\n"

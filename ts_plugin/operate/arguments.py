@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         "--demo", nargs="?", const="resnet18", metavar="NAME", help="measure a ResNet of torchvision's (resnet18)"
     )
     compare.add_argument("--client", choices=("own", "ab"), default="own", help="who sends full load: apache-bench?")
-    compare.add_argument("--pictures", action="store_true", help="look inside, too: CPUs, moves, memory, stalls")
+    compare.add_argument("--pictures", action="store_true", help="look inside afterwards: CPUs, moves, memory, stalls")
     compare.add_argument("--fresh", action="store_true", help="forget what was measured before")
     compare.add_argument("--anyway", action="store_true", help="measure although others compute on these cores")
 

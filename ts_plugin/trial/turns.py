@@ -247,13 +247,7 @@ class Turns:
         """TorchScript and oneDNN prepare themselves in the first requests, and in the first batches."""
         for model in self._models:
             server.predict(model.archive.model, model.body.content, content_type=model.body.type)
-        self._at_once(
-            server,
-            [
-                partial(_turns, model.body, clients, WARM_UP)
-                for model, clients in zip(self._models, self._clients, strict=True)
-            ],
-        )
+        self._full_load(server, WARM_UP)
 
     def measure(
         self, contenders: Sequence[Contender], loads: Sequence[Load], *, deadline: float, essential: int
@@ -282,6 +276,14 @@ class Turns:
         """Return the requests/s of each model that shares are of: what the first contender answers at full load."""
         found: list[float] | None = self._store.get("capacity")
         return found
+
+    def full_load(self, one: Contender, seconds: float) -> None:
+        """Keep a server busy for so long, and count nothing."""
+        self._full_load(self.servers[one.title], seconds)
+
+    def _full_load(self, server: TorchServe, seconds: float) -> None:
+        works = zip(self._models, self._clients, strict=True)
+        self._at_once(server, [partial(_turns, model.body, each, seconds) for model, each in works])
 
     def _turn(self, one: Contender, load: Load, turn: int, left: float) -> None:
         key = f"{load.name} {one.key}"
