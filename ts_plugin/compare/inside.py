@@ -49,8 +49,9 @@ def look(pids: Sequence[int], node_of: Mapping[int, int]) -> dict[str, Any]:
         before = now
         for pid in pids:
             for tid in process.threads(pid):
-                cpu = process.last_cpu(pid, tid) if process.state(pid, tid) == "R" else None
-                ran[node_of.get(-1 if cpu is None else cpu, -1)] += cpu is not None
+                place = process.last_cpu(pid, tid) if process.state(pid, tid) == "R" else None
+                if place is not None and place in node_of:
+                    ran[node_of[place]] += 1
     moves, seconds = _moves(pids), time.monotonic() - began
     found: dict[str, Any] = {
         "busy": {str(cpu): shares for cpu, shares in busy.items()},
