@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -312,6 +313,15 @@ def test_a_bare_process_batches(tmp_path: Path) -> None:
         assert len(bare.work(0, batch=3, fewest=2)) == 2
         assert len(bare.work(0, batch=1)) == 1
     assert (model / "seen").read_text() == "3 3 1 "
+
+
+def test_a_bare_process_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with Bare(archive(tmp_path, handle="import tempfile; tempfile.mkdtemp()"), BODY, [Binding(None, 1)]) as bare:
+        bare.work(0)
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize(

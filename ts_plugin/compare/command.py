@@ -7,7 +7,6 @@ import dataclasses
 import os
 import platform
 import shutil
-import statistics
 import sys
 import threading
 import time
@@ -147,7 +146,7 @@ class _Run:
                     first, further = process.memory(bare.pids[0]) or (0, 0)
             except BareError as error:
                 raise TrialError(explained(model.archive, error)) from error
-            self._store.set(name, [first, further, statistics.median(took)])
+            self._store.set(name, [first, further, min(took)])
         return Cost(*self._store.get(name))
 
     def _divide(self, costs: Sequence[Cost], limit: int) -> None:
@@ -205,7 +204,7 @@ class _Run:
                 tell=tell,
                 note=note,
                 closed=ab if self._options.client == "ab" else None,
-                timeout=max(60.0, 5 * each),
+                timeout=min(max((end - time.monotonic()) / 3, 60.0), 180.0),
             ) as turns:
                 for way in group:
                     left = end - time.monotonic()

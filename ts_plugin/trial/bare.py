@@ -108,6 +108,10 @@ class Bare:
                     parts.extractall(model)
             body = Path(self._scratch.name) / "body"
             body.write_bytes(self._body)
+            temporary = Path(self._scratch.name) / "tmp"  # torch leaves a directory there
+            temporary.mkdir()
+            environment = dict(os.environ if self._environment is None else self._environment)
+            environment["TMPDIR"] = str(temporary)
             with self._errors.open("w") as errors:
                 for binding in self._bindings:
                     order: dict[str, object] = {
@@ -118,7 +122,7 @@ class Bare:
                     order |= {"cpus": binding.cpus, "threads": binding.threads, "change": self._change}
                     process = subprocess.Popen(
                         [sys.executable, "-P", "-m", "ts_plugin.trial.bare", json.dumps(order)],
-                        env=self._environment,
+                        env=environment,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=errors,
