@@ -306,9 +306,10 @@ class _Run:
         return int(said.get("batchSize", 1))
 
     def _kept(self) -> Mapping[str, str]:
-        never = self._contenders.get(Way.NEVER)
-        properties = {} if never is None else never.properties
-        return {name: str(value) for name, value in properties.items() if name != "plugins_path"}
+        """Return what all ways had of the user's config.properties."""
+        launcher = self._contenders.get(Way.LAUNCHER)
+        properties = {} if launcher is None else launcher.properties
+        return {name: str(value) for name, value in properties.items() if value is not None}
 
 
 def _bytes(costs: Sequence[Cost], workers: Sequence[int]) -> int:
