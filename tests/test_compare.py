@@ -456,6 +456,8 @@ def left_over(tmp_path: Path) -> list[object]:
         pytest.param(["--show", "{body}"], 1, "no comparison", id="show something else"),
         pytest.param(["{load}", "--body", "{body}"], 1, "cannot be loaded: ValueError: no weights", id="fails"),
         pytest.param(["{handle}", "--body", "{body}"], 1, "rejects the body: ValueError: no image", id="refused"),
+        pytest.param(["{mar}", "--body", "{body}", "--out", "{absent}/x.json"], 1, "--out FILE.json", id="nowhere"),
+        pytest.param(["{mar}", "--body", "{body}", "--out", "x.svg"], 1, "the picture's name", id="picture"),
         pytest.param(["{mar}", "--body", "{body}", "--workers", "4096"], 1, "fewer --workers", id="memory"),
     ],
 )

@@ -175,6 +175,7 @@ def test_percentile_of_nothing() -> None:
         pytest.param([0.1 + 0.05 * number for number in range(40)], True, id="a queue that grows"),
         pytest.param([2.0] * 40, False, id="slow but steady"),
         pytest.param([0.01] * 30 + [0.03] * 10, False, id="jitter below the interval"),
+        pytest.param([0.01] * 300 + [0.4] * 100, False, id="a burst in a long load"),
     ],
 )
 def test_saturated(latencies: list[float], expected: bool) -> None:

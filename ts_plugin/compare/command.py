@@ -7,10 +7,11 @@ import dataclasses
 import os
 import platform
 import shutil
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from ts_plugin.trial.progress import Show
 from ts_plugin.trial.room import Room, RoomError, find_room
 from ts_plugin.trial.store import Store, key
 from ts_plugin.trial.torchserve import TorchServeError
-from ts_plugin.trial.turns import FRONTEND, LEAD_IN, USABLE_MEMORY, Contender, Load, Turns, packed, rounds_of
+from ts_plugin.trial.turns import FRONTEND, LEAD_IN, USABLE_MEMORY, Contender, Load, Tell, Turns, packed, rounds_of
 
 __all__ = ["compare"]
 
@@ -76,6 +77,8 @@ def compare(options: argparse.Namespace) -> int:
     if options.client == "ab" and shutil.which("ab") is None:
         raise TrialError("--client ab: ab is not installed: apt-get install apache2-utils")
     out = options.out or Path(f"compare-{models[0].archive.model}.json")
+    if out.suffix == ".svg" or out.is_dir() or not os.access(out.parent, os.W_OK):  # said before minutes of measuring
+        raise TrialError(f"{out}: cannot be written, or is the picture's name; name another with --out FILE.json")
     with alone("compare") as cache:
         try:
             room = find_room(anyway=options.anyway)
@@ -175,24 +178,15 @@ class _Run:
         threads = max(self._room.cores // sum(workers), 1)
         self._contenders = {way: contender(way, settings, threads=threads, config=self._config) for way in Way}
 
-    def _compare(self, costs: Sequence[Cost], limit: int, end: float, tell: Any, note: Any) -> None:
-        def size(way: Way) -> int:
-            return _bytes(costs, self._workers) + (WRAPPED * sum(self._workers) if way is Way.LAUNCHER else 0)
-
-        ways = [Way(way) for way in self._store.get("ways", list(Way))]
-        most, cores = max(self._workers), len(self._room.topology.cores)
-        if Way.LAUNCHER in ways and most > cores:  # every worker dies, again and again
-            self._refuse(Way.LAUNCHER, f"it needs a core for each worker: {most} workers, {cores} cores", note)
-            ways.remove(Way.LAUNCHER)
-        for way in [way for way in ways if size(way) > limit]:
-            self._refuse(way, f"it needs {size(way) >> 20} MiB, and {limit >> 20} MiB may be used", note)
-            ways.remove(way)
+    def _compare(self, costs: Sequence[Cost], limit: int, end: float, tell: Tell, note: Callable[[str], None]) -> None:
+        ways, sizes = self._possible(costs, limit, note)
         loads = self._loads()
         if loads and all(self._complete(way, loads) for way in ways):
             note(f"measured before, {self._store.get('when')} UTC; --fresh measures again")
             return
-        each, started = A_SERVER, 0  # seconds of one start, and how many there were
-        groups = packed(ways, size, limit)
+        request = max(cost.request for cost in costs)
+        started: list[float] = []  # how long each start took
+        groups = packed(ways, lambda way: sizes[way], limit)
         if len(groups) > 1:
             note(f"memory for {len(groups[0])} servers at once: the others come after them, further apart in time")
         for number, group in enumerate(groups):
@@ -207,22 +201,21 @@ class _Run:
                 timeout=min(max((end - time.monotonic()) / 3, 60.0), 180.0),
             ) as turns:
                 for way in group:
-                    left = end - time.monotonic()
                     if loads and self._complete(way, loads):
                         continue
-                    if not loads and started > 1 and left < each + self._shortest(started + 1, costs):
+                    left, each = end - time.monotonic(), statistics.fmean(started or [A_SERVER])
+                    if not loads and len(started) > 1 and left < each + self._shortest(len(started) + 1, request):
                         note(f"{way}: not measured, --minutes {self._options.minutes:g} has no time for it")
                         ways.remove(way)
                         continue
                     tell(f"starting the server: {way}", left)
                     began = time.monotonic()
                     self._start(turns, way)
-                    each, started = (each * started + time.monotonic() - began) / (started + 1), started + 1
+                    started.append(time.monotonic() - began)
                 if not loads:
                     later = sum(len(group) for group in groups[number + 1 :])
-                    left = end - time.monotonic() - each * later
-                    standing = max(len(turns.servers) + later, 1)
-                    loads = plan(left, standing, self._workers, request=max(cost.request for cost in costs))
+                    left = end - time.monotonic() - statistics.fmean(started) * later
+                    loads = plan(left, max(len(turns.servers) + later, 1), self._workers, request=request)
                     self._store.set("loads", [dataclasses.asdict(load) for load in loads])
                     self._store.set("ways", ways)
                     self._store.set("when", time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
@@ -233,6 +226,26 @@ class _Run:
                     if self._options.pictures and str(way) in turns.servers and f"inside {way}" not in self._store:
                         tell(f"looking inside {way}", inside.SECONDS)
                         self._store.set(f"inside {way}", self._inside(turns, way))
+
+    def _possible(
+        self, costs: Sequence[Cost], limit: int, note: Callable[[str], None]
+    ) -> tuple[list[Way], dict[Way, int]]:
+        """Return the ways that can run here, and the bytes of each one's server; the others are refused."""
+        ways = [Way(way) for way in self._store.get("ways", list(Way))]
+        sizes = dict.fromkeys(ways, _bytes(costs, self._workers))
+        most, cores = max(self._workers), len(self._room.topology.cores)
+        why = {}
+        if Way.LAUNCHER in sizes:
+            sizes[Way.LAUNCHER] += WRAPPED * sum(self._workers)
+            if most > cores:  # every worker dies, again and again
+                why[Way.LAUNCHER] = f"it needs a core for each worker: {most} workers, {cores} cores"
+        for way, size in sizes.items():
+            if size > limit:
+                why[way] = f"it needs {size >> 20} MiB, and {limit >> 20} MiB may be used"
+        for way, reason in why.items():
+            note(f"{way}: {reason}")
+            self._store.set(f"server {way}", {"error": reason})
+        return [way for way in ways if way not in why], sizes
 
     def _inside(self, turns: Turns, way: Way) -> dict[str, Any]:
         load = threading.Thread(target=turns.full_load, args=(self._contenders[way], inside.SECONDS), daemon=True)
@@ -248,9 +261,9 @@ class _Run:
     def _loads(self) -> tuple[Load, ...]:
         return tuple(map(Load.from_json, self._store.get("loads", ())))
 
-    def _shortest(self, contenders: int, costs: Sequence[Cost]) -> float:
+    def _shortest(self, contenders: int, request: float) -> float:
         """Return the seconds that the shortest run with a spread takes."""
-        loads = plan(0.0, contenders, self._workers, request=max(cost.request for cost in costs))
+        loads = plan(0.0, contenders, self._workers, request=request)
         return 2 * contenders * sum(LEAD_IN + BETWEEN + load.seconds for load in loads)
 
     def _complete(self, way: Way, loads: Sequence[Load]) -> bool:
@@ -267,10 +280,6 @@ class _Run:
         memory = sum(found[0] for one in server.tree() if (found := process.memory(one.pid)))
         about = Server(round(server.ready_seconds or 0.0, 1), memory >> 20)
         self._store.set(f"server {way}", dataclasses.asdict(about))
-
-    def _refuse(self, way: Way, why: str, note: Any) -> None:
-        note(f"{way}: {why}")
-        self._store.set(f"server {way}", {"error": why})
 
     def found(self, *, interrupted: bool) -> Comparison:
         loads = self._loads()

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ts_plugin.compare.comparison import Comparison
 from ts_plugin.compare.ways import ONE, UNEVEN, Way
+from ts_plugin.machine.words import count
 from ts_plugin.trial.spread import Spread, figure
 from ts_plugin.trial.turns import FULL
 
@@ -79,7 +80,7 @@ def notes(found: Comparison, model: int = 0) -> Iterator[str]:
 
 def table(found: Comparison, model: int = 0) -> Table:
     """Draw all ways and loads: medians, lowest and highest."""
-    title = f"{found.models[model]}, {found.settings['workers'][model]} workers"
+    title = f"{found.models[model]}, {count(found.settings['workers'][model], 'worker')}"
     result = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, header_style="dim")
     loads = [load for load in found.loads if found.measured(load.name) and _meant(found, load.name, model)]
     for head in ("", *(_head(found, load.name, model) for load in loads), "start s", "MiB"):

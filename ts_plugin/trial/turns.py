@@ -434,10 +434,11 @@ def pace(times: Sequence[float], seconds: float) -> float:
 def saturated(answers: Sequence[Answer], rate: float) -> bool:
     """Return whether the server fell behind: latencies of the last quarter far above those of the first.
 
-    A queue that only grows is what tells "too much" from "slow": at least ``GROWN`` times the interval between two
-    requests and twice the first quarter's median.
+    A queue that only grows is what tells "too much" from "slow": by at least ``GROWN`` times the interval between two
+    requests, a twentieth of the time that it lasts, and twice the first quarter's median.
     """
     quarter = max(len(answers) // 4, 1)
     first = percentile([answer.latency for answer in answers[:quarter]], 50)
     last = percentile([answer.latency for answer in answers[-quarter:]], 50)
-    return any(not answer.good for answer in answers) or (last > 2 * first and last - first > GROWN / rate)
+    grown = max(GROWN / rate, (answers[-1].due - answers[0].due) / 20)
+    return any(not answer.good for answer in answers) or (last > 2 * first and last - first > grown)
