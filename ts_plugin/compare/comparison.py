@@ -50,7 +50,7 @@ class Comparison:
     inside: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps({"ts_cores_comparison": FORMAT} | dataclasses.asdict(self), indent=1) + "\n"
+        return json.dumps({"ts_cores_comparison": FORMAT} | dataclasses.asdict(self)) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Comparison:
