@@ -266,11 +266,12 @@ class Turns:
         ]
         wanted = {load.name for load in loads[:essential]}
         for at, (turn, load, one) in enumerate(todo):
-            now, own = time.monotonic(), LEAD_IN + load.seconds
-            if now + own / 2 > deadline and (turn or load.name not in wanted):
+            now = time.monotonic()
+            if now + (LEAD_IN + load.seconds) / 2 > deadline and (turn or load.name not in wanted):
                 continue
             rest = sum(LEAD_IN + load.seconds for _, load, _ in todo[at:])
-            self._turn(one, load, turn, min(rest, max(deadline - now, own)))
+            first = sum(LEAD_IN + load.seconds for turn, load, _ in todo[at:] if not turn and load.name in wanted)
+            self._turn(one, load, turn, min(rest, max(deadline - now, first)))
 
     def capacity(self) -> list[float] | None:
         """Return the requests/s of each model that shares are of: what the first contender answers at full load."""
