@@ -98,7 +98,7 @@ def test_the_table_in_markdown() -> None:
     [
         pytest.param(
             answer(),
-            ["2 workers x 1 core, batch 4 serves most: 22 requests/s", "2.00 times TorchServe's default (11)"],
+            ["2 workers x 1 core, batch 4 serves most: 22 requests/s", "2 times TorchServe's default (11)"],
             id="most",
         ),
         pytest.param(answer(Target(p99=0.7)), ["within 700 ms", "within 600 ms"], id="within a limit"),
@@ -122,6 +122,12 @@ def test_the_sentence(given: Answer, words: list[str]) -> None:
     assert said.endswith(".")
     for word in words:
         assert word in said
+
+
+def test_what_the_choice_wins_is_formed_within_a_repetition() -> None:
+    own, default, _ = answer().confirmed
+    rows = replace(own, throughputs=(22.0, 30.0, 99.0)), replace(default, throughputs=(11.0, 10.0))
+    assert "that is 2.5 (2–3) times TorchServe's default" in sentence(answer(confirmed=rows))
 
 
 def test_the_latency_that_the_most_throughput_costs_is_said() -> None:

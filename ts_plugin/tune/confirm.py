@@ -164,4 +164,5 @@ def _row(one: Candidate, full: Sequence[Round], users: Sequence[Round], at: int)
         p99=percentile(latencies, 99),
         failed=sum(each.samples[at].failed for each in (*full, *users)),
         rate=users[0].samples[at].rate or 0.0,
+        throughputs=tuple(throughputs),
     )

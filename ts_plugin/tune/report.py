@@ -13,6 +13,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ts_plugin.trial.spread import figure as _figure
+from ts_plugin.trial.spread import spread_of
 from ts_plugin.tune.answer import DEFAULT, Answer
 from ts_plugin.tune.profile import LOAD, Choice, Target
 from ts_plugin.tune.settings import Lines
@@ -69,7 +70,10 @@ def _against(answer: Answer, throughput: float, p99: float) -> str:
             if fastest:
                 return f"; {DEFAULT} takes {_ms(row.p99)} ms"
             if row.throughput:
-                return f"; that is {throughput / row.throughput:.2f} times {DEFAULT} ({_figure(row.throughput)})"
+                pairs = zip(answer.measured.throughputs if answer.measured else (), row.throughputs, strict=False)
+                times = spread_of(own / base for own, base in pairs if base)
+                told = times.text() if times else _figure(throughput / row.throughput)
+                return f"; that is {told} times {DEFAULT} ({_figure(row.throughput)})"
     for other in answer.choices:
         if other.workers != answer.choice.workers:
             figure = f"{_ms(other.p99)} ms" if fastest else f"{_figure(other.throughput)} requests/s"
