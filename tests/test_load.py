@@ -281,10 +281,17 @@ def test_nothing_but_failures_has_no_latency() -> None:
     assert (found.latencies, found.throughput, found.failed) == ((), 0.0, 1)
 
 
+def test_a_queue_that_was_full_before_the_lead_in_ended_has_latencies() -> None:
+    found = counted([Answer(n / 100, 0.1 + n / 10, True) for n in range(40)], 4.0, rate=100.0)
+    assert len(found.latencies) == 20
+    assert found.saturated
+
+
 def test_few_answers_are_counted_to_the_last_one() -> None:
     """Two clients, an answer every 4 seconds each, and a load of 3 seconds: half an answer per second, not none."""
     answers = [Answer(0.0, 4.0, True), Answer(0.0, 4.0, True)]
     assert counted(answers, 1.5).throughput == pytest.approx(0.5)
+    assert counted(answers, 1.5).latencies == (4.0,)
 
 
 def test_thinned_latencies_keep_their_percentiles() -> None:

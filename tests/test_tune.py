@@ -54,14 +54,14 @@ class Handler(BaseHandler):
         self.initialized = True
     def handle(self, data, context):
         {handle}
-        time.sleep(0.01 + 0.002 * len(data))
+        time.sleep(0.04 + 0.002 * len(data))
         return [1] * len(data)
 """
 BODY = b"{}"
 
 
 def archive(directory: Path, *, load: str = "pass", handle: str = "pass", config: str = "", name: str = "tiny") -> Path:
-    """Return an archive without a model: its handler sleeps for 10 ms and 2 ms per request."""
+    """Return an archive without a model: its handler sleeps for 40 ms and 2 ms per request."""
     path = directory / f"{name}.mar"
     manifest = {"model": {"modelName": f"{name}-model", "modelVersion": "1.0", "handler": "handler.py"}}
     manifest |= {"runtime": "python", "archiverVersion": "0.12.0"}  # type: ignore[dict-item]

@@ -398,7 +398,8 @@ def closed_loop(url: str, body: Body, clients: int, seconds: float) -> Sample:
 
 def counted(answers: Sequence[Answer], seconds: float, rate: float | None = None) -> Sample:
     """Return what a load was like in its last ``seconds``, after its lead-in."""
-    due = [answer for answer in answers if answer.due >= LEAD_IN]
+    # A load that was too much, or too slow, has nothing after its lead-in.
+    due = [answer for answer in answers if answer.due >= LEAD_IN] or list(answers[len(answers) // 2 :])
     good = [answer for answer in answers if answer.good]
     times = [answer.at for answer in good if LEAD_IN < answer.at <= LEAD_IN + seconds]
     if len(times) >= 4 or rate is not None:
