@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,13 +23,15 @@ def demonstration(name: str) -> tuple[Path, Path]:
     Raises:
         TrialError: torchvision is not installed, or has no such model.
     """
+    cache = cache_directory() / "demo"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))  # else importing it leaves one in TMPDIR
     try:
         import torch
         import torchvision
         from PIL import Image
     except ImportError as error:
         raise TrialError(f"--demo needs torchvision ({error}): pip install torchvision captum") from error
-    folder = cache_directory() / "demo" / f"torch-{torch.__version__}"
+    folder = cache / f"torch-{torch.__version__}"
     archive, body = folder / f"{name}.mar", folder / "picture.jpg"
     folder.mkdir(parents=True, exist_ok=True)
     if not body.exists():
