@@ -1,1 +1,1 @@
-"""A harness for real servers, and what runs on it: measurement, checks and the demonstration. See README.md."""
+"""Archives for tests, and what runs on them: checks, the tutorial's exercises and the demonstration. See README.md."""

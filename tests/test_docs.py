@@ -15,6 +15,9 @@ import pytest
 import yaml
 
 from tests.machines import machine
+from ts_plugin.compare.comparison import Comparison
+from ts_plugin.compare.picture import picture
+from ts_plugin.compare.report import verdict
 from ts_plugin.leases.environment import COLLAPSING, THREAD_COUNTS
 from ts_plugin.leases.ledger import Lease, State
 from ts_plugin.leases.unbound import PAST_LAUNCHER
@@ -114,7 +117,7 @@ def test_other_blocks_can_be_read(path: Path, checkout: Path) -> None:
                 commands = re.findall(r"^\./dev \w+", (checkout / "dev").read_text(), re.MULTILINE)
                 for line in block.text.splitlines():
                     assert (
-                        line.startswith(("docker ", "kubectl ", "pip ", "ts-cores tune "))
+                        line.startswith(("docker ", "kubectl ", "pip ", "ts-cores tune ", "ts-cores compare "))
                         or line.split("  ")[0] in commands
                     ), line
                 for file in re.findall(r"config/\S+", block.text):
@@ -193,6 +196,16 @@ def test_environment_variables_exist(checkout: Path) -> None:
     for path in FILES:
         names |= set(re.findall(r"TS_CORES_\w+", path.read_text(encoding="utf-8")))
     assert not [name for name in names if f'"{name}"' not in source]
+
+
+def test_comparisons_can_be_drawn_and_say_what_the_page_says() -> None:
+    text = (DOCS / "comparing.md").read_text(encoding="utf-8")
+    files = sorted((DOCS / "comparisons").glob("*.json"))
+    assert [file.name for file in files] == sorted(re.findall(r"\(comparisons/([\w-]+\.json)\)", text))
+    for file in files:
+        found = Comparison.from_json(file.read_text(encoding="utf-8"))
+        assert file.with_suffix(".svg").read_text(encoding="utf-8") == picture(found)
+        assert verdict(found).removeprefix("ts-cores: ") in text
 
 
 def test_metrics_are_those_of_the_code() -> None:

@@ -104,7 +104,7 @@ def test_the_table_in_markdown() -> None:
     [
         pytest.param(
             answer(),
-            ["2 workers x 1 core, batch 4 serves most: 22 requests/s", "2.00 times TorchServe's default (11)"],
+            ["2 workers x 1 core, batch 4 serves most: 22 requests/s", "2 times TorchServe's default (11)"],
             id="most",
         ),
         pytest.param(answer(Target(p99=0.7)), ["within 700 ms", "within 600 ms"], id="within a limit"),
@@ -128,6 +128,23 @@ def test_the_sentence(given: Answer, words: list[str]) -> None:
     assert said.endswith(".")
     for word in words:
         assert word in said
+
+
+def test_what_the_choice_wins_is_formed_within_a_repetition() -> None:
+    own, default, _ = answer().confirmed
+    rows = replace(own, throughputs=(22.0, 30.0, 99.0)), replace(default, throughputs=(11.0, 10.0))
+    assert "that is 2.5 (2–3) times TorchServe's default" in sentence(answer(confirmed=rows))
+
+
+def test_the_latency_that_the_most_throughput_costs_is_said() -> None:
+    own, default, now = answer().confirmed
+    other = replace(own, name="1 worker x 2 cores, batch 1", throughput=20.0, p99=0.4)
+    assert "costs latency" not in sentence(answer())
+    told = sentence(answer(confirmed=(own, replace(other, choice=None), default, now)))
+    assert "; it costs latency: 1 worker x 2 cores, batch 1 takes 400 ms, and serves 20 requests/s." in told
+    assert "costs latency" not in sentence(answer(confirmed=(own, replace(other, p99=0.59))))
+    assert "costs latency" not in sentence(answer(confirmed=(own, replace(other, failed=1))))
+    assert "costs latency" not in sentence(answer(Target(p99=0.7), confirmed=(own, other)))
 
 
 def test_the_target_is_met_by_what_was_measured() -> None:

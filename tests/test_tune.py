@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,19 +27,22 @@ from ts_plugin.machine import discovery
 from ts_plugin.machine.cgroups import Cgroups
 from ts_plugin.machine.process import memory
 from ts_plugin.machine.tree import Tree
+from ts_plugin.trial import room
 from ts_plugin.trial.archive import ArchiveError, copy_with, read_archive
-from ts_plugin.trial.bare import Bare, BareError, Binding
+from ts_plugin.trial.bare import Bare, BareError, Binding, explained
+from ts_plugin.trial.load import Body
+from ts_plugin.trial.room import Room
+from ts_plugin.trial.store import Store
+from ts_plugin.trial.turns import Contender, pace
 from ts_plugin.tune import command as command_module
-from ts_plugin.tune import measure, room
+from ts_plugin.tune import measure
 from ts_plugin.tune.advise import gain
 from ts_plugin.tune.answer import Answer, Confirmed
+from ts_plugin.tune.asked import Wanted
 from ts_plugin.tune.choose import choose
-from ts_plugin.tune.command import explained, shortlist
-from ts_plugin.tune.confirm import Candidate, Model, Served, pace, pick
-from ts_plugin.tune.measure import Body
+from ts_plugin.tune.command import shortlist
+from ts_plugin.tune.confirm import Candidate, Served, pick
 from ts_plugin.tune.profile import Cell, Choice, Profile, Target, fitting
-from ts_plugin.tune.room import Room
-from ts_plugin.tune.store import Store
 
 HANDLER = """
 import time
@@ -50,14 +54,14 @@ class Handler(BaseHandler):
         self.initialized = True
     def handle(self, data, context):
         {handle}
-        time.sleep(0.01 + 0.002 * len(data))
+        time.sleep(0.04 + 0.002 * len(data))
         return [1] * len(data)
 """
 BODY = b"{}"
 
 
 def archive(directory: Path, *, load: str = "pass", handle: str = "pass", config: str = "", name: str = "tiny") -> Path:
-    """Return an archive without a model: its handler sleeps for 10 ms and 2 ms per request."""
+    """Return an archive without a model: its handler sleeps for 40 ms and 2 ms per request."""
     path = directory / f"{name}.mar"
     manifest = {"model": {"modelName": f"{name}-model", "modelVersion": "1.0", "handler": "handler.py"}}
     manifest |= {"runtime": "python", "archiverVersion": "0.12.0"}  # type: ignore[dict-item]
@@ -153,7 +157,7 @@ def test_a_quota_bounds_how_many_instances_compute() -> None:
 def row(throughput: float, p99: float, own: Choice | None = None) -> Served:
     title = "default" if own is None else f"{own.workers} x {own.threads}, {own.batch}"
     rows = (Confirmed(title, own, throughput, 0.1, p99 / 2, p99, 0, 5.0),)
-    return Served(Candidate(title, None if own is None else (own,), {}, 0), rows)
+    return Served(Candidate(Contender(title, {}), None if own is None else (own,), 0), rows)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +315,15 @@ def test_a_bare_process_batches(tmp_path: Path) -> None:
     assert (model / "seen").read_text() == "3 3 1 "
 
 
+def test_a_bare_process_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with Bare(archive(tmp_path, handle="import tempfile; tempfile.mkdtemp()"), BODY, [Binding(None, 1)]) as bare:
+        bare.work(0)
+    assert not list((tmp_path / "tmp").iterdir())
+
+
 @pytest.mark.parametrize(
     ("parts", "stage", "reason", "told"),
     [
@@ -377,7 +390,7 @@ def test_a_target_that_cannot_be_met_is_no_success(
     target = Target(p99=0.01)
     ranked = choose(profile, target)
     answer = Answer("tiny", "1.0", profile, target, tuple(ranked), ranked[0])
-    model = Model(read_archive(archive(tmp_path)), Body(BODY), target)
+    model = Wanted(read_archive(archive(tmp_path)), Body(BODY), target)
     file = tmp_path / "config.properties"
     options = argparse.Namespace(write=file, json=False, picture=None)
     assert command_module.report([model], [answer], options) == 1

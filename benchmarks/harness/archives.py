@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import CHECKOUT
-from ts_plugin.tune.store import cache_directory
+from ts_plugin.trial.store import cache_directory
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,6 @@ __all__ = [
     "photograph",
     "resnet",
     "slow",
-    "transformer",
 ]
 
 SEED = 20240229
@@ -48,7 +47,6 @@ class Handler(StrEnum):
     STOCK = "stock"  # TorchServe's own, nothing of ours
     OURS = "ours"  # the same under CoreSliceMixin
     ASYNC = "async"  # the same as a coroutine, for asyncCommunication
-    THREADS = "threads"  # the same under torch.set_num_threads($TS_BENCHMARK_THREADS)
 
 
 def resnet(
@@ -77,37 +75,8 @@ def resnet(
         return {str(number): label for number, label in enumerate(categories)}
 
     variant = f"{handler}-hub" if weights else str(handler)
-    match handler:
-        case Handler.STOCK:
-            source = "image_classifier"
-        case Handler.OURS:
-            source = (HANDLERS / "image_classifier.py").read_text()
-        case Handler.THREADS:
-            source = _source("image.py", handler)
+    source = (HANDLERS / "image_classifier.py").read_text() if handler is Handler.OURS else "image_classifier"
     return _archive(name, variant, source, model=model, classes=classes, cache=cache)
-
-
-def transformer(*, handler: Handler = Handler.STOCK, cache: Path | None = None) -> Path:
-    """Return the archive of a small TransformerEncoder: 4 layers of width 256, 128 byte tokens, 10 classes."""
-
-    def model() -> torch.nn.Module:
-        import torch
-
-        class Classifier(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.embedding = torch.nn.Embedding(256, 256)
-                layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
-                self.encoder = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-                self.head = torch.nn.Linear(256, 10)
-
-            def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-                scores: torch.Tensor = self.head(self.encoder(self.embedding(tokens)).mean(dim=1))
-                return scores
-
-        return Classifier()
-
-    return _archive("transformer", str(handler), _source("transformer.py", handler), model=model, cache=cache)
 
 
 def convolutions(*, cache: Path | None = None) -> Path:
@@ -239,10 +208,9 @@ def _archive(
             torch.jit.script(model().eval()).save(  # type: ignore[no-untyped-call]
                 str(work / "model.pt")
             )
-        extra = [SOURCES / "threads.py"]
+        names = work / "index_to_name.json"
         if classes:
-            extra.append(work / "index_to_name.json")
-            (work / "index_to_name.json").write_text(json.dumps(classes()))
+            names.write_text(json.dumps(classes()))
         (work / "handler.py").write_text(source)
         (work / "model-config.yaml").write_text(config)
         _run_archiver(
@@ -250,7 +218,7 @@ def _archive(
             *(("--config-file", str(work / "model-config.yaml")) if config else ()),
             *("--serialized-file", str(work / "model.pt")),
             *("--handler", source if source.isidentifier() else str(work / "handler.py")),
-            *("--extra-files", ",".join(map(str, extra))),
+            *(("--extra-files", str(names)) if classes else ()),
         )
         made_from.write_text(recipe)
         (work / f"{name}.mar").replace(mar)
@@ -264,12 +232,10 @@ def _source(name: str, handler: Handler) -> str:
         case Handler.STOCK:
             return text
         case Handler.OURS:
-            module, mixin = "ts_plugin.handlers", "CoreSliceMixin"
-        case Handler.THREADS:
-            module, mixin = "threads", "ThreadsMixin"  # models/threads.py: every archive carries it
+            text = text.replace("(Base):", "(CoreSliceMixin, Base):")
+            return f"from ts_plugin.handlers import CoreSliceMixin\n{text}"
         case Handler.ASYNC:
             return text.replace("    def handle(", "    async def handle(")
-    return f"from {module} import {mixin}\n{text}".replace("(Base):", f"({mixin}, Base):")
 
 
 def _run_archiver(*words: str) -> None:

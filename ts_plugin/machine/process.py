@@ -13,6 +13,7 @@ __all__ = [
     "command_line",
     "environment",
     "identify",
+    "last_cpu",
     "memory",
     "migrations",
     "namespace",
@@ -123,6 +124,12 @@ def state(pid: int, tid: int) -> str | None:
     """Return the state letter of a thread, R for running or runnable, or None where it ended."""
     fields = _stat(f"{pid}/task/{tid}")
     return None if fields is None else fields[0].decode()
+
+
+def last_cpu(pid: int, tid: int) -> int | None:
+    """Return the CPU that a thread is on, or was on last; None where it ended."""
+    fields = _stat(f"{pid}/task/{tid}")
+    return None if fields is None else int(fields[36])
 
 
 def migrations(pid: int, tid: int) -> int | None:

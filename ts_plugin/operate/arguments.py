@@ -42,6 +42,10 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         parser.error("--watch draws and --json prints one document; leave one of them out")
     elif options.command == "show" and options.watch and not (options.svg or options.html or sys.stdout.isatty()):
         parser.error("--watch draws on a terminal; add --html FILE for a page that follows, or take --json alone")
+    elif options.command == "compare" and (bool(options.archives) + bool(options.show) + bool(options.demo)) != 1:
+        parser.error("compare needs one of these: archives with their --body, --demo, or --show FILE")
+    elif options.command == "compare" and len(options.archives) > 2:
+        parser.error(f"compare takes one archive, or two for uneven load, not {len(options.archives)}")
     return options
 
 
@@ -186,6 +190,38 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--fresh", action="store_true", help="forget what was measured before")
     tune.add_argument("--anyway", action="store_true", help="measure although others compute on these cores")
     tune.add_argument("--json", action="store_true", help="print a document for programs")
+
+    compare = command(
+        "compare",
+        "what do I win here: TorchServe alone and ts-cores side by side, with your archive, in about five minutes",
+        "ts-cores compare my.mar --body photo.jpg",
+        "ts-cores compare my.mar --body photo.jpg --workers 4 --config config.properties --minutes 15",
+        "ts-cores compare a.mar b.mar --body a=photo.jpg --body b=text.json",
+        "ts-cores compare --show compare-my.json",
+    )
+    compare.add_argument("archives", type=_file, nargs="*", metavar="ARCHIVE")
+    compare.add_argument("--body", action="append", metavar="[NAME=]FILE", help="what a request sends; JSON as such")
+    compare.add_argument(
+        "--workers",
+        type=_number(MOST_WORKERS),
+        metavar="N",
+        help="of each model (default: as the archive or the config says, else one per core, at most 4)",
+    )
+    compare.add_argument(
+        "--config", type=_file, metavar="FILE", help="serve with its settings, except for launcher and plug-in"
+    )
+    compare.add_argument("--minutes", type=_above_nought, default=5.0, metavar="N", help="in all (default: 5)")
+    compare.add_argument(
+        "--out", type=_file, metavar="FILE", help="where to write it, .svg beside it (default: compare-MODEL.json)"
+    )
+    compare.add_argument("--show", type=_file, metavar="FILE", help="measure nothing: draw such a file again")
+    compare.add_argument(
+        "--demo", nargs="?", const="resnet18", metavar="NAME", help="measure a ResNet of torchvision's (resnet18)"
+    )
+    compare.add_argument("--client", choices=("own", "ab"), default="own", help="who sends full load: apache-bench?")
+    compare.add_argument("--pictures", action="store_true", help="look inside afterwards: CPUs, moves, memory, stalls")
+    compare.add_argument("--fresh", action="store_true", help="forget what was measured before")
+    compare.add_argument("--anyway", action="store_true", help="measure although others compute on these cores")
 
     command(
         "plugin-path",

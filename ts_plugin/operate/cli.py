@@ -372,11 +372,22 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from ts_plugin.tune.command import TuneError, tune
+    from ts_plugin.trial.asked import TrialError
+    from ts_plugin.tune.command import tune
 
     try:
         return tune(options)
-    except TuneError as error:
+    except TrialError as error:
+        raise CommandError(str(error)) from error
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from ts_plugin.compare.command import compare
+    from ts_plugin.trial.asked import TrialError
+
+    try:
+        return compare(options)
+    except TrialError as error:
         raise CommandError(str(error)) from error
 
 
@@ -402,4 +413,5 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "init": _init,
     "plugin-path": _plugin_path,
     "tune": _tune,
+    "compare": _compare,
 }

@@ -1,8 +1,8 @@
 """The handler of an archive in bare processes, without HTTP or Java: what one batch costs on so many cores.
 
 ``python -P -m ts_plugin.trial.bare`` is one such process: it binds itself, loads the archive as a TorchServe worker
-would, and then does what each line on its stdin says (JSON: ``{"work": "handle", "seconds": 5, "batch": 1, "fewest":
-1}``), answering with one line each: ``{"took": [0.1, 0.1]}``, or ``{"stage": "handle", "reason": "..."}``.
+would, and then does what each line on its stdin says (JSON: ``{"seconds": 5, "batch": 1, "fewest": 1}``), answering
+with one line each: ``{"took": [0.1, 0.1]}``, or ``{"stage": "handle", "reason": "..."}``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
+from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.load import CONTENT_TYPE
+from ts_plugin.worker.start import OFF_VARIABLE
 
-__all__ = ["BFLOAT16", "OPTIMIZE", "Bare", "BareError", "Binding"]
+__all__ = ["BFLOAT16", "OPTIMIZE", "Bare", "BareError", "Binding", "explained"]
 
 OPTIMIZE = "optimize_for_inference"  # what may be done to a model after it was loaded
 BFLOAT16 = "bfloat16"
@@ -37,6 +39,22 @@ class BareError(RuntimeError):
         super().__init__(f"{stage}: {reason}{f': {log}' if log else ''}")
         self.stage = stage
         self.reason = reason
+
+
+def explained(archive: Archive, error: BareError) -> str:
+    """Return what a failed bare process means for the user."""
+    reason = error.reason
+    lower = reason.lower()
+    if any(word in lower for word in ("cuda", "nvidia", "gpu_id", "hip ")):
+        return (
+            f"{archive.path}: its handler needs a GPU ({reason}); cores are measured here, without a GPU: let the "
+            "handler take device 'cpu' when system_properties has no gpu_id"
+        )
+    if error.stage == "load":
+        missing = reason.startswith(("ModuleNotFoundError", "ImportError"))
+        remedy = "install it here" if missing else "a TorchServe worker would fail with it too"
+        return f"{archive.path}: its handler cannot be loaded: {reason}; {remedy}"
+    return f"{archive.path}: its handler rejects the body: {reason}; give one that the model takes: --body FILE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +91,6 @@ class Bare:
         self._processes: list[subprocess.Popen[str]] = []
         self._scratch = tempfile.TemporaryDirectory(prefix="ts-cores-")
         self._errors = Path(self._scratch.name) / "errors.log"
-        self.ready_seconds = 0.0
 
     def __enter__(self) -> Self:
         """Load the model in every process.
@@ -82,7 +99,6 @@ class Bare:
             BareError: it cannot be loaded.
         """
         try:
-            begun = time.monotonic()
             model = self._archive
             if not model.is_dir():
                 model = Path(self._scratch.name) / "model"
@@ -90,6 +106,10 @@ class Bare:
                     parts.extractall(model)
             body = Path(self._scratch.name) / "body"
             body.write_bytes(self._body)
+            temporary = Path(self._scratch.name) / "tmp"  # torch leaves a directory there
+            temporary.mkdir()
+            environment = dict(os.environ if self._environment is None else self._environment)
+            environment["TMPDIR"] = str(temporary)
             with self._errors.open("w") as errors:
                 for binding in self._bindings:
                     order: dict[str, object] = {
@@ -100,7 +120,7 @@ class Bare:
                     order |= {"cpus": binding.cpus, "threads": binding.threads, "change": self._change}
                     process = subprocess.Popen(
                         [sys.executable, "-P", "-m", "ts_plugin.trial.bare", json.dumps(order)],
-                        env=self._environment,
+                        env=environment,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=errors,
@@ -110,7 +130,6 @@ class Bare:
                     self._processes.append(process)
             for process in self._processes:
                 self._read(process, "load")
-            self.ready_seconds = time.monotonic() - begun
         except BaseException:
             self._end()
             raise
@@ -132,25 +151,22 @@ class Bare:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def work(
-        self, seconds: float, *, what: str = "handle", batch: int = 1, fewest: int = 1, processes: int | None = None
-    ) -> list[float]:
+    def work(self, seconds: float, *, batch: int = 1, fewest: int = 1, processes: int | None = None) -> list[float]:
         """Let processes work at once for that long and return the seconds that each piece of work took.
 
-        ``what`` is "handle" (all that a worker does for a request except reading and writing its socket) or "forward"
-        (its ``inference`` on input that was preprocessed once; no seconds at all for a handler without that method).
+        That is all that a worker does for a request, except reading and writing its socket.
         A piece of work is ``batch`` requests; every process does ``fewest`` pieces at least. ``processes``: only the
         first so many, by default all.
 
         Raises:
             BareError: a process failed.
         """
-        order = json.dumps({"work": what, "seconds": seconds, "batch": batch, "fewest": fewest})
+        order = json.dumps({"seconds": seconds, "batch": batch, "fewest": fewest})
         asked = self._processes[:processes]
         for process in asked:
             with contextlib.suppress(BrokenPipeError):  # it ended: reading says so
                 print(order, file=process.stdin, flush=True)
-        answers = [self._answer(process, what) for process in asked]
+        answers = [self._answer(process, "handle") for process in asked]
         return [took for answer in answers for took in _took(answer)]
 
     def _read(self, process: subprocess.Popen[str], stage: str) -> list[float]:
@@ -189,7 +205,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(order["threads"])
-        work = _load(Path(order["model"]), Path(order["body"]).read_bytes(), order["type"], order["change"])
+        handle = _load(Path(order["model"]), Path(order["body"]).read_bytes(), order["type"], order["change"])
         torch.set_num_threads(order["threads"])  # whatever the handler set
     except BaseException as error:
         answer(stage="load", reason=_one_line(error))
@@ -200,10 +216,8 @@ def main() -> None:
         took: list[float] = []
         end = time.perf_counter() + asked["seconds"]
         try:
-            if asked["work"] == "forward" and "forward" in work:
-                work["forward"](asked["batch"])  # preprocesses its input, once
-            while asked["work"] in work and ((begun := time.perf_counter()) < end or len(took) < asked["fewest"]):
-                work[asked["work"]](asked["batch"])
+            while (begun := time.perf_counter()) < end or len(took) < asked["fewest"]:
+                handle(asked["batch"])
                 took.append(time.perf_counter() - begun)
         except _Refused as error:
             answer(stage="handle", reason=str(error))
@@ -211,8 +225,8 @@ def main() -> None:
             answer(took=took)
 
 
-def _load(model: Path, body: bytes, content_type: str, change: str | None) -> dict[str, Callable[[int], object]]:
-    """Load the handler as ts/model_service_worker.py does and return the kinds of work that it can do.
+def _load(model: Path, body: bytes, content_type: str, change: str | None) -> Callable[[int], None]:
+    """Load the handler as ts/model_service_worker.py does and return what handles a batch of so many requests.
 
     Source: ts/protocol/otf_message_handler.py decodes a body that is application/json.
     """
@@ -221,10 +235,8 @@ def _load(model: Path, body: bytes, content_type: str, change: str | None) -> di
     from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
     from ts.model_loader import ModelLoaderFactory
 
-    from ts_plugin.worker import late
-
     # A handler of ours would claim a slice, from the workers of live servers, and leave the cores that were given here.
-    late.attempt = lambda context: None
+    os.environ[OFF_VARIABLE] = "1"
     sys.path.insert(0, str(model))
     os.chdir(model)
     manifest = json.loads((model / "MAR-INF" / "MANIFEST.json").read_text())["model"]
@@ -267,18 +279,7 @@ def _load(model: Path, body: bytes, content_type: str, change: str | None) -> di
         if status >= 300:
             raise _Refused(f"the handler answers with status {status}")
 
-    work: dict[str, Callable[[int], object]] = {"handle": handle}
-    if handler is not None and hasattr(handler, "preprocess") and hasattr(handler, "inference"):
-        prepared: dict[int, Any] = {}
-
-        def forward(batch: int) -> None:
-            if batch not in prepared:
-                handle(batch)  # BaseHandler learns its context from the first request
-                prepared[batch] = handler.preprocess([{"body": bytearray(body)} for _ in range(batch)])
-            handler.inference(prepared[batch])
-
-        work["forward"] = forward
-    return work
+    return handle
 
 
 def _one_line(error: BaseException) -> str:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import http.client
 import itertools
-import queue
 import random
 import re
 import threading
@@ -19,10 +18,9 @@ from typing import Self
 
 __all__ = [
     "Answer",
-    "Load",
+    "Body",
     "LoadError",
     "OpenLoop",
-    "closed_loop",
     "in_threads",
     "percentile",
     "poisson",
@@ -38,16 +36,11 @@ class LoadError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What a closed loop saw. ``failed``: no answer, a broken one, or one that is not 2xx."""
+class Body:
+    """What every request sends."""
 
-    requests: int
-    failed: int
-    seconds: float
-    requests_per_second: float
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
+    content: bytes
+    type: str = CONTENT_TYPE
 
 
 def in_threads(*work: Callable[[], None]) -> None:
@@ -69,44 +62,6 @@ def _post(connection: http.client.HTTPConnection, path: str, body: bytes, header
     answer = connection.getresponse()
     answer.read()
     return 200 <= answer.status < 300
-
-
-def closed_loop(url: str, body: bytes, *, requests: int, concurrency: int) -> Load:
-    """Send ``requests`` POSTs, always ``concurrency`` at once, each over a new connection."""
-    target = urllib.parse.urlsplit(url)
-    jobs: queue.SimpleQueue[None] = queue.SimpleQueue()
-    for _ in range(requests):
-        jobs.put(None)
-    answers: list[tuple[float, bool]] = []
-
-    def client() -> None:
-        headers = {"Content-Type": CONTENT_TYPE, "Connection": "close"}
-        while True:
-            try:
-                jobs.get_nowait()
-            except queue.Empty:
-                return
-            begun = time.perf_counter()
-            good = False
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection(str(target.hostname), target.port, timeout=ANSWER_SECONDS)
-                with contextlib.closing(connection):
-                    good = _post(connection, target.path, body, headers)
-            answers.append((time.perf_counter() - begun, good))
-
-    begun = time.perf_counter()
-    in_threads(*[client] * min(concurrency, requests))
-    seconds = time.perf_counter() - begun
-    latencies = [1000 * latency for latency, _ in answers]
-    return Load(
-        requests=len(answers),
-        failed=sum(not good for _, good in answers),
-        seconds=seconds,
-        requests_per_second=len(answers) / seconds,
-        p50_ms=percentile(latencies, 50),
-        p90_ms=percentile(latencies, 90),
-        p99_ms=percentile(latencies, 99),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +122,8 @@ class OpenLoop:
 
     A closed loop slows down with the server and so hides its queue; this one does not. It runs from ``with`` on;
     ``stop`` waits for the outstanding answers, the end of ``with`` does not. A request without an answer after
-    ``patience`` seconds has failed.
+    ``patience`` seconds has failed. It sends no more once ``most`` requests wait for their answers: what was asked is
+    known then, and a queue takes as long to drain as it is long.
     """
 
     def __init__(
@@ -179,12 +135,14 @@ class OpenLoop:
         arrivals: Iterable[float] | None = None,
         patience: float = 60.0,
         content_type: str = CONTENT_TYPE,
+        most: int | None = None,
     ) -> None:
         if (rate is None) == (arrivals is None):
             raise ValueError(f"rate {rate} and arrivals {arrivals}: give one of them")
         target = urllib.parse.urlsplit(url)
         self._due = (number / rate for number in itertools.count()) if rate else iter(arrivals or ())
         self.patience = patience
+        self._most = most
         self._address = str(target.hostname), target.port
         self._request = (
             f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: {content_type}\r\n"
@@ -224,7 +182,8 @@ class OpenLoop:
         for due in self._due:
             while not self._ended.is_set() and (pause := self.began + due - time.monotonic()) > 0:
                 await asyncio.sleep(min(pause, 0.1))
-            if self._ended.is_set():
+            sent = {task for task in sent if not task.done()}
+            if self._ended.is_set() or (self._most is not None and len(sent) >= self._most):
                 break
             sent.add(asyncio.create_task(self._one(due)))
         while not self._abandoned.is_set() and any(not task.done() for task in sent):

@@ -194,17 +194,17 @@ class TorchServe(Client):
         """
         deadline = time.monotonic() + self.timeout
         retries = self.log().count(RETRY)
-        seen: object = "nothing"
+        seen, wanted = list[str](), workers
         while True:
             with contextlib.suppress(RequestError):
                 model = self.describe(name, version=version)
                 seen = [worker["status"] for worker in model["workers"]]
-                wanted = int(model["minWorkers"]) if workers is None else workers
+                wanted = int(model["minWorkers"]) if wanted is None else wanted
                 if len(model["workers"]) == wanted and all(state == "READY" for state in seen):
                     return
                 if self.log().count(RETRY) - retries >= 3 * max(wanted, 1):
                     raise TorchServeError(f"the workers of {name} keep dying: {self._complaint()}{self._tail()}")
-            self._require_alive(deadline, f"the workers of {name} are not all READY (wanted {workers}, see {seen})")
+            self._require_alive(deadline, f"the workers of {name} are not all READY (wanted {wanted}, see {seen})")
             time.sleep(0.1)
 
     def _require_alive(self, deadline: float, complaint: str) -> None:

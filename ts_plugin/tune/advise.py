@@ -11,11 +11,13 @@ from pathlib import Path
 from ts_plugin.planning.policy import Allocator, Policy
 from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.bare import BFLOAT16, OPTIMIZE, Bare, BareError
+from ts_plugin.trial.load import Body
+from ts_plugin.trial.room import Room
+from ts_plugin.trial.store import Store
+from ts_plugin.trial.turns import Tell
 from ts_plugin.tune.answer import Advice
-from ts_plugin.tune.measure import Body, Tell, allocator, bare, unpacked
+from ts_plugin.tune.measure import allocator, bare, unpacked
 from ts_plugin.tune.profile import Choice
-from ts_plugin.tune.room import Room
-from ts_plugin.tune.store import Store
 
 __all__ = ["advise", "gain"]
 

@@ -20,6 +20,7 @@ class Confirmed:
 
     ``throughput`` in requests/s at full load, ``spread`` half of what lies between its lowest and highest repetition.
     ``p50`` and ``p99`` in seconds, at ``rate`` requests/s, which all rows had. ``failed`` requests of all.
+    ``throughputs`` are those of the repetitions.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Confirmed:
     p99: float
     failed: int
     rate: float = 0.0
+    throughputs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,72 +3,54 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import os
 import platform
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
-
 from ts_plugin import __version__
 from ts_plugin.machine.words import count
 from ts_plugin.operate.config import Config, read_config
 from ts_plugin.operate.terminal import tell
-from ts_plugin.trial.archive import Archive, copy_with
-from ts_plugin.trial.bare import BareError
+from ts_plugin.trial.alone import alone
+from ts_plugin.trial.archive import copy_with
+from ts_plugin.trial.asked import KEPT, TrialError, asked_config
+from ts_plugin.trial.bare import BareError, explained
+from ts_plugin.trial.progress import Show
 from ts_plugin.trial.properties import Property
+from ts_plugin.trial.room import Room, RoomError, find_room
+from ts_plugin.trial.store import Store, key
 from ts_plugin.trial.torchserve import TorchServeError
+from ts_plugin.trial.turns import CPUS_ONLY, FRONTEND, STOCK, Contender, ours
 from ts_plugin.tune.advise import advise
 from ts_plugin.tune.answer import DEFAULT, NOW, Answer
-from ts_plugin.tune.asked import TuneError, asked_models
+from ts_plugin.tune.asked import Wanted, wanted_models
 from ts_plugin.tune.choose import choose, share
-from ts_plugin.tune.confirm import CPUS_ONLY, Candidate, Model, Served, confirm, ours, pick
-from ts_plugin.tune.measure import FRONTEND, measure
+from ts_plugin.tune.confirm import Candidate, Served, confirm, pick
+from ts_plugin.tune.measure import measure
 from ts_plugin.tune.profile import Choice, Profile
-from ts_plugin.tune.progress import Show
 from ts_plugin.tune.report import advice, picture, sentence, table, to_json
-from ts_plugin.tune.room import Room, RoomError, find_room
 from ts_plugin.tune.settings import BEFORE, Lines, archive_settings, lines, write
-from ts_plugin.tune.store import Store, cache_directory, key
 
-__all__ = ["TuneError", "candidates", "explained", "report", "shortlist", "tune"]
+__all__ = ["candidates", "report", "shortlist", "tune"]
 
-MARK = "TS_CORES_TUNE"  # in the environment of everything that we start: a killed tuner leaves servers behind
 A_SERVER = 30.0  # seconds that confirming one takes: a short run confirms fewer
 PROFILING, CONFIRMING, ADVISING = 0.35, 0.5, 0.15  # parts of the time
-# What makes a server of the user's config.properties as fast as it is.
-KEPT = (
-    "batch_size",
-    "cpu_launcher_args",
-    "cpu_launcher_enable",
-    "default_workers_per_model",
-    "job_queue_size",
-    "max_batch_delay",
-    "models",
-    "netty_client_threads",
-    "number_of_netty_threads",
-    "plugins_path",
-    "prefer_direct_buffer",
-    "vmargs",
-)
 
 
 def tune(options: argparse.Namespace) -> int:
     """Run the command: 0, or 1 if the target cannot be met.
 
     Raises:
-        TuneError: and why.
+        TrialError: and why.
     """
-    config = _config(options.config)
-    models = asked_models(options)
-    with _alone() as cache:
+    config = asked_config(options.config)
+    models = wanted_models(options)
+    with alone("tune") as cache:
         try:
             room = find_room(anyway=options.anyway)
             os.sched_setaffinity(0, room.cpus)  # what we start inherits it
@@ -78,14 +60,14 @@ def tune(options: argparse.Namespace) -> int:
             print("ts-cores: interrupted; the same command goes on from here", file=sys.stderr)
             raise
         except RoomError as error:
-            raise TuneError(str(error)) from error
+            raise TrialError(str(error)) from error
         except TorchServeError as error:
-            raise TuneError(f"the real server does not serve: {error}") from error
+            raise TrialError(f"the real server does not serve: {error}") from error
     return report(models, answers, options)
 
 
 def _tuned(
-    models: Sequence[Model],
+    models: Sequence[Wanted],
     room: Room,
     config: Config | None,
     stores: Sequence[Store],
@@ -108,7 +90,7 @@ def _tuned(
                     tell=stage.tell,
                 )
             except BareError as error:
-                raise TuneError(explained(model.archive, error)) from error
+                raise TrialError(explained(model.archive, error)) from error
             profiles.append(profile)
             _say_memory(profile, room, show)
     targets = [model.target for model in models]
@@ -118,7 +100,7 @@ def _tuned(
         try:
             ranked = share(profiles, targets)
         except ValueError as error:
-            raise TuneError(str(error)) from error
+            raise TrialError(str(error)) from error
     memory = min(profile.free_memory for profile in profiles)
     with show.stage("confirming on the real server", CONFIRMING) as stage:
         most = max(int(stage.seconds // A_SERVER) - (2 if config else 1), 1)
@@ -127,6 +109,7 @@ def _tuned(
             models,
             candidates(chosen, profiles, room, config),
             store=of_servers,
+            cpus=room.cpus,
             seconds=stage.seconds,
             memory=memory + FRONTEND,
             tell=stage.tell,
@@ -178,45 +161,24 @@ def candidates(
         return FRONTEND + sum(profile.memory(workers) for profile in profiles)
 
     found = [
-        Candidate("; ".join(map(str, one)), one, ours(), FRONTEND + sum(choice.memory for choice in one))
+        Candidate(
+            Contender("; ".join(map(str, one)), ours(), tuple(map(archive_settings, one)), must_bind=True),
+            one,
+            FRONTEND + sum(choice.memory for choice in one),
+        )
         for one in chosen
     ]
     workers = len(room.cpus)
-    found.append(Candidate(DEFAULT, None, CPUS_ONLY, memory(workers)))
+    found.append(Candidate(Contender(DEFAULT, CPUS_ONLY, environment=STOCK), None, memory(workers)))
     if config is not None:
         kept: dict[str, Property | None] = {name: config.get(name) for name in KEPT if name in config.properties}
         number = config.get("default_workers_per_model")
         workers = int(number) if number.isascii() and number.isdecimal() else workers
-        found.append(Candidate(NOW, None, CPUS_ONLY | kept, memory(workers)))
+        found.append(Candidate(Contender(NOW, CPUS_ONLY | kept), None, memory(workers)))
     return found
 
 
-def explained(archive: Archive, error: BareError) -> str:
-    """Return what a failed bare process means for the user."""
-    reason = error.reason
-    lower = reason.lower()
-    if any(word in lower for word in ("cuda", "nvidia", "gpu_id", "hip ")):
-        return (
-            f"{archive.path}: its handler needs a GPU ({reason}); tune divides CPU cores, and serves without a GPU: "
-            "let the handler take device 'cpu' when system_properties has no gpu_id"
-        )
-    if error.stage == "load":
-        missing = reason.startswith(("ModuleNotFoundError", "ImportError"))
-        remedy = "install it here" if missing else "a TorchServe worker would fail with it too"
-        return f"{archive.path}: its handler cannot be loaded: {reason}; {remedy}"
-    return f"{archive.path}: its handler rejects the body: {reason}; give one that the model takes: --body FILE"
-
-
-def _config(path: Path | None) -> Config | None:
-    if path is None:
-        return None
-    try:
-        return read_config(path, os.environ)
-    except OSError as error:
-        raise TuneError(f"{path}: {error.strerror}") from error
-
-
-def _stores(cache: Path, models: Sequence[Model], room: Room, options: argparse.Namespace) -> list[Store]:
+def _stores(cache: Path, models: Sequence[Wanted], room: Room, options: argparse.Namespace) -> list[Store]:
     """Return where each model's profile is kept, and what servers of all of them did.
 
     The names have in them all that measurements depend on.
@@ -238,45 +200,6 @@ def _stores(cache: Path, models: Sequence[Model], room: Room, options: argparse.
     ]
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[Path]:
-    """Keep other tuners away, end what a killed one left behind, and let SIGTERM and SIGHUP end this one tidily.
-
-    Raises:
-        TuneError: another tuner runs.
-    """
-    cache = cache_directory() / "tune"
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TuneError(f"another `ts-cores tune` measures here ({cache}/lock); wait for its end") from None
-        mark = f"{MARK}={cache}".encode()
-        left = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
-                    process.kill()
-                    left.append(process)
-        psutil.wait_procs(left, timeout=10)
-        mask, marked = os.sched_getaffinity(0), os.environ.get(MARK)
-        os.environ[MARK] = str(cache)
-        before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
-        try:
-            yield cache
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            os.sched_setaffinity(0, mask)
-            if marked is None:
-                del os.environ[MARK]
-
-
-def _end(number: int, frame: object) -> None:
-    sys.exit(128 + number)
-
-
 def _say_memory(profile: Profile, room: Room, show: Show) -> None:
     fits, each = profile.fits, f"{profile.next_memory / 1e6:.0f} MB"
     first = f"{profile.archive}: the first worker takes {profile.first_memory / 1e6:.0f} MB, each further one {each}"
@@ -289,7 +212,7 @@ def _say_memory(profile: Profile, room: Room, show: Show) -> None:
 
 
 def _answer(
-    model: Model, profile: Profile, choices: Sequence[Choice], found: Sequence[Served], best: Served, at: int
+    model: Wanted, profile: Profile, choices: Sequence[Choice], found: Sequence[Served], best: Served, at: int
 ) -> Answer:
     chosen = best.rows[at]
     if chosen.choice is None:
@@ -305,14 +228,14 @@ def _answer(
     )
 
 
-def report(models: Sequence[Model], answers: Sequence[Answer], options: argparse.Namespace) -> int:
+def report(models: Sequence[Wanted], answers: Sequence[Answer], options: argparse.Namespace) -> int:
     present: Mapping[str, str] = {}
     if options.write and options.write.exists():
         present = read_config(options.write, {}).properties
     try:
         wanted = lines(answers, present)
     except ValueError as error:
-        raise TuneError(f"{options.write}: {error}") from error
+        raise TrialError(f"{options.write}: {error}") from error
     met = all(answer.met for answer in answers)
     if options.json:
         print(to_json(answers, wanted))
@@ -348,7 +271,7 @@ def _keep(answer: Answer) -> list[str]:
     return [] if row is None else [f"But {row.name} is better still, as measured: keep it."]
 
 
-def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wanted: Lines, say: TextIO) -> None:
+def _write(models: Sequence[Wanted], answers: Sequence[Answer], target: Path, wanted: Lines, say: TextIO) -> None:
     """Write config.properties, and the settings of archives that have their own or need their own cores."""
     try:
         kept = write(target, wanted)
@@ -362,7 +285,7 @@ def _write(models: Sequence[Model], answers: Sequence[Answer], target: Path, wan
                 copy_with(model.archive, path, _with_profile(answer))
                 print(f"{path}: written, the old one is {old}", file=say)
     except OSError as error:
-        raise TuneError(str(error)) from error
+        raise TrialError(str(error)) from error
 
 
 def _with_profile(answer: Answer) -> dict[str, Any]:

@@ -14,10 +14,9 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from ts_plugin.leases.environment import prepare_environment
 from ts_plugin.machine import discovery, process
@@ -25,19 +24,16 @@ from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Policy
 from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.bare import Bare, BareError, Binding
-from ts_plugin.trial.load import CONTENT_TYPE
+from ts_plugin.trial.load import Body
+from ts_plugin.trial.room import Room, RoomError
+from ts_plugin.trial.store import Store
+from ts_plugin.trial.turns import FRONTEND, USABLE_MEMORY, Tell, packed
 from ts_plugin.tune.profile import Cell, Profile, fitting
-from ts_plugin.tune.room import Room, RoomError
-from ts_plugin.tune.store import Store
 
 __all__ = [
-    "FRONTEND",
-    "Body",
-    "Tell",
     "allocator",
     "bare",
     "measure",
-    "packed",
     "thread_counts",
     "together",
     "unpacked",
@@ -50,19 +46,6 @@ ROUNDS = 4  # of a quick model; a slow one gets fewer
 PIECE = 0.5  # seconds of a cell in one round, at least
 FEWEST = 3  # batches of a cell in one round, at least
 WARM_UP = 3  # batches of a new size that do not count: TorchScript and oneDNN prepare themselves
-SPARE = 0.9  # of the free memory may be used
-FRONTEND = 500 << 20  # bytes of that are TorchServe's frontend's, a JVM
-
-T = TypeVar("T")
-Tell = Callable[[str, float], None]  # what is done now, and the seconds that this stage still takes
-
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """What every request sends."""
-
-    content: bytes
-    type: str = CONTENT_TYPE
 
 
 def thread_counts(node_cores: int) -> list[int]:
@@ -75,19 +58,6 @@ def thread_counts(node_cores: int) -> list[int]:
     while counts[-1] * 2 < node_cores:
         counts.append(counts[-1] * 2)
     return counts + [node_cores] * (node_cores > 1)
-
-
-def packed(items: Iterable[T], size: Callable[[T], int], room: int) -> list[list[T]]:
-    """Return groups of neighbours, each as large as ``room`` allows; every item fits by itself."""
-    groups: list[list[T]] = []
-    left = 0
-    for item in items:
-        if not groups or size(item) > left:
-            groups.append([])
-            left = room
-        groups[-1].append(item)
-        left -= size(item)
-    return groups
 
 
 def together(sets: Sequence[tuple[int, int]], fit: int) -> list[list[tuple[int, int]]]:
@@ -116,7 +86,7 @@ def measure(
         RoomError: there is no memory for one worker.
     """
     free = discovery.read_free_memory()
-    amounts = [memory, None if free is None else int(SPARE * free)]
+    amounts = [memory, None if free is None else int(USABLE_MEMORY * free)]
     limit = min((amount for amount in amounts if amount is not None), default=sys.maxsize) - FRONTEND
     profiler = _Profiler(archive, body, room, store, limit, longest, tell)
     if not store.get(f"profiled {longest}"):

@@ -12,14 +12,17 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from ts_plugin.trial.spread import figure as _figure
+from ts_plugin.trial.spread import spread_of
 from ts_plugin.tune.answer import DEFAULT, Answer
-from ts_plugin.tune.profile import LOAD, Choice
+from ts_plugin.tune.profile import LOAD, Choice, Target
 from ts_plugin.tune.settings import Lines
 
 __all__ = ["advice", "markdown", "picture", "sentence", "table", "to_json"]
 
 HEADS = ("", "requests/s", "+/-", "p50 ms", "p99 ms", "failed", "memory MB")
 BATCHES = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#D55E00")  # Okabe and Ito's colours
+SOONER = 0.95  # of a latency: more is the same
 DRAWN = 10  # divisions in the picture at most
 
 
@@ -56,7 +59,7 @@ def sentence(answer: Answer) -> str:
         return f"Nothing holds {_ms(target.p99)} ms: {choice} comes nearest, with {late} and {most}."
     wish = "is fastest" if target.rate is not None and target.p99 is None else "serves most"
     within = f" within {_ms(target.p99)} ms" if target.p99 is not None else ""
-    return f"{choice} {wish}{within}: {most}, {late}{_against(answer, throughput, p99)}."
+    return f"{choice} {wish}{within}: {most}, {late}{_against(answer, throughput, p99)}{_cost(answer)}."
 
 
 def _against(answer: Answer, throughput: float, p99: float) -> str:
@@ -67,12 +70,27 @@ def _against(answer: Answer, throughput: float, p99: float) -> str:
             if fastest:
                 return f"; {DEFAULT} takes {_ms(row.p99)} ms"
             if row.throughput:
-                return f"; that is {throughput / row.throughput:.2f} times {DEFAULT} ({_figure(row.throughput)})"
+                pairs = zip(answer.measured.throughputs if answer.measured else (), row.throughputs, strict=False)
+                times = spread_of(own / base for own, base in pairs if base)
+                told = times.text() if times else _figure(throughput / row.throughput)
+                return f"; that is {told} times {DEFAULT} ({_figure(row.throughput)})"
     for other in answer.choices:
         if other.workers != answer.choice.workers:
             figure = f"{_ms(other.p99)} ms" if fastest else f"{_figure(other.throughput)} requests/s"
             return f"; {other} would have {figure}"
     return ""
+
+
+def _cost(answer: Answer) -> str:
+    """Return what the most throughput costs in latency: who else answers sooner, as measured."""
+    own = answer.measured
+    if own is None or answer.target != Target():
+        return ""
+    sooner = [row for row in answer.confirmed if not row.failed and row.p99 < SOONER * own.p99]
+    if not sooner:
+        return ""
+    best = min(sooner, key=lambda row: row.p99)
+    return f"; it costs latency: {best.name} takes {_ms(best.p99)} ms, and serves {_figure(best.throughput)} requests/s"
 
 
 def advice(answer: Answer) -> list[str]:
@@ -177,10 +195,6 @@ def _division(choice: Choice) -> str:
 
 def _megabytes(choice: Choice) -> str:
     return f"{choice.memory / 1e6:.0f}"
-
-
-def _figure(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _ms(seconds: float) -> str:

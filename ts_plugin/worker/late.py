@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from ts_plugin.leases import claim
 from ts_plugin.worker import follower, hooks
 from ts_plugin.worker.follower import Follower
 from ts_plugin.worker.log import say
-from ts_plugin.worker.start import collapsed, start
+from ts_plugin.worker.start import OFF_VARIABLE, collapsed, start
 
 __all__ = ["Late", "attempt", "begin"]
 
@@ -111,6 +112,8 @@ def attempt(context: Any) -> Follower | None:
     """
     if (own := follower.current()) is not None:
         return own
+    if OFF_VARIABLE in os.environ:
+        return None
     one = _current
     if one is None:  # it was started past the launcher
         one = begin(worker=claim.worker_id(sys.argv), archive=context.system_properties.get("model_dir"), hooked=False)

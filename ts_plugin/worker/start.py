@@ -12,7 +12,9 @@ from ts_plugin.leases.environment import collapsing
 from ts_plugin.leases.ledger import Lease, Ledger
 from ts_plugin.worker.log import say
 
-__all__ = ["Start", "collapsed", "start"]
+__all__ = ["OFF_VARIABLE", "Start", "collapsed", "start"]
+
+OFF_VARIABLE = "TS_CORES_OFF"  # in a worker's environment: it stays as TorchServe started it, whatever its handler is
 
 
 class Start(NamedTuple):
@@ -30,8 +32,11 @@ def start(
     ``worker`` is TorchServe's number for it, ``archive`` the directory of its model. ``prepare`` does what else the
     slice needs and returns notes for the log. ``hooked``: the frontend has our hook, so its entry in the ledger,
     which says what this worker may use, is worth a wait. Whatever goes wrong, the worker serves: unbound, on
-    the CPUs that it had, with its lease given back. ``said``: the reason that the log has already.
+    the CPUs that it had, with its lease given back. With TS_CORES_OFF it does so without a word. ``said``: the reason
+    that the log has already.
     """
+    if OFF_VARIABLE in os.environ:
+        return Start(None, f"{OFF_VARIABLE} is set")
     had: frozenset[int] = frozenset()
     try:
         had = frozenset(os.sched_getaffinity(0))

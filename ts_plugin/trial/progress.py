@@ -1,4 +1,4 @@
-"""How far `ts-cores tune` is, and about how long it still takes."""
+"""How far a trial is, and about how long it still takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `ts-cores tune` may use: cores that no worker of a live server computes on, and memory that is free."""
+"""What a trial may use: cores that no worker of a live server computes on, and memory that is free."""
 
 from __future__ import annotations
 

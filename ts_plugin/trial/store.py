@@ -1,4 +1,4 @@
-"""What was measured so far, kept in a file: an interrupted `ts-cores tune` goes on from there."""
+"""What was measured so far, kept in a file: an interrupted trial goes on from there."""
 
 from __future__ import annotations
 

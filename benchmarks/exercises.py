@@ -10,12 +10,17 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from benchmarks.harness import archives
+from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.machine.topology import Core
 from ts_plugin.trial.bare import Bare, Binding
+from ts_plugin.trial.spread import spread_of
 
 __all__ = ["Exercise", "exercises", "run"]
+
+REPETITIONS = 3
+WARM_UP, SECONDS = 2.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +67,32 @@ def exercises(cores: Sequence[Core]) -> Iterator[Exercise]:
         )
 
 
-def run(exercise: Exercise, archive: Path, body: bytes, *, repetitions: int, seconds: float) -> dict[str, Any]:
-    """Measure the exercise, the order turned round in every repetition, and return what results.json says of it."""
-    if exercise.missing:
-        return {"title": exercise.title, "missing": exercise.missing}
+def run(exercise: Exercise, archive: Path, body: bytes) -> dict[str, list[float]]:
+    """Return the median milliseconds of a request in each repetition; the order is turned round in every one."""
     found: dict[str, list[float]] = {name: [] for name, _ in exercise.bindings}
-    for repetition in range(repetitions):
-        for name, binding in exercise.bindings[:: 1 if repetition % 2 == 0 else -1]:
+    for repetition in range(REPETITIONS):
+        for name, binding in exercise.bindings[:: -1 if repetition % 2 else 1]:
             with Bare(archive, body, [binding]) as bare:
-                bare.work(min(seconds, 2))  # warm-up
-                found[name].append(1000 * statistics.median(bare.work(seconds)))
-    return {"title": exercise.title, "model": archive.stem, "median_ms_per_request": found}
+                bare.work(WARM_UP)
+                found[name].append(1000 * statistics.median(bare.work(SECONDS)))
+    return found
+
+
+def main() -> None:
+    topology, allowance = read_topology(), read_allowance()
+    for exercise in exercises(topology.cores_of(allowance.cpus)):
+        print(exercise.title)
+        if exercise.missing:
+            print(f"  {exercise.missing}")
+            continue
+        for name, medians in run(exercise, archives.resnet("resnet50"), archives.photograph()).items():
+            spread = spread_of(medians)
+            print(f"  {name}: {spread.text() if spread else 'nothing'} ms per request")
 
 
 def _bind(cpus: tuple[int, ...]) -> Binding:
     return Binding(cpus, len(cpus))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""One trial at a time on a machine, and nothing of it left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import psutil
+
+from ts_plugin.machine import cpu_time
+from ts_plugin.trial.asked import TrialError
+from ts_plugin.trial.store import cache_directory
+
+__all__ = ["alone", "others_seconds", "require_quiet"]
+
+MARK = "TS_CORES_TRIAL"  # in the environment of everything that we start: a killed trial leaves servers behind
+QUIET = 0.15  # of the CPUs that others may use
+LOOK = 2.0  # seconds
+
+
+@contextlib.contextmanager
+def alone(command: str) -> Iterator[Path]:
+    """Keep other trials away, end what a killed one left behind, and let SIGTERM and SIGHUP end this one tidily.
+
+    The cache directory of ``command`` comes out; the affinity mask of this process is afterwards what it was.
+
+    Raises:
+        TrialError: another trial runs.
+    """
+    cache = cache_directory()
+    (cache / command).mkdir(parents=True, exist_ok=True)
+    with (cache / "trial.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrialError(
+                f"another `ts-cores tune` or `compare` measures here ({lock.name}); wait for its end"
+            ) from None
+        mark = f"{MARK}={cache}".encode()
+        left = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
+                    process.kill()
+                    left.append(process)
+        psutil.wait_procs(left, timeout=10)
+        mask, marked = os.sched_getaffinity(0), os.environ.get(MARK)
+        os.environ[MARK] = str(cache)
+        before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield cache / command
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.sched_setaffinity(0, mask)
+            if marked is None:
+                del os.environ[MARK]
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def others_seconds(cpus: Collection[int]) -> float:
+    """Return the CPU seconds that ``cpus`` worked since boot, without those of this process and its descendants.
+
+    Only differences mean something; what a descendant worked that ended in between counts as others'.
+    """
+    busy = sum(worked for cpu, (worked, _) in cpu_time.ticks().items() if cpu in cpus) / os.sysconf("SC_CLK_TCK")
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            spent = process.cpu_times()
+            busy -= spent.user + spent.system + spent.children_user + spent.children_system
+    return busy
+
+
+def require_quiet(cpus: Collection[int], *, anyway: bool) -> float:
+    """Return how many CPUs others use now.
+
+    Raises:
+        TrialError: too many, and not ``anyway``; the message names who.
+    """
+    before = others_seconds(cpus)
+    watched = [(process, spent) for process in psutil.process_iter() if (spent := _spent(process)) is not None]
+    began = time.monotonic()
+    time.sleep(LOOK)
+    seconds = time.monotonic() - began
+    used = max(others_seconds(cpus) - before, 0.0) / seconds
+    if used <= QUIET * len(cpus) or anyway:
+        return used
+    grown = [((_spent(process) or spent) - spent, process) for process, spent in watched]
+    most = sorted((one for one in grown if one[0] > 0.05 * seconds), key=lambda one: -one[0])[:3]
+    names = ", ".join(f"{_name(process)} (pid {process.pid}): {spent / seconds:.1f}" for spent, process in most)
+    raise TrialError(
+        f"the machine is busy: others use {used:.1f} of the {len(cpus)} CPUs that would be measured on"
+        f"{f', {names}' if names else ''}; wait for their end, or measure beside them with --anyway"
+    )
+
+
+def _spent(process: psutil.Process) -> float | None:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return None
+    return float(times.user + times.system)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.Error:
+        return "ended"
