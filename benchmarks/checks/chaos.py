@@ -50,6 +50,7 @@ DAMAGE = ["", "{", '{"version": 0}', '{"version": 1, "generation": "x"}', "[" * 
 MAX_WORKERS = 3  # per model: more would only wait for the CPUs to start them
 BASE = "convolutions"  # the model that each server always has
 NOBODY = 65534
+WORDS = "lending-*"  # the file of words, in the state directory
 
 # Takes the lock of the ledger at argv[1] and tells so.
 HOLDER = """
@@ -534,10 +535,10 @@ class Chaos:
         return [pid for server in self.servers for pid in living_workers(server)]
 
     def _words(self) -> Path | None:
-        return next(iter(self.state.glob("lending-*")), None)
+        return next(iter(self.state.glob(WORDS)), None)
 
     def look(self, pids: list[int]) -> watch.Look:
-        return watch.look(pids, self._words(), allowed=self.allowed, at=time.monotonic())
+        return watch.look(pids, self._words(), allowed=self.allowed)
 
     def complaints(self, look: watch.Look) -> dict[str, str]:
         """Return what is wrong: kind -> details. A worker that starts will take idle cores, or already holds them."""

@@ -11,13 +11,13 @@ borrowed that slice: it is wide.
   and they are equally crowded.
 - No child of a worker may run outside of the worker's slice.
 
-``Meetings`` finds two workers that compute on one CPU. A worker computes on a CPU without leave if one of its threads
-is in state R with that CPU in its mask, while the words call somebody else the user of that slice. Two workers meet on
-a CPU if, in every look for at least MEETING seconds and MEETING_LOOKS looks, one computes there without leave and the
-other has a thread in state R that may run there, with or without leave; and both got at least COMPUTES of that time as
-CPU time. So a worker that parses a message computes on nothing, and the team of a borrower whose slice was taken
-between two regions may spin there as long as libgomp lets it, some 20 ms. A worker that has no words yet is the user of
-its slice. Not counted: children (they have no requests), and more workers than cores.
+``Meetings`` finds two workers that compute on one CPU. A worker runs on a CPU without leave if one of its threads is in
+state R with that CPU in its mask, while the words call somebody else the user of that slice. Two workers meet on a CPU
+if, in at least MEETING looks in a row, one runs there without leave and the other runs there too, with or without
+leave, and the threads in question of both have got COMPUTES seconds of CPU time meanwhile. So a worker that parses a
+message does not count, nor the team of a borrower whose slice was taken between two regions: it may spin there as long
+as libgomp lets it, some 20 ms. A worker that has no words yet is the user of its slice. Not counted: children (they
+have no requests), and more workers than cores.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 HEAD, SLOTS, SLOT = 64, 1024, struct.Struct("=I8xiQ40x")  # of the words: user, PID, start time
 SLOT_OF_USER = (1 << 31) - 1  # the rest of ``user`` says whether it is inside a parallel region
-MEETING, MEETING_LOOKS, COMPUTES = 0.15, 4, 0.2  # seconds; looks; part of the time
+MEETING, COMPUTES = 4, 0.05  # looks; seconds
 TICKS = os.sysconf("SC_CLK_TCK")
 
 IDLE = "idle cores"
@@ -54,23 +54,51 @@ CHILD = "a child outside of its worker's slice"
 
 
 @dataclass(frozen=True, slots=True)
+class Thread:
+    """One thread at one moment, its state as in /proc; ``seconds`` of CPU time since it started."""
+
+    mask: frozenset[int]
+    state: str = "S"
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker at one moment. ``users`` of its slice, PIDs; ``running``: where its threads in state R may run."""
+    """One worker at one moment: its threads by their number, and the PIDs of the ``users`` of its slice."""
 
     pid: int
-    slice: frozenset[int]  # the CPUs that all its threads may run on
-    reach: frozenset[int]  # that some thread may run on, stopped ones left out
+    threads: Mapping[int, Thread]
     users: frozenset[int]
-    running: frozenset[int] = frozenset()
     children: frozenset[int] = frozenset()  # the CPUs that they may run on
-    seconds: float = 0.0  # of CPU time since it started
+
+    @property
+    def slice(self) -> frozenset[int]:
+        """The CPUs that all threads may run on."""
+        return frozenset.intersection(*(thread.mask for thread in self.threads.values()))
+
+    @property
+    def reach(self) -> frozenset[int]:
+        """The CPUs that some thread may run on; a stopped one may not."""
+        return self.slice.union(*(thread.mask for thread in self.threads.values() if thread.state not in "Tt"))
+
+    @property
+    def running(self) -> frozenset[int]:
+        """The CPUs that threads in state R may run on."""
+        return frozenset().union(*(thread.mask for thread in self.threads.values() if thread.state == "R"))
+
+    def seconds(self, cpu: int, before: Worker) -> float:
+        """Return the CPU time since ``before`` of the threads that run and may run on ``cpu``."""
+        return sum(
+            thread.seconds - (before.threads[tid].seconds if tid in before.threads else 0.0)
+            for tid, thread in self.threads.items()
+            if thread.state == "R" and cpu in thread.mask
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
     """All workers of a machine at about one moment, and the CPUs that they are meant to divide."""
 
-    at: float  # seconds, time.monotonic
     workers: Mapping[int, Worker]
     allowed: frozenset[int]
 
@@ -113,7 +141,7 @@ class Look:
         found = {}
         for worker in self.workers.values():
             if worker.reach - worker.slice - self.borrowed(worker.pid):
-                found[STRAY] = f"{worker}, borrowed {sorted(self.borrowed(worker.pid))}"
+                found[STRAY] = f"{_describe(worker)}, borrowed {sorted(self.borrowed(worker.pid))}"
             if worker.children - worker.slice:
                 found[CHILD] = f"{worker.pid}: {sorted(worker.children)} but {sorted(worker.slice)}"
         slices = {pid: worker.slice for pid, worker in self.workers.items()}
@@ -134,8 +162,8 @@ class Look:
 
 @dataclass(slots=True)
 class _Meeting:
-    since: Look
     looks: int = 0
+    seconds: tuple[float, float] = (0.0, 0.0)
     told: bool = False
 
 
@@ -143,43 +171,47 @@ class _Meeting:
 class Meetings:
     """Finds, over successive looks, two workers that compute on one CPU."""
 
+    _last: Look | None = None
     _open: dict[tuple[int, int, int], _Meeting] = field(default_factory=dict)
 
     def next(self, look: Look) -> list[str]:
         """Take one more look; return the meetings that it proves, each once."""
-        self._open = {pair: self._open.get(pair) or _Meeting(look) for pair in look.meeting()}
+        last, self._last = self._last, look
+        self._open = {pair: self._open.get(pair) or _Meeting() for pair in look.meeting()}
         found = []
-        for pair, meeting in self._open.items():
+        for (one, other, cpu), meeting in self._open.items():
             meeting.looks += 1
-            seconds = look.at - meeting.since.at
-            gains = [look.workers[pid].seconds - meeting.since.workers[pid].seconds for pid in pair[:2]]
-            long = seconds >= MEETING and meeting.looks >= MEETING_LOOKS
-            if long and not meeting.told and min(gains) >= COMPUTES * seconds:
+            if meeting.looks == 1 or last is None:
+                continue
+            first, second = (look.workers[pid].seconds(cpu, last.workers[pid]) for pid in (one, other))
+            meeting.seconds = meeting.seconds[0] + first, meeting.seconds[1] + second
+            if meeting.looks >= MEETING and min(meeting.seconds) >= COMPUTES and not meeting.told:
                 meeting.told = True
-                found.append(_describe(look, pair, seconds, gains))
+                text = f"two compute on CPU {cpu} in {meeting.looks} looks: {one} without leave and {other} got "
+                text += " and ".join(f"{seconds:.2f} s of CPU time" for seconds in meeting.seconds)
+                found.append("; ".join([text, *map(_describe, look.workers.values())]))
         return found
 
 
-def _describe(look: Look, pair: tuple[int, int, int], seconds: float, gains: list[float]) -> str:
-    one, other, cpu = pair
-    text = f"two compute on CPU {cpu} for {seconds:.2f} s: {one} without leave ({gains[0]:.2f} s of CPU time)"
-    text += f" and {other} ({gains[1]:.2f} s); "
-    return text + "; ".join(map(str, look.workers.values()))
+def _describe(worker: Worker) -> str:
+    masks = Counter((tuple(sorted(thread.mask)), thread.state) for thread in worker.threads.values())
+    threads = ", ".join(f"{count} in {state} on {list(mask)}" for (mask, state), count in masks.items())
+    return f"{worker.pid}: {threads}, slice used by {sorted(worker.users)}"
 
 
-def look(pids: Iterable[int], file: Path | None, *, allowed: frozenset[int], at: float) -> Look:
+def look(pids: Iterable[int], file: Path | None, *, allowed: frozenset[int]) -> Look:
     """Read everything about the workers ``pids`` now; those that have ended are left out.
 
     ``file`` has the words. The users of a slice are those of before and of after its threads are read.
     """
     before = words(file)
-    seen = {pid: worker for pid in pids if (worker := _worker(pid))}
+    seen = {pid: threads for pid in pids if (threads := _threads(pid))}
     after = words(file)
     workers = {}
-    for pid, (slice_, reach, running) in seen.items():
+    for pid, threads in seen.items():
         users = frozenset({before.get(pid, pid), after.get(pid, pid)}) - {0}
-        workers[pid] = Worker(pid, slice_, reach, users, running, _children(pid), _seconds(pid))
-    return Look(at, workers, allowed)
+        workers[pid] = Worker(pid, threads, users, _children(pid))
+    return Look(workers, allowed)
 
 
 def words(file: Path | None) -> dict[int, int]:
@@ -193,8 +225,8 @@ def words(file: Path | None) -> dict[int, int]:
             memory = opened.read(HEAD + SLOTS * SLOT.size)
     owners, users = [0], {}  # the user 0 is nobody
     for user, pid, start in SLOT.iter_unpack(memory[HEAD:]):
-        stat = _stat(pid) if pid else []
-        lives = bool(stat) and int(stat[19]) == start and stat[0] not in ("Z", "X")
+        stat = _stat(f"/proc/{pid}") if pid else []
+        lives = bool(stat) and int(stat[19]) == start
         owners.append(pid if lives else 0)
         if lives:
             users[pid] = user & SLOT_OF_USER
@@ -210,55 +242,29 @@ def physical_cores(allowed: frozenset[int]) -> list[frozenset[int]]:
     return list(found)
 
 
-def _worker(pid: int) -> tuple[frozenset[int], frozenset[int], frozenset[int]] | None:
-    """Return the CPUs that all threads may run on, those that some may that is not stopped, and those in state R."""
-    masks = []
+def _threads(pid: int) -> dict[int, Thread]:
+    found = {}
     with contextlib.suppress(OSError):
-        masks = [_thread(f"/proc/{pid}/task/{tid}/status") for tid in os.listdir(f"/proc/{pid}/task")]
-    living = [(state, mask) for state, mask in masks if mask]
-    if not living:
-        return None
-    every = frozenset.intersection(*(mask for _, mask in living))
-    reach = frozenset().union(every, *(mask for state, mask in living if state not in "Tt"))
-    return every, reach, frozenset().union(*(mask for state, mask in living if state == "R"))
-
-
-def _thread(status: str) -> tuple[str, frozenset[int]]:
-    """Return the state and the mask in the file ``status``; no mask for a thread that has ended."""
-    state = ""
-    for line in _read(status).splitlines():
-        if line.startswith("State:"):
-            state = line.split()[1]
-        elif line.startswith("Cpus_allowed_list:") and state not in "ZX":
-            return state, _cpus(line.partition(":")[2])
-    return state, frozenset()
-
-
-def _cpus(text: str) -> frozenset[int]:
-    cpus: set[int] = set()
-    for part in text.strip().split(","):
-        first, _, last = part.partition("-")
-        if first:
-            cpus.update(range(int(first), int(last or first) + 1))
-    return frozenset(cpus)
+        for tid in map(int, os.listdir(f"/proc/{pid}/task")):
+            if stat := _stat(f"/proc/{pid}/task/{tid}"):
+                seconds = (int(stat[11]) + int(stat[12])) / TICKS  # utime, stime
+                found[tid] = Thread(frozenset(os.sched_getaffinity(tid)), stat[0], seconds)
+    return found
 
 
 def _children(pid: int) -> frozenset[int]:
     """Return what the children of the thread that runs the model may run on."""
     found = frozenset[int]()
     for child in _read(f"/proc/{pid}/task/{pid}/children").split():
-        found |= _thread(f"/proc/{child}/status")[1]
+        with contextlib.suppress(OSError):
+            found |= os.sched_getaffinity(int(child))
     return found
 
 
-def _seconds(pid: int) -> float:
-    stat = _stat(pid)
-    return (int(stat[11]) + int(stat[12])) / TICKS if stat else 0.0  # utime, stime
-
-
-def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat behind the name, the state first; none where the process has ended."""
-    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+def _stat(process: str) -> list[str]:
+    """Return the fields of the file "stat" behind the name, the state first; none where the process has ended."""
+    fields = _read(f"{process}/stat").rpartition(")")[2].split()
+    return [] if fields and fields[0] in "ZX" else fields
 
 
 def _read(path: str) -> str:
