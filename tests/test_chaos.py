@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,8 @@ def test_threads_and_children_outside_are_seen() -> None:
     assert watch.CHILD in Look({11: parent}, ZERO).complaints()
     assert one_look(0, WIDE).complaints().get(watch.STRAY) is None
     assert watch.STRAY in one_look(0, OWNER).complaints()
+    runs_model = replace(one_look(0, WIDE).workers[11], pid=1)  # thread 1 is that of the team
+    assert watch.STRAY in Look({1: runs_model, 12: Worker(12, threads(ZERO), frozenset({1}))}, BOTH).complaints()
 
 
 @needs_two_cores

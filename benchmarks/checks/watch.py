@@ -6,9 +6,9 @@ borrowed that slice: it is wide.
 
 ``Look.complaints`` are violations once they last, not for a moment, since nothing here is read at one instant:
 
-- The slice of a worker is what all its threads may run on; the team of a wide worker may also use what it has
-  borrowed, and nothing else may. Slices are disjoint and cover every core. With more workers than cores each has one,
-  and they are equally crowded.
+- The slice of a worker is what all its threads may run on. The team of a wide worker may also use what it has borrowed,
+  but not the thread that runs the model. Slices are disjoint and cover every core. With more workers than cores each
+  has one, and they are equally crowded.
 - No child of a worker may run outside of the worker's slice.
 
 ``Meetings`` finds two workers that compute on one CPU. A worker runs on a CPU without leave if one of its threads is in
@@ -33,9 +33,11 @@ from pathlib import Path
 __all__ = [
     "CHILD",
     "IDLE",
+    "STRAY",
     "UNFAIR",
     "Look",
     "Meetings",
+    "Thread",
     "Worker",
     "look",
     "physical_cores",
@@ -49,7 +51,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 IDLE = "idle cores"
 UNFAIR = "more workers than cores, but not shared fairly"
-STRAY = "a thread outside of its worker's slice and of what is borrowed"
+STRAY = "a thread outside of its worker's slice and of what its team has borrowed"
 CHILD = "a child outside of its worker's slice"
 
 
@@ -77,14 +79,18 @@ class Worker:
         return frozenset.intersection(*(thread.mask for thread in self.threads.values()))
 
     @property
-    def reach(self) -> frozenset[int]:
-        """The CPUs that some thread may run on; a stopped one may not."""
-        return self.slice.union(*(thread.mask for thread in self.threads.values() if thread.state not in "Tt"))
-
-    @property
     def running(self) -> frozenset[int]:
         """The CPUs that threads in state R may run on."""
         return frozenset().union(*(thread.mask for thread in self.threads.values() if thread.state == "R"))
+
+    def strays(self, borrowed: frozenset[int]) -> frozenset[int]:
+        """Return the CPUs that threads may run on that they should not; stopped ones run nowhere.
+
+        Any but the one that runs the model, the process's first, may be in a team that uses what is ``borrowed``.
+        """
+        own, team = self.slice, self.slice | borrowed
+        allowed = ((thread, own if tid == self.pid else team) for tid, thread in self.threads.items())
+        return frozenset().union(*(thread.mask - cpus for thread, cpus in allowed if thread.state not in "Tt"))
 
     def seconds(self, cpu: int, before: Worker) -> float:
         """Return the CPU time since ``before`` of the threads that run and may run on ``cpu``."""
@@ -140,8 +146,9 @@ class Look:
             return {}
         found = {}
         for worker in self.workers.values():
-            if worker.reach - worker.slice - self.borrowed(worker.pid):
-                found[STRAY] = f"{_describe(worker)}, borrowed {sorted(self.borrowed(worker.pid))}"
+            borrowed = self.borrowed(worker.pid)
+            if worker.strays(borrowed):
+                found[STRAY] = f"{_describe(worker)}, borrowed {sorted(borrowed)}"
             if worker.children - worker.slice:
                 found[CHILD] = f"{worker.pid}: {sorted(worker.children)} but {sorted(worker.slice)}"
         slices = {pid: worker.slice for pid, worker in self.workers.items()}
