@@ -8,9 +8,11 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -114,6 +116,30 @@ def test_the_words_are_where_workers_write_them(tmp_path: Path) -> None:
     assert watch.words(file) == {me.pid: 0}
     worker.close()
     words.close()
+
+
+def test_a_worker_is_watched_until_it_ends(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos, "LISTS", 0.0)
+    pid = start()
+    listed, looks = [pid], list[Look]()
+
+    def look_at(pids: Iterable[int]) -> Look:
+        looks.append(look(*pids))
+        return looks[-1]
+
+    stage = SimpleNamespace(report=chaos.Report(), grace=PATIENCE, tampered=False, look=look_at)
+    stage.workers, stage.complaints = lambda: listed, Look.complaints
+    watcher = chaos.Watcher(cast(chaos.Chaos, stage))
+
+    def sees_it() -> bool:
+        watcher._observe()
+        return bool(looks[-1].workers)
+
+    assert sees_it()
+    listed.clear()  # its frontend was killed
+    assert sees_it()
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: not sees_it())
 
 
 @needs_two_cores

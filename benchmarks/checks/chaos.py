@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,8 +148,9 @@ class Watcher(threading.Thread):
         now = time.monotonic()
         if now - self._listed > LISTS:
             self._pids, self._listed = self._chaos.workers(), now
-        look = self._chaos.look(self._pids)
-        last, self._last = self._last, look
+        last = self._last
+        # A worker whose frontend was killed is nobody's child any more, and has its slice until it ends.
+        look = self._last = self._chaos.look({*self._pids, *(last.workers if last else ())})
         self._report.observations += 1
         if last is None or look.workers.keys() != last.workers.keys() or look.allowed != last.allowed:
             self._changed = now
@@ -537,7 +538,7 @@ class Chaos:
     def _words(self) -> Path | None:
         return next(iter(self.state.glob(WORDS)), None)
 
-    def look(self, pids: list[int]) -> watch.Look:
+    def look(self, pids: Iterable[int]) -> watch.Look:
         return watch.look(pids, self._words(), allowed=self.allowed)
 
     def complaints(self, look: watch.Look) -> dict[str, str]:
