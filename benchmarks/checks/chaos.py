@@ -287,7 +287,8 @@ class Chaos:
                 continue
             until, pause = time.monotonic() + chance.uniform(2, 8), chance.choice([0.0, 0.05, 0.5, 2.0])
             while time.monotonic() < until and not self._end.wait(pause) and (server, name) in self.models:
-                body = {"rounds": chance.randint(1, 6), "work": 128}
+                # Half a second of it wide: long enough for several looks at a borrower that gives nothing back.
+                body = {"rounds": chance.randint(1, 20), "work": 128}
                 if chance.random() < 0.02:
                     body["fork"] = 10
                     self.report.actions["fork under load"] += 1
