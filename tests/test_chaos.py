@@ -3,64 +3,76 @@
 from __future__ import annotations
 
 import os
+import signal
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from benchmarks.checks import chaos, watch
-from benchmarks.checks.watch import Held, Look, Meetings, Worker
+from benchmarks.checks.watch import Look, Meetings, Thread, Worker
 from tests.eventually import eventually
+from ts_plugin.leases.ledger import Ledger
+from ts_plugin.lending import library
+from ts_plugin.lending.words import Words
+from ts_plugin.machine import process
 
 ALLOWED = frozenset(os.sched_getaffinity(0))
 CORES = sorted(watch.physical_cores(ALLOWED), key=min)
 PATIENCE = 20.0  # seconds: that everything is right again within 2 is measured, not tested
-RIGHT = 1 << 24
+BUSY = 1 << 31
 needs_two_cores = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores to overlap on")
 
-# Locks the bytes argv[2:] of the file argv[1], says so, and computes until its input ends.
 COMPUTES = """
-import fcntl, sys, threading
-file = open(sys.argv[1], "r+")
-for byte in sys.argv[2:]:
-    fcntl.lockf(file, fcntl.LOCK_EX, 1, int(byte))
+import sys, threading
+end = threading.Thread(target=sys.stdin.read, daemon=True)
+end.start()
 print("computes", flush=True)
-threading.Thread(target=sys.stdin.read, daemon=True).start()
-threads = threading.enumerate()
-while threads[-1].is_alive():
+while end.is_alive():
     pass
 """
 
-Start = Callable[..., int]
+Start = Callable[[], int]
 
 
 @pytest.fixture
-def board(tmp_path: Path) -> Path:
-    file = tmp_path / "board"
-    file.touch()
-    return file
-
-
-@pytest.fixture
-def start(board: Path) -> Iterator[Start]:
-    """Start a process that computes on a CPU and holds some bytes of the board; it may run where this one may."""
+def start() -> Iterator[Start]:
+    """Start a process that computes on a CPU; it may run where this one may."""
     started = []
 
-    def begin(*held: int) -> int:
-        process = subprocess.Popen(
-            [sys.executable, "-c", COMPUTES, str(board), *map(str, held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        started.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"computes\n"
-        return process.pid
+    def begin() -> int:
+        child = subprocess.Popen([sys.executable, "-c", COMPUTES], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        started.append(child)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"computes\n"
+        return child.pid
 
     yield begin
-    for process in started:
-        process.communicate()
+    for child in started:
+        child.communicate()
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Callable[..., Path]:
+    """Write the words of workers: PID and user of each slot in turn."""
+
+    def write(*slots: tuple[int, int], started: int = 0) -> Path:
+        text = bytes(64)
+        for pid, user in slots:
+            start_time = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+            text += struct.pack("=IIIiQ40x", user, 1, 0, pid, start_time + started)
+        file = tmp_path / "words"
+        file.write_bytes(text.ljust(64 + 1024 * 64, b"\0"))
+        return file
+
+    return write
 
 
 def test_a_minute_of_chaos_breaks_no_promise() -> None:
@@ -70,7 +82,7 @@ def test_a_minute_of_chaos_breaks_no_promise() -> None:
     assert sum(report.actions.values()) >= 3
     assert report.answered > 0
     if len(CORES) > 1:
-        assert report.lending > 0, "the watcher saw no lock on the board"
+        assert report.wide > 0, "the watcher saw no slice borrowed"
 
 
 @needs_two_cores
@@ -83,39 +95,64 @@ def test_the_watcher_sees_overlaps_and_idle_cores(start: Start) -> None:
     assert look(pids[0]).complaints().keys() == {watch.IDLE}
 
 
-def test_locks_are_what_the_kernel_says_of_that_file(board: Path, start: Start, tmp_path: Path) -> None:
-    wide, idle = start(3, 4, 7, RIGHT + 4), start()
-    assert watch.locks(board) == {wide: Held(frozenset({3, 4, 7}), frozenset({4}))}
-    (tmp_path / "other").touch()
-    assert watch.locks(tmp_path / "other") == {}
-    assert watch.locks(tmp_path / "missing") == {}
-    seen = look(wide, idle, board=board).workers
-    assert [seen[wide].wide, seen[idle].wide] == [True, False]
+def test_words_are_those_of_living_workers(words: Callable[..., Path], start: Start, tmp_path: Path) -> None:
+    owner, idle, wide = start(), start(), start()
+    file = words((owner, 3 | BUSY), (idle, 0), (wide, 3))
+    assert watch.words(file) == {owner: wide, idle: 0, wide: wide}
+    assert watch.words(words((owner, 2), (idle, 0), started=1)) == {}, "an earlier process with the same PID"
+    assert watch.words(tmp_path / "missing") == watch.words(None) == {}
+    (tmp_path / "empty").touch()  # it is just being made
+    assert watch.words(tmp_path / "empty") == {}
 
 
-def test_who_waits_for_a_lock_does_not_hold_it(board: Path) -> None:
-    inode = board.stat().st_ino
-    table = f"""\
-1: POSIX  ADVISORY  WRITE 11 fe:00:{inode} 0 3
-1: -> POSIX  ADVISORY  WRITE 12 fe:00:{inode} 0 0
-2: POSIX  ADVISORY  WRITE 11 fe:00:{inode} {RIGHT + 2} {RIGHT + 2}
-3: FLOCK  ADVISORY  WRITE 13 fe:00:{inode} 0 EOF
-4: POSIX  ADVISORY  WRITE 14 fe:00:{inode + 1} 0 0
-5: POSIX  ADVISORY  WRITE 15 fe:00:{inode} {2 * RIGHT + 1} {2 * RIGHT + 1}
-"""
-    assert watch.locks(board, table) == {11: Held(frozenset(range(4)), frozenset({2})), 15: Held()}
+def test_the_words_are_where_workers_write_them(tmp_path: Path) -> None:
+    me = process.identify(os.getpid())
+    assert me is not None
+    words = Words(Ledger(str(tmp_path)))
+    worker = library.Worker(words.memory, words.locks, words.slot, pid=me.pid, start_time=me.start_time)
+    (file,) = tmp_path.glob(chaos.WORDS)
+    assert watch.words(file) == {me.pid: me.pid}
+    worker.end()
+    assert watch.words(file) == {me.pid: 0}
+    worker.close()
+    words.close()
+
+
+def test_a_worker_is_watched_until_it_ends(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos, "LISTS", 0.0)
+    pid = start()
+    listed, looks = [pid], list[Look]()
+
+    def look_at(pids: Iterable[int]) -> Look:
+        looks.append(look(*pids))
+        return looks[-1]
+
+    stage = SimpleNamespace(report=chaos.Report(), grace=PATIENCE, tampered=False, look=look_at)
+    stage.workers, stage.complaints = lambda: listed, Look.complaints
+    watcher = chaos.Watcher(cast(chaos.Chaos, stage))
+
+    def sees_it() -> bool:
+        watcher._observe()
+        return bool(looks[-1].workers)
+
+    assert sees_it()
+    listed.clear()  # its frontend was killed
+    assert sees_it()
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: not sees_it())
 
 
 @needs_two_cores
-def test_the_watcher_sees_two_that_compute_on_one_cpu(board: Path, start: Start) -> None:
+def test_the_watcher_sees_two_that_compute_on_one_cpu(words: Callable[..., Path], start: Start) -> None:
     cpu = min(ALLOWED)
-    wide, owner = start(*ALLOWED, RIGHT + max(ALLOWED)), start(RIGHT + cpu)
+    wide, owner = start(), start()
     bind(owner, {cpu})
+    file = words((wide, 1), (owner, 1 | BUSY))
     meetings = Meetings()
     found: list[str] = []
 
     def met() -> bool:
-        found.extend(meetings.next(look(wide, owner, board=board)))
+        found.extend(meetings.next(look(wide, owner, file=file)))
         return bool(found)
 
     assert eventually(met)
@@ -123,43 +160,46 @@ def test_the_watcher_sees_two_that_compute_on_one_cpu(board: Path, start: Start)
 
 
 @needs_two_cores
-def test_workers_that_compute_apart_do_not_meet(board: Path, start: Start) -> None:
-    cpu, other = min(ALLOWED), max(ALLOWED)
-    first, second = start(RIGHT + cpu), start(RIGHT + other)
-    bind(first, {cpu})
-    bind(second, {other})
+def test_workers_that_compute_apart_do_not_meet(words: Callable[..., Path], start: Start) -> None:
+    first, second = start(), start()
+    bind(first, {min(ALLOWED)})
+    bind(second, {max(ALLOWED)})
+    file = words((first, 0), (second, 0))
     meetings = Meetings()
-    for _ in range(2 * watch.MEETING_LOOKS):
-        assert meetings.next(look(first, second, board=board)) == []
-        time.sleep(watch.MEETING)
+    for _ in range(2 * watch.MEETING):
+        assert meetings.next(look(first, second, file=file)) == []
+        time.sleep(2 * watch.COMPUTES)
 
 
-ONE, TWO = frozenset({0}), frozenset({0, 1})
+ZERO, ONE, BOTH = frozenset({0}), frozenset({1}), frozenset({0, 1})
+WIDE, OWNER = frozenset({11}), frozenset({12})
+NOBODY = frozenset[int]()
 
 
-def one_look(number: int, owner: Held, *, running: frozenset[int] = ONE, seconds: float = 0.5) -> Look:
-    """Return the look ``number``, 0.1 s apart: a wide worker that computes, and the owner of CPU 0."""
-    wide = Worker(11, frozenset({TWO}), TWO, seconds=0.1 * number, held=Held(TWO, frozenset({1})))
-    own = Worker(12, frozenset({ONE}), running, seconds=seconds * 0.1 * number, held=owner)
-    return Look(0.1 * number, {11: wide, 12: own}, ALLOWED)
+def threads(*masks: frozenset[int], state: str = "R", seconds: float = 0.0) -> dict[int, Thread]:
+    return {number: Thread(mask, state, seconds) for number, mask in enumerate(masks)}
 
 
-WAITS = Held(right=ONE)
+def one_look(number: int, users: frozenset[int], *, owner: str = "R", gets: float = 0.1, team: bool = True) -> Look:
+    """Return a look: a worker whose team may run on both CPUs, and the owner of CPU 0, which gets so many seconds."""
+    wide = Worker(11, threads(ONE, BOTH if team else ONE, seconds=0.1 * number), WIDE)
+    own = Worker(12, threads(ZERO, state=owner, seconds=gets * number), users)
+    return Look({11: wide, 12: own}, ALLOWED)
 
 
 @needs_two_cores
 @pytest.mark.parametrize(
     ("looks", "met"),
     [
-        pytest.param([one_look(i, WAITS) for i in range(6)], 1, id="without leave"),
-        pytest.param([one_look(i, WAITS) for i in range(3)], 0, id="too few looks"),
-        pytest.param([one_look(i, Held(ONE, ONE)) for i in range(6)], 0, id="with leave"),
-        pytest.param([one_look(i, WAITS, seconds=0.02) for i in range(6)], 0, id="polls for its slice"),
-        pytest.param([one_look(i, Held()) for i in range(6)], 0, id="has held no lock yet"),
-        pytest.param(
-            [one_look(i, WAITS, running=ONE if i % 3 else frozenset()) for i in range(9)], 0, id="never for long"
-        ),
-        pytest.param([one_look(0, WAITS), *(one_look(i, Held()) for i in range(1, 6))], 1, id="has let go"),
+        pytest.param([one_look(i, WIDE) for i in range(6)], 1, id="the owner without leave"),
+        pytest.param([one_look(i, OWNER) for i in range(6)], 1, id="the borrower without leave"),
+        pytest.param([one_look(i, NOBODY) for i in range(6)], 2, id="both without leave"),
+        pytest.param([one_look(i, WIDE | OWNER) for i in range(6)], 0, id="both with leave in each look"),
+        pytest.param([one_look(i, WIDE) for i in range(3)], 0, id="too few looks"),
+        pytest.param([one_look(i, OWNER, team=False) for i in range(6)], 0, id="the borrower has left"),
+        pytest.param([one_look(i, OWNER, team=not i % 3) for i in range(9)], 0, id="the team spins for a moment"),
+        pytest.param([one_look(i, WIDE, gets=0.005) for i in range(6)], 0, id="parses a message"),
+        pytest.param([one_look(i, WIDE, owner="R" if i % 4 else "S") for i in range(9)], 0, id="never for long"),
     ],
 )
 def test_a_meeting(looks: list[Look], met: int) -> None:
@@ -168,18 +208,28 @@ def test_a_meeting(looks: list[Look], met: int) -> None:
 
 
 def test_threads_and_children_outside_are_seen() -> None:
-    strays = Worker(11, frozenset({ONE, TWO}))
-    assert "threads of one worker with different masks" in Look(0, {11: strays}, ONE).complaints()
-    parent = Worker(11, frozenset({ONE}), children=TWO)
-    assert watch.CHILD in Look(0, {11: parent}, ONE).complaints()
-    wide = Worker(11, frozenset({TWO, ONE}), children=TWO, held=Held(TWO, ONE))
-    assert Look(0, {11: wide}, ONE).complaints() == {}
-    evicted = Worker(11, frozenset({TWO}), held=Held(frozenset({0, 5}), ONE))
-    assert "a thread outside of what its worker holds" in Look(0, {11: evicted}, ONE).complaints()
+    apart = Worker(11, threads(ZERO, ONE), WIDE)
+    assert watch.STRAY in Look({11: apart}, BOTH).complaints()
+    parent = Worker(11, threads(ZERO), WIDE, children=BOTH)
+    assert watch.CHILD in Look({11: parent}, ZERO).complaints()
+    assert one_look(0, WIDE).complaints().get(watch.STRAY) is None
+    assert watch.STRAY in one_look(0, OWNER).complaints()
+    runs_model = replace(one_look(0, WIDE).workers[11], pid=1)  # thread 1 is that of the team
+    assert watch.STRAY in Look({1: runs_model, 12: Worker(12, threads(ZERO), frozenset({1}))}, BOTH).complaints()
 
 
-def look(*pids: int, board: Path | None = None) -> Look:
-    return watch.look(pids, board, allowed=ALLOWED, at=time.monotonic())
+@needs_two_cores
+def test_stopped_threads_stay_where_they_were(start: Start) -> None:
+    pid = start()
+    os.sched_setaffinity(pid, {min(ALLOWED)})  # its first thread
+    assert watch.STRAY in look(pid).complaints()
+    os.kill(pid, signal.SIGSTOP)
+    assert eventually(lambda: watch.STRAY not in look(pid).complaints())
+    os.kill(pid, signal.SIGCONT)
+
+
+def look(*pids: int, file: Path | None = None) -> Look:
+    return watch.look(pids, file, allowed=ALLOWED)
 
 
 def bind(pid: int, cpus: frozenset[int] | set[int]) -> None:

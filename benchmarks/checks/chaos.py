@@ -1,12 +1,12 @@
 """Chaos: random scaling, failures, meddling and uneven load on real servers, watched from outside.
 
 ``./dev chaos --minutes 10 --seed 1``. Two TorchServe servers share one ledger and lend each other their cores. A
-watcher, which shares no code with ts_plugin, looks at all threads of all workers and at the kernel's table of locks 20
-times a second; ``benchmarks.checks.watch`` says what is a violation. At no time may two workers compute on one CPU, but
-for REGROUP seconds after a change of the workers. Whatever else happened, at most GRACE seconds later (``--grace``) the
-slices must be disjoint (with more workers than cores: one core each, equally crowded) and cover every core, and
-``GET /cores`` must list exactly the workers that live. What somebody did to masks, to the cpuset or to the state
-directory from outside is mended READ_BACK seconds later.
+watcher, which shares no code with ts_plugin, looks at all threads of all workers and at the words through which they
+lend 20 times a second; ``benchmarks.checks.watch`` says what is a violation. At no time may two workers compute on one
+CPU, but for REGROUP seconds after a change of the workers. Whatever else happened, at most GRACE seconds later
+(``--grace``) the slices must be disjoint (with more workers than cores: one core each, equally crowded) and cover every
+core, and ``GET /cores`` must list exactly the workers that live. What somebody did to masks, to the cpuset or to the
+state directory from outside is mended READ_BACK seconds later.
 
 Workers change between few (each has a slice, and lends it) and many (more than cores: nobody lends). What this machine
 or this user does not allow (a cpuset, a second user) is left out, and the summary says so. Exit status 0 without a
@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,7 @@ DAMAGE = ["", "{", '{"version": 0}', '{"version": 1, "generation": "x"}', "[" * 
 MAX_WORKERS = 3  # per model: more would only wait for the CPUs to start them
 BASE = "convolutions"  # the model that each server always has
 NOBODY = 65534
+WORDS = "lending-*"  # the file of words, in the state directory
 
 # Takes the lock of the ledger at argv[1] and tells so.
 HOLDER = """
@@ -92,9 +93,8 @@ class Report:
     actions: Counter[str] = field(default_factory=Counter)
     left_out: list[str] = field(default_factory=list)
     observations: int = 0
-    lending: int = 0  # of these, with a lock held on the board
-    wide_looks: int = 0  # with one held that was borrowed
-    wide: int = 0  # requests on borrowed CPUs that the watcher saw; back to back they count as one
+    wide_looks: int = 0  # of these, with a slice that was borrowed
+    wide: int = 0  # requests on borrowed slices that the watcher saw; back to back they count as one
     answered: int = 0
     excused: int = 0  # requests in flight when their worker was killed on purpose
     failed_requests: list[str] = field(default_factory=list)
@@ -107,8 +107,8 @@ class Report:
             [
                 f"{self.seconds:.0f} s, {sum(self.actions.values())} actions ({done})",
                 *(f"left out: {what}" for what in self.left_out),
-                f"{self.observations} looks, {self.lending} with CPUs locked for a request, {self.wide_looks} with "
-                f"borrowed ones: {self.wide} wide requests seen; longest unsettled time {self.longest_unsettled:.2f} s",
+                f"{self.observations} looks, {self.wide_looks} with a slice borrowed: {self.wide} wide requests seen; "
+                f"longest unsettled time {self.longest_unsettled:.2f} s",
                 f"{self.answered} requests answered, {self.excused} lost to a SIGKILL of their worker or frontend, "
                 f"{len(self.failed_requests)} failed",
                 f"{len(self.violations)} violations",
@@ -148,19 +148,19 @@ class Watcher(threading.Thread):
         now = time.monotonic()
         if now - self._listed > LISTS:
             self._pids, self._listed = self._chaos.workers(), now
-        look = self._chaos.look(self._pids)
-        last, self._last = self._last, look
+        last = self._last
+        # A worker whose frontend was killed is nobody's child any more, and has its slice until it ends.
+        look = self._last = self._chaos.look({*self._pids, *(last.workers if last else ())})
         self._report.observations += 1
-        self._report.lending += any(worker.held.use for worker in look.workers.values())
         if last is None or look.workers.keys() != last.workers.keys() or look.allowed != last.allowed:
             self._changed = now
             self._since.clear()  # a new set of workers starts a new grace
         if self._chaos.tampered:
             self._changed = now
         if last is not None:
-            wide = {pid for pid, worker in look.workers.items() if worker.wide}
+            wide = look.wide
             self._report.wide_looks += bool(wide)
-            self._report.wide += sum(1 for pid in wide if pid in last.workers and not last.workers[pid].wide)
+            self._report.wide += len(wide - last.wide)
         self._settles(look, now)
         meetings = self._meetings.next(look)
         if now - self._changed > min(self._chaos.grace, REGROUP):
@@ -230,11 +230,7 @@ class Chaos:
         self.public = Path(tempfile.mkdtemp(prefix="ts-cores-chaos-"))
         self.public.chmod(stat.S_ISVTX | 0o777)
         self.state = self.public / "state"
-        properties: dict[str, Property | None] = {
-            "plugins_path": PLUGINS,
-            "cpu_launcher_enable": True,
-            "cpu_launcher_args": "--lend auto",
-        }
+        properties: dict[str, Property | None] = {"plugins_path": PLUGINS, "cpu_launcher_enable": True}
         self.servers = [
             TorchServe(self.archives[0], workers=1, properties=properties, state_directory=self.state) for _ in range(2)
         ]
@@ -291,7 +287,8 @@ class Chaos:
                 continue
             until, pause = time.monotonic() + chance.uniform(2, 8), chance.choice([0.0, 0.05, 0.5, 2.0])
             while time.monotonic() < until and not self._end.wait(pause) and (server, name) in self.models:
-                body = {"rounds": chance.randint(1, 6), "work": 128}
+                # Half a second of it wide: long enough for several looks at a borrower that gives nothing back.
+                body = {"rounds": chance.randint(1, 20), "work": 128}
                 if chance.random() < 0.02:
                     body["fork"] = 10
                     self.report.actions["fork under load"] += 1
@@ -420,10 +417,10 @@ class Chaos:
         return pid is not None
 
     def _wide_worker(self) -> int | None:
-        """Return a worker that computes on borrowed cores at this moment, as the kernel's table of locks says."""
+        """Return a worker that has borrowed a slice at this moment, as the words say."""
         deadline = time.monotonic() + WIDE_WITHIN
         while time.monotonic() < deadline:
-            wide = [pid for pid, held in watch.locks(self._board()).items() if held.use - held.right]
+            wide = [user for pid, user in watch.words(self._words()).items() if user not in (0, pid)]
             if wide:
                 return self.random.choice(wide)
             time.sleep(0.005)
@@ -477,7 +474,7 @@ class Chaos:
             file.unlink()
 
     def delete_state_directory(self) -> None:
-        """Delete ledger, locks and board: workers agree on new ones at their next request or read-back."""
+        """Delete ledger, locks and words: workers agree on new ones at their next request or read-back."""
         with self._tampering():
             shutil.rmtree(self.state, ignore_errors=True)
 
@@ -539,11 +536,11 @@ class Chaos:
     def workers(self) -> list[int]:
         return [pid for server in self.servers for pid in living_workers(server)]
 
-    def _board(self) -> Path | None:
-        return next(iter(self.state.glob("board-*")), None)
+    def _words(self) -> Path | None:
+        return next(iter(self.state.glob(WORDS)), None)
 
-    def look(self, pids: list[int]) -> watch.Look:
-        return watch.look(pids, self._board(), allowed=self.allowed, at=time.monotonic())
+    def look(self, pids: Iterable[int]) -> watch.Look:
+        return watch.look(pids, self._words(), allowed=self.allowed)
 
     def complaints(self, look: watch.Look) -> dict[str, str]:
         """Return what is wrong: kind -> details. A worker that starts will take idle cores, or already holds them."""

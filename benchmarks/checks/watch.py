@@ -1,28 +1,30 @@
-"""Workers seen from outside: masks, states and CPU time from /proc, locks from the kernel's table (/proc/locks).
+"""Workers seen from outside: masks, states and CPU time from /proc, and the words through which they lend.
 
-Shares no code with ts_plugin. What it knows of it is where the locks lie in the board's file (leases/board.py): byte N
-says who computes on CPU N (``use``), byte 2^24 + N that the owner of CPU N wants it or has it (``right``). A worker
-that holds the use of a CPU without the right to it has borrowed it: it is wide.
+Shares no code with ts_plugin. What it knows of it is the file of words (ts_plugin/lending/regions.c): for each worker
+its PID, its start time, and who computes on its slice (``user``). A worker that is the user of another's slice has
+borrowed that slice: it is wide.
 
 ``Look.complaints`` are violations once they last, not for a moment, since nothing here is read at one instant:
 
-- The slice of a worker is what its threads may run on, all of them the same; for a wide worker, what it has the right
-  to. Slices are disjoint and cover every core. With more workers than cores each has one, and they are equally crowded.
-- No thread of a wide worker may run on a CPU that the worker does not hold.
-- No child of a worker may run outside of the worker's slice, unless the worker is wide.
+- The slice of a worker is what all its threads may run on. The team of a wide worker may also use what it has borrowed,
+  but not the thread that runs the model. Slices are disjoint and cover every core. With more workers than cores each
+  has one, and they are equally crowded.
+- No child of a worker may run outside of the worker's slice.
 
-``Meetings`` finds two workers that compute on one CPU. A worker computes on CPU N without leave if one of its threads
-is in state R with N in its mask while it does not hold the use of N. Two workers meet on N if, in every look for at
-least MEETING seconds and MEETING_LOOKS looks, one computes there without leave and the other has a thread in state R
-that may run there, with or without leave; and both got at least COMPUTES of that time as CPU time. So a worker that
-parses a message, or polls for its slice, computes on nothing. Not counted: a worker that has never held a lock (it
-starts, and counts as soon as it has reached the board), children (they have no requests), and more workers than cores.
+``Meetings`` finds two workers that compute on one CPU. A worker runs on a CPU without leave if one of its threads is in
+state R with that CPU in its mask, while the words call somebody else the user of that slice. Two workers meet on a CPU
+if, in at least MEETING looks in a row, one runs there without leave and the other runs there too, with or without
+leave, and the threads in question of both have got COMPUTES seconds of CPU time meanwhile. So a worker that parses a
+message does not count, nor the team of a borrower whose slice was taken between two regions: it may spin there as long
+as libgomp lets it, some 20 ms. A worker that has no words yet is the user of its slice. Not counted: children (they
+have no requests), and more workers than cores.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,61 +33,78 @@ from pathlib import Path
 __all__ = [
     "CHILD",
     "IDLE",
+    "STRAY",
     "UNFAIR",
     "Look",
     "Meetings",
+    "Thread",
     "Worker",
-    "locks",
     "look",
     "physical_cores",
+    "words",
 ]
 
-RIGHT, END_OF_CPUS = 1 << 24, 1 << 16
-MEETING, MEETING_LOOKS, COMPUTES = 0.15, 4, 0.2  # seconds; looks; part of the time
+HEAD, SLOTS, SLOT = 64, 1024, struct.Struct("=I8xiQ40x")  # of the words: user, PID, start time
+SLOT_OF_USER = (1 << 31) - 1  # the rest of ``user`` says whether it is inside a parallel region
+MEETING, COMPUTES = 4, 0.05  # looks; seconds
 TICKS = os.sysconf("SC_CLK_TCK")
 
 IDLE = "idle cores"
 UNFAIR = "more workers than cores, but not shared fairly"
+STRAY = "a thread outside of its worker's slice and of what its team has borrowed"
 CHILD = "a child outside of its worker's slice"
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What one process has locked on the board, CPU numbers."""
+class Thread:
+    """One thread at one moment, its state as in /proc; ``seconds`` of CPU time since it started."""
 
-    use: frozenset[int] = frozenset()
-    right: frozenset[int] = frozenset()
+    mask: frozenset[int]
+    state: str = "S"
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker at one moment. ``running`` are the CPUs that its threads in state R may run on."""
+    """One worker at one moment: its threads by their number, and the PIDs of the ``users`` of its slice."""
 
     pid: int
-    masks: frozenset[frozenset[int]]
-    running: frozenset[int] = frozenset()
+    threads: Mapping[int, Thread]
+    users: frozenset[int]
     children: frozenset[int] = frozenset()  # the CPUs that they may run on
-    seconds: float = 0.0  # of CPU time since it started
-    held: Held = Held()
-
-    @property
-    def wide(self) -> bool:
-        return bool(self.held.use - self.held.right)
-
-    @property
-    def reach(self) -> frozenset[int]:
-        return frozenset().union(*self.masks)
 
     @property
     def slice(self) -> frozenset[int]:
-        return self.held.right if self.wide else self.reach
+        """The CPUs that all threads may run on."""
+        return frozenset.intersection(*(thread.mask for thread in self.threads.values()))
+
+    @property
+    def running(self) -> frozenset[int]:
+        """The CPUs that threads in state R may run on."""
+        return frozenset().union(*(thread.mask for thread in self.threads.values() if thread.state == "R"))
+
+    def strays(self, borrowed: frozenset[int]) -> frozenset[int]:
+        """Return the CPUs that threads may run on that they should not; stopped ones run nowhere.
+
+        Any but the one that runs the model, the process's first, may be in a team that uses what is ``borrowed``.
+        """
+        own, team = self.slice, self.slice | borrowed
+        allowed = ((thread, own if tid == self.pid else team) for tid, thread in self.threads.items())
+        return frozenset().union(*(thread.mask - cpus for thread, cpus in allowed if thread.state not in "Tt"))
+
+    def seconds(self, cpu: int, before: Worker) -> float:
+        """Return the CPU time since ``before`` of the threads that run and may run on ``cpu``."""
+        return sum(
+            thread.seconds - (before.threads[tid].seconds if tid in before.threads else 0.0)
+            for tid, thread in self.threads.items()
+            if thread.state == "R" and cpu in thread.mask
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
     """All workers of a machine at about one moment, and the CPUs that they are meant to divide."""
 
-    at: float  # seconds, time.monotonic
     workers: Mapping[int, Worker]
     allowed: frozenset[int]
 
@@ -93,19 +112,43 @@ class Look:
     def crowded(self) -> bool:
         return len(self.workers) > len(physical_cores(self.allowed))
 
+    @property
+    def wide(self) -> set[int]:
+        """The PIDs of those that have borrowed."""
+        return {pid for pid in self.workers if self.borrowed(pid)}
+
+    def borrowed(self, pid: int) -> frozenset[int]:
+        """Return the CPUs of the slices that the worker ``pid`` has borrowed."""
+        return frozenset(cpu for other in self._others(pid) if pid in other.users for cpu in other.slice)
+
+    def without_leave(self, pid: int) -> frozenset[int]:
+        """Return the CPUs on which a thread of the worker ``pid`` runs or could while others use that slice."""
+        used = (worker.slice for worker in self.workers.values() if pid not in worker.users)
+        return self.workers[pid].running & frozenset().union(*used)
+
+    def meeting(self) -> set[tuple[int, int, int]]:
+        """Return who computes somewhere without leave, who else runs there, and the CPU."""
+        if self.crowded:
+            return set()
+        return {
+            (pid, other.pid, cpu)
+            for pid in self.workers
+            for other in self._others(pid)
+            for cpu in self.without_leave(pid) & other.running
+        }
+
+    def _others(self, pid: int) -> list[Worker]:
+        return [worker for worker in self.workers.values() if worker.pid != pid]
+
     def complaints(self) -> dict[str, str]:
         """Return what is wrong: kind -> details."""
         if not self.workers:
             return {}
         found = {}
         for worker in self.workers.values():
-            masks = sorted(map(sorted, worker.masks))
-            if worker.wide:
-                if worker.reach - worker.held.use - worker.held.right:
-                    found["a thread outside of what its worker holds"] = f"{worker.pid}: {masks} but {worker.held}"
-                continue
-            if len(worker.masks) > 1:
-                found["threads of one worker with different masks"] = f"{worker.pid}: {masks}"
+            borrowed = self.borrowed(worker.pid)
+            if worker.strays(borrowed):
+                found[STRAY] = f"{_describe(worker)}, borrowed {sorted(borrowed)}"
             if worker.children - worker.slice:
                 found[CHILD] = f"{worker.pid}: {sorted(worker.children)} but {sorted(worker.slice)}"
         slices = {pid: worker.slice for pid, worker in self.workers.items()}
@@ -126,8 +169,8 @@ class Look:
 
 @dataclass(slots=True)
 class _Meeting:
-    since: Look
     looks: int = 0
+    seconds: tuple[float, float] = (0.0, 0.0)
     told: bool = False
 
 
@@ -135,84 +178,66 @@ class _Meeting:
 class Meetings:
     """Finds, over successive looks, two workers that compute on one CPU."""
 
-    _joined: set[int] = field(default_factory=set)
+    _last: Look | None = None
     _open: dict[tuple[int, int, int], _Meeting] = field(default_factory=dict)
 
     def next(self, look: Look) -> list[str]:
         """Take one more look; return the meetings that it proves, each once."""
-        workers = look.workers.values()
-        self._joined |= {worker.pid for worker in workers if worker.held != Held()}
-        pairs = set()
-        if not look.crowded:
-            for one in workers:
-                without_leave = one.running - one.held.use if one.pid in self._joined else frozenset()
-                for other in workers:
-                    if other is not one:
-                        pairs |= {(one.pid, other.pid, cpu) for cpu in without_leave & other.running}
-        self._open = {pair: self._open.get(pair) or _Meeting(look) for pair in pairs}
+        last, self._last = self._last, look
+        self._open = {pair: self._open.get(pair) or _Meeting() for pair in look.meeting()}
         found = []
-        for pair, meeting in self._open.items():
+        for (one, other, cpu), meeting in self._open.items():
             meeting.looks += 1
-            seconds = look.at - meeting.since.at
-            gains = [look.workers[pid].seconds - meeting.since.workers[pid].seconds for pid in pair[:2]]
-            long = seconds >= MEETING and meeting.looks >= MEETING_LOOKS
-            if long and not meeting.told and min(gains) >= COMPUTES * seconds:
+            if meeting.looks == 1 or last is None:
+                continue
+            first, second = (look.workers[pid].seconds(cpu, last.workers[pid]) for pid in (one, other))
+            meeting.seconds = meeting.seconds[0] + first, meeting.seconds[1] + second
+            if meeting.looks >= MEETING and min(meeting.seconds) >= COMPUTES and not meeting.told:
                 meeting.told = True
-                found.append(_describe(look, pair, seconds, gains))
+                text = f"two compute on CPU {cpu} in {meeting.looks} looks: {one} without leave and {other} got "
+                text += " and ".join(f"{seconds:.2f} s of CPU time" for seconds in meeting.seconds)
+                found.append("; ".join([text, *map(_describe, look.workers.values())]))
         return found
 
 
-def _describe(look: Look, pair: tuple[int, int, int], seconds: float, gains: list[float]) -> str:
-    one, other, cpu = pair
-    text = f"two compute on CPU {cpu} for {seconds:.2f} s: {one} without leave ({gains[0]:.2f} s of CPU time)"
-    text += f" and {other} ({gains[1]:.2f} s); "
-    return text + "; ".join(
-        f"{worker.pid}: masks {sorted(map(sorted, worker.masks))}, use {sorted(worker.held.use)}, "
-        f"right {sorted(worker.held.right)}"
-        for worker in look.workers.values()
-    )
+def _describe(worker: Worker) -> str:
+    masks = Counter((tuple(sorted(thread.mask)), thread.state) for thread in worker.threads.values())
+    threads = ", ".join(f"{count} in {state} on {list(mask)}" for (mask, state), count in masks.items())
+    return f"{worker.pid}: {threads}, slice used by {sorted(worker.users)}"
 
 
-def look(pids: Iterable[int], board: Path | None, *, allowed: frozenset[int], at: float) -> Look:
+def look(pids: Iterable[int], file: Path | None, *, allowed: frozenset[int]) -> Look:
     """Read everything about the workers ``pids`` now; those that have ended are left out.
 
-    What a worker holds is what it holds before or after its threads are read.
+    ``file`` has the words. The users of a slice are those of before and of after its threads are read.
     """
-    before = locks(board)
-    seen = {pid: worker for pid in pids if (worker := _worker(pid))}
-    after = locks(board)
+    before = words(file)
+    seen = {pid: threads for pid in pids if (threads := _threads(pid))}
+    after = words(file)
     workers = {}
-    for pid, (masks, running) in seen.items():
-        first, last = before.get(pid, Held()), after.get(pid, Held())
-        held = Held(first.use | last.use, first.right | last.right)
-        workers[pid] = Worker(pid, masks, running, _children(pid), _seconds(pid), held)
-    return Look(at, workers, allowed)
+    for pid, threads in seen.items():
+        users = frozenset({before.get(pid, pid), after.get(pid, pid)}) - {0}
+        workers[pid] = Worker(pid, threads, users, _children(pid))
+    return Look(workers, allowed)
 
 
-def locks(board: Path | None, table: str | None = None) -> dict[int, Held]:
-    """Return PID -> what it holds of the file ``board``, from the kernel's table of locks.
+def words(file: Path | None) -> dict[int, int]:
+    """Return the PID of each living worker -> the PID of who computes on its slice, 0 if that is nobody alive.
 
-    Source: man 5 proc, /proc/locks: "1: POSIX  ADVISORY  WRITE 4711 00:1a:25 16777216 16777217", device:inode, first
-    and last byte; "->" stands before those who wait.
+    The words of a worker that was killed stay until somebody takes its slot.
     """
-    try:
-        inode = "" if board is None else str(board.stat().st_ino)
-    except OSError:
-        return {}
-    text = _read("/proc/locks") if table is None else table
-    found: dict[int, Held] = {}
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) != 8 or words[1] != "POSIX" or words[5].rpartition(":")[2] != inode or words[7] == "EOF":
-            continue
-        pid, first, last = int(words[4]), int(words[6]), int(words[7])
-        held = found.get(pid, Held())
-        if last < END_OF_CPUS:
-            held = Held(held.use | set(range(first, last + 1)), held.right)
-        elif first >= RIGHT and last < RIGHT + END_OF_CPUS:
-            held = Held(held.use, held.right | set(range(first - RIGHT, last - RIGHT + 1)))
-        found[pid] = held
-    return found
+    memory = b""
+    if file is not None:
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            memory = opened.read(HEAD + SLOTS * SLOT.size)
+    owners, users = [0], {}  # the user 0 is nobody
+    for user, pid, start in SLOT.iter_unpack(memory[HEAD:]):
+        stat = _stat(f"/proc/{pid}") if pid else []
+        lives = bool(stat) and int(stat[19]) == start
+        owners.append(pid if lives else 0)
+        if lives:
+            users[pid] = user & SLOT_OF_USER
+    return {pid: owners[user] for pid, user in users.items()}
 
 
 def physical_cores(allowed: frozenset[int]) -> list[frozenset[int]]:
@@ -224,51 +249,29 @@ def physical_cores(allowed: frozenset[int]) -> list[frozenset[int]]:
     return list(found)
 
 
-def _worker(pid: int) -> tuple[frozenset[frozenset[int]], frozenset[int]] | None:
-    """Return the masks of all threads, and the CPUs that those in state R may run on."""
-    masks: set[frozenset[int]] = set()
-    running: set[int] = set()
+def _threads(pid: int) -> dict[int, Thread]:
+    found = {}
     with contextlib.suppress(OSError):
-        for tid in os.listdir(f"/proc/{pid}/task"):
-            if mask := _mask(f"/proc/{pid}/task/{tid}/status", running):
-                masks.add(mask)
-    return (frozenset(masks), frozenset(running)) if masks else None
-
-
-def _mask(status: str, running: set[int]) -> frozenset[int]:
-    """Return the mask in the file ``status``; add it to ``running`` if that thread runs or could."""
-    state, mask = "", frozenset[int]()
-    for line in _read(status).splitlines():
-        if line.startswith("State:"):
-            state = line.split()[1]
-        elif line.startswith("Cpus_allowed_list:"):
-            mask = _cpus(line.partition(":")[2])
-            break
-    if state == "R":
-        running |= mask
-    return frozenset() if state in "ZX" else mask
-
-
-def _cpus(text: str) -> frozenset[int]:
-    cpus: set[int] = set()
-    for part in text.strip().split(","):
-        first, _, last = part.partition("-")
-        if first:
-            cpus.update(range(int(first), int(last or first) + 1))
-    return frozenset(cpus)
+        for tid in map(int, os.listdir(f"/proc/{pid}/task")):
+            if stat := _stat(f"/proc/{pid}/task/{tid}"):
+                seconds = (int(stat[11]) + int(stat[12])) / TICKS  # utime, stime
+                found[tid] = Thread(frozenset(os.sched_getaffinity(tid)), stat[0], seconds)
+    return found
 
 
 def _children(pid: int) -> frozenset[int]:
     """Return what the children of the thread that runs the model may run on."""
     found = frozenset[int]()
     for child in _read(f"/proc/{pid}/task/{pid}/children").split():
-        found |= _mask(f"/proc/{child}/status", set())
+        with contextlib.suppress(OSError):
+            found |= os.sched_getaffinity(int(child))
     return found
 
 
-def _seconds(pid: int) -> float:
-    words = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return (int(words[11]) + int(words[12])) / TICKS if words else 0.0  # utime, stime
+def _stat(process: str) -> list[str]:
+    """Return the fields of the file "stat" behind the name, the state first; none where the process has ended."""
+    fields = _read(f"{process}/stat").rpartition(")")[2].split()
+    return [] if fields and fields[0] in "ZX" else fields
 
 
 def _read(path: str) -> str:
