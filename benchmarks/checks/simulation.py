@@ -32,7 +32,7 @@ REGION = 0.0003  # seconds until a borrower looks again
 GRACE, ASK_FROM = 0.001, 0.01  # seconds, as in regions.c
 ROUND_TRIP = 0.0015  # seconds through the frontend: longer than the grace, so borrowed in between
 COLD = 2.0  # times as long: the first request of a worker on a width
-WARM_UP = 0.1  # part of the requests that counts for nothing
+WARM_UP = 0.1  # part of the requests that does not count
 LOADS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 
 
@@ -106,7 +106,8 @@ class _Worker:
 
 class _Run:
     def __init__(self, models: Sequence[Model], requests: int, lending: bool) -> None:
-        self.models, self.requests, self.lending = models, requests, lending
+        self.models, self.lending = models, lending
+        self.counted = range(int(WARM_UP * requests), requests)
         self.luck = random.Random(1)
         self.workers = [_Worker(m, own, Gains(own)) for m, model in enumerate(models) for own in model.slices]
         for i, worker in enumerate(self.workers):
@@ -126,7 +127,7 @@ class _Run:
                 self.at(next(times), partial(self.arrive, m, times))
             for _ in range(model.clients):
                 self.at(self.luck.random() * model.seconds, partial(self.arrive, m))
-        while sum(map(len, self.times)) < self.requests - int(WARM_UP * self.requests):
+        while sum(map(len, self.times)) < len(self.counted):
             self.now, _, worker, job, do = heapq.heappop(self.events)
             if worker is None or worker.job is job:
                 do()
@@ -138,8 +139,7 @@ class _Run:
         heapq.heappush(self.events, (time, next(self.order), worker, job, do))
 
     def arrive(self, m: int, times: Iterator[float] | None = None) -> None:
-        spread = math.sqrt(math.log(1 + self.models[m].noise ** 2))
-        luck = self.luck.lognormvariate(-(spread**2) / 2, spread)
+        luck = self.luck.gammavariate(self.models[m].noise ** -2, self.models[m].noise ** 2)  # its mean is 1
         self.queues[m].append(_Job(next(self.numbers), self.now, luck))
         self.serve(m)
         if times is not None:
@@ -223,7 +223,7 @@ class _Run:
             return  # it was narrowed since
         if not worker.disturbed:
             worker.gains.learn(worker.began, self.now - worker.start, self.now)
-        if int(WARM_UP * self.requests) <= worker.job.number < self.requests:
+        if worker.job.number in self.counted:
             self.times[worker.model].append(self.now - worker.job.arrival)
         for other in (worker, *worker.held):
             other.user = None
