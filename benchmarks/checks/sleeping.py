@@ -3,8 +3,8 @@
 ``./dev sleeping`` serves a handler whose parallel regions sleep instead of computing (harness/models/sleeps.py), with 8
 and 16 workers under ``--pin never``: their slices are numbers of threads, one each, whatever the machine has. One
 server lends, one does not; both get the same Poisson arrivals at the same time, which costs the machine little more
-than the frontends. The simulation gets the service times that were measured. Other programs delay the waking of threads:
-on a busy machine the 99th percentiles say little.
+than the frontends. The simulation gets the service times that were measured. Other programs delay the waking of a
+thread: on a busy machine the 99th percentiles say little.
 """
 
 from __future__ import annotations
