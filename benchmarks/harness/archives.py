@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "photograph",
     "resnet",
+    "sleeps",
     "slow",
 ]
 
@@ -101,6 +102,17 @@ def slow(*, handler: Handler = Handler.STOCK, cache: Path | None = None) -> Path
         return made
 
     return _archive("slow", str(handler), _source("slow.py", handler), model=model, cache=cache)
+
+
+def sleeps(*, cache: Path | None = None) -> Path:
+    """Return the archive ``sleeps.mar``: parallel regions that sleep instead of computing, see models/sleeps.py."""
+
+    def model() -> torch.nn.Module:
+        import torch
+
+        return torch.nn.Linear(1, 1)
+
+    return _archive("sleeps", "stock", _source("sleeps.py", Handler.STOCK), model=model, cache=cache)
 
 
 def facts(
