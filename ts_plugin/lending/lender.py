@@ -81,6 +81,8 @@ class Lender:
         self._identities = {slot: other.identity for slot, other in lenders}
         self._threads = own.threads
         self._all = own.threads + sum(other.slice.threads for _, other in lenders)
+        if plan.lease.demand.quota is not None:  # more threads at once would only be throttled
+            self._all = max(own.threads, min(self._all, int(plan.lease.demand.quota)))
         self._worker.plan(
             plan.generation,
             own.threads,

@@ -434,7 +434,7 @@ void worker_end(struct worker *w, struct answer *answer) {
   w->answer.ended = w->width;
   int wide = w->answer.began > w->threads;
   /* Fades in narrow requests, where regions are not timed, so that it is tried again. */
-  w->longest += wide ? w->answer.longest_region / 8 - w->longest / 8 : -(w->longest / 64);
+  w->longest += wide ? w->answer.longest_region / 8 - w->longest / 8 : -(w->longest / 16);
   if (pause_all && (wide || (w->lenders && atomic_load(&own->lent_at) + LENT_MEMORY > t))) pause_all(PAUSE_SOFT);
   for (int i = 0; i < w->held_count; i++) swap(&slot_of(w, w->held[i])->user, me, 0);
   w->held_count = 0;
