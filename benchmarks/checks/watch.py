@@ -222,8 +222,8 @@ def look(pids: Iterable[int], file: Path | None, *, allowed: frozenset[int]) -> 
     workers = {}
     for pid, threads in seen.items():
         users = frozenset({before.get(pid, pid), after.get(pid, pid)}) - {0}
-        parent = int((_stat(f"/proc/{pid}") or [0, 0])[1])
-        workers[pid] = Worker(pid, threads, users, _children(pid), parent)
+        if stat := _stat(f"/proc/{pid}"):
+            workers[pid] = Worker(pid, threads, users, _children(pid), parent=int(stat[1]))
     return Look(workers, allowed)
 
 
