@@ -180,10 +180,12 @@ def threads(*masks: frozenset[int], state: str = "R", seconds: float = 0.0) -> d
     return {number: Thread(mask, state, seconds) for number, mask in enumerate(masks)}
 
 
-def one_look(number: int, users: frozenset[int], *, owner: str = "R", gets: float = 0.1, team: bool = True) -> Look:
+def one_look(
+    number: int, users: frozenset[int], *, owner: str = "R", gets: float = 0.1, team: bool = True, parent: int = 1
+) -> Look:
     """Return a look: a worker whose team may run on both CPUs, and the owner of CPU 0, which gets so many seconds."""
     wide = Worker(11, threads(ONE, BOTH if team else ONE, seconds=0.1 * number), WIDE)
-    own = Worker(12, threads(ZERO, state=owner, seconds=gets * number), users)
+    own = Worker(12, threads(ZERO, state=owner, seconds=gets * number), users, parent=parent)
     return Look({11: wide, 12: own}, ALLOWED)
 
 
@@ -198,6 +200,7 @@ def one_look(number: int, users: frozenset[int], *, owner: str = "R", gets: floa
         pytest.param([one_look(i, WIDE) for i in range(3)], 0, id="too few looks"),
         pytest.param([one_look(i, OWNER, team=False) for i in range(6)], 0, id="the borrower has left"),
         pytest.param([one_look(i, OWNER, team=not i % 3) for i in range(9)], 0, id="the team spins for a moment"),
+        pytest.param([one_look(i, WIDE, parent=1 if i else 2) for i in range(6)], 0, id="its frontend was killed"),
         pytest.param([one_look(i, WIDE, gets=0.005) for i in range(6)], 0, id="parses a message"),
         pytest.param([one_look(i, WIDE, owner="R" if i % 4 else "S") for i in range(9)], 0, id="never for long"),
     ],

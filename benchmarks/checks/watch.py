@@ -16,8 +16,8 @@ state R with that CPU in its mask, while the words call somebody else the user o
 if, in at least MEETING looks in a row, one runs there without leave and the other runs there too, with or without
 leave, and the threads in question of both have got COMPUTES seconds of CPU time meanwhile. So a worker that parses a
 message does not count, nor the team of a borrower whose slice was taken between two regions: it may spin there as long
-as libgomp lets it, some 20 ms. A worker that has no words yet is the user of its slice. Not counted: children (they
-have no requests), and more workers than cores.
+as libgomp lets it, some 20 ms. A worker that has no words yet is the user of its slice. Not counted: children and
+workers whose frontend was killed (they have no requests; to end costs some CPU time), and more workers than cores.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Worker:
     threads: Mapping[int, Thread]
     users: frozenset[int]
     children: frozenset[int] = frozenset()  # the CPUs that they may run on
+    parent: int = 0  # PID
 
     @property
     def slice(self) -> frozenset[int]:
@@ -179,12 +180,16 @@ class Meetings:
     """Finds, over successive looks, two workers that compute on one CPU."""
 
     _last: Look | None = None
+    _parents: dict[int, int] = field(default_factory=dict)  # of each worker, when it was seen first
     _open: dict[tuple[int, int, int], _Meeting] = field(default_factory=dict)
 
     def next(self, look: Look) -> list[str]:
         """Take one more look; return the meetings that it proves, each once."""
         last, self._last = self._last, look
-        self._open = {pair: self._open.get(pair) or _Meeting() for pair in look.meeting()}
+        self._parents = {pid: self._parents.get(pid, worker.parent) for pid, worker in look.workers.items()}
+        orphans = {pid for pid, worker in look.workers.items() if worker.parent != self._parents[pid]}
+        pairs = [pair for pair in look.meeting() if not orphans & set(pair[:2])]
+        self._open = {pair: self._open.get(pair) or _Meeting() for pair in pairs}
         found = []
         for (one, other, cpu), meeting in self._open.items():
             meeting.looks += 1
@@ -217,7 +222,8 @@ def look(pids: Iterable[int], file: Path | None, *, allowed: frozenset[int]) -> 
     workers = {}
     for pid, threads in seen.items():
         users = frozenset({before.get(pid, pid), after.get(pid, pid)}) - {0}
-        workers[pid] = Worker(pid, threads, users, _children(pid))
+        if stat := _stat(f"/proc/{pid}"):
+            workers[pid] = Worker(pid, threads, users, _children(pid), parent=int(stat[1]))
     return Look(workers, allowed)
 
 
