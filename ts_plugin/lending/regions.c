@@ -223,6 +223,13 @@ static void leave(struct worker *w, uint64_t started) {
   if (took > w->answer.longest_region) w->answer.longest_region = took;
 }
 
+static void keep_to_slice(struct worker *w) {
+  /* Not if somebody else has set this thread's mask meanwhile: a new plan. */
+  unsigned long mask[128];
+  if (!sched_getaffinity(0, sizeof mask, (cpu_set_t *)mask) && !memcmp(mask, w->wide, (size_t)w->mask_bytes))
+    sched_setaffinity(0, (size_t)w->mask_bytes, (cpu_set_t *)w->own);
+}
+
 static void look_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags) {
   struct worker *w = computing;
   if (w) w->answer.regions++;
@@ -233,13 +240,12 @@ static void look_parallel(void (*function)(void *), void *data, unsigned threads
   }
   enter(w, 1);
   int wanted = threads ? (int)threads : w->width;
-  /* New threads inherit the mask of this one. If a new plan comes in this very moment, this thread goes back to its old
-     slice, until the worker has read the plan: half a second at most. */
+  /* New threads inherit the mask of this one. */
   int grows = w->mask_bytes && w->held_count && wanted > w->team;
   if (grows) sched_setaffinity(0, (size_t)w->mask_bytes, (cpu_set_t *)w->wide);
   uint64_t started = now();
   real_parallel(function, data, threads, flags);
-  if (grows) sched_setaffinity(0, (size_t)w->mask_bytes, (cpu_set_t *)w->own);
+  if (grows) keep_to_slice(w);
   if (wanted > 1) w->team = wanted; /* libgomp lets those go that a smaller team does not need */
   leave(w, started);
 }
