@@ -226,7 +226,9 @@ def test_a_worker_too_many_for_the_size_of_each_is_refused_and_the_others_keep_t
 ) -> None:
     frontend(Policy(cores_per_worker=(CORES,)))
     first = start()
-    assert f"need {2 * CORES} cores (2 workers x {CORES}) but {CORES} are allowed" in start(worker="9001").facts()["error"]
+    assert first.facts()["threads"] == CORES
+    error = start(worker="9001").facts()["error"]
+    assert f"need {2 * CORES} cores (2 workers x {CORES}) but {CORES} are allowed" in error
     assert divided(first)
 
 
