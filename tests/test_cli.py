@@ -368,6 +368,7 @@ def test_show_tells_borrowed_cores(held: list[int]) -> None:
         if leases[0].slice.cpus == leases[1].slice.cpus:
             pytest.skip("two workers share the only core")
     borrowed = list(leases[0].slice.cpus)
+    both = sorted([*borrowed, *leases[1].slice.cpus])
     borrower = subprocess.Popen(["sleep", "600"])
     try:
         identity = process.identify(borrower.pid)
@@ -383,7 +384,7 @@ def test_show_tells_borrowed_cores(held: list[int]) -> None:
             ledger.write(replace(state, leases=(leases[0], second)))
         lender, other = answer("show")["slices"]
         assert (lender["computes_on"], lender["lent_cpus"]) == ([], borrowed)
-        assert (other["computes_on"], other["lent_cpus"]) == (borrowed, [])
+        assert (other["computes_on"], other["lent_cpus"]) == (both, [])
         shown, _ = ts_cores("show")
         assert f"{len(borrowed)} borrowed" in shown
         assert "A←B" in shown
@@ -396,10 +397,11 @@ def test_show_tells_borrowed_cores(held: list[int]) -> None:
         (alone,) = answer("show", "--server", "70")["slices"]
         assert alone["lent_cpus"] == borrowed, "whoever computes there, other servers' workers included"
         (worker,) = answer("explain", "model1")["workers"]
-        assert (worker["computes_on"], worker["width"]) == (borrowed, None)
+        assert (worker["computes_on"], worker["lending"]) == (both, None)
         assert any(reason["about"] == "width" for reason in worker["reasons"])
     finally:
-        borrower.communicate()
+        borrower.kill()
+        borrower.wait()
 
 
 def test_show_writes_pictures(held: list[int], tmp_path: Path) -> None:

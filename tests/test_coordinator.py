@@ -221,6 +221,17 @@ def test_a_frontends_policy_holds_and_it_moves_aside_itself(
     assert reserved.isdisjoint(second.facts()["cpus"]), "its narrowed mask is not taken for what its workers may use"
 
 
+def test_a_worker_too_many_for_the_size_of_each_is_refused_and_the_others_keep_theirs(
+    start: Callable[..., Claimant], frontend: Callable[..., None]
+) -> None:
+    frontend(Policy(cores_per_worker=(CORES,)))
+    first = start()
+    assert first.facts()["threads"] == CORES
+    error = start(worker="9001").facts()["error"]
+    assert f"need {2 * CORES} cores (2 workers x {CORES}) but {CORES} are allowed" in error
+    assert divided(first)
+
+
 @pytest.mark.parametrize(
     ("allowed", "held", "reserved", "aside"),
     [

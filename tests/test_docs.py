@@ -112,7 +112,7 @@ def test_other_blocks_can_be_read(path: Path, checkout: Path) -> None:
                     if name == "cpu_launcher_args":
                         parse_launcher_args(value)
             case "":  # output, and pictures in letters
-                assert path.name in ("README.md", "tuning.md")
+                assert path.name in ("README.md", "tuning.md", "measurements.md")
             case "console":  # needs what no test has: a Docker engine, a cluster, minutes; or runs this test
                 commands = re.findall(r"^\./dev \w+", (checkout / "dev").read_text(), re.MULTILINE)
                 for line in block.text.splitlines():
@@ -253,6 +253,19 @@ def test_the_picture_of_how_it_works_shows_a_real_plan() -> None:
     owner = {cpu: tag(n) for n, piece in enumerate(slices) for cpu in piece.cpus}
     assert re.findall(r'class="t"[^>]*>(\w)<', picture) == [owner[cpu] for cpu in range(16)]
     assert re.findall(r'<rect class="([abc])"', picture) == [owner[cpu].lower() for cpu in range(16)]
+
+
+def test_the_picture_of_before_and_after_shows_a_real_plan() -> None:
+    picture = (DOCS / "before-after.svg").read_text(encoding="utf-8")
+    slices = planned(machine(packages=2, cores=28), 4).slices
+    owner = {cpu: tag(n) for n, piece in enumerate(slices) for cpu in piece.cpus}
+    assert re.findall(r'class="t"[^>]*>(\w)<', picture) == [owner[cpu] for cpu in range(56)]
+    after = picture.partition("After: ")[2]
+    assert re.findall(r'<rect class="([abcd])"', after) == [owner[cpu].lower() for cpu in range(56)]
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len((DOCS.parent / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 @pytest.mark.parametrize(
