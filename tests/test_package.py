@@ -99,6 +99,29 @@ def test_wheel_without_a_jdk_says_what_to_install(checkout: Path, tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
+LIBRARY = f"ts_plugin/lending/regions-{os.uname().machine}.so"
+needs_library = pytest.mark.skipif(
+    os.uname().machine not in hatch_build.PROCESSORS, reason="nobody lends cores on this processor"
+)
+
+
+@needs_library
+def test_a_wheel_is_built_without_a_c_compiler_too(checkout: Path, tmp_path: Path) -> None:
+    """pip and uv install ziglang then; without that the wheel lends nothing, and the build says so."""
+    elsewhere = {"PATH": str(tmp_path), "JAVA_HOME": str(Path(hatch_build.find_javac()).resolve().parents[1])}
+    asked = "from hatchling.build import get_requires_for_build_wheel as asked; print(asked())"
+    done = subprocess.run(
+        [sys.executable, "-c", asked], cwd=checkout, env=os.environ | elsewhere, capture_output=True, text=True
+    )
+    assert "ziglang" in done.stdout, done.stderr
+    done = build(checkout, tmp_path / "wheel", "wheel", **elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert "built without lending" in done.stderr + done.stdout
+    (file,) = (tmp_path / "wheel").iterdir()
+    with zipfile.ZipFile(file) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
 def test_source_distribution_has_what_a_wheel_is_made_of(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
@@ -109,6 +132,7 @@ def test_source_distribution_has_what_a_wheel_is_made_of(sdist: Path) -> None:
         "ts_plugin/bin/ts-cores-python",
         "ts_plugin/frontend/java/org/tscores/CoresEndpoint.java",
         "ts_plugin/handlers/slices.py",
+        "ts_plugin/lending/regions.c",
     } <= names
 
 
@@ -119,7 +143,8 @@ def test_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
     assert {JAR, "ts_plugin/frontend/server.py", "ts_plugin/operate/page.html", "ts_plugin/handlers/slices.py"} <= names
     assert f"ts_cores-{__version__}.dist-info/licenses/LICENSE" in names
     assert "License-Expression: Apache-2.0" in metadata
-    assert not [name for name in names if name.endswith((".java", ".pyc"))]
+    assert not [name for name in names if name.endswith((".java", ".pyc", ".c"))]
+    assert (LIBRARY in names) == (os.uname().machine in hatch_build.PROCESSORS)
     assert {name.partition("/")[0].removeprefix(f"ts_cores-{__version__}") for name in names} == {
         "ts_plugin",
         "handlers",
