@@ -19,6 +19,42 @@ from ts_plugin.planning.policy import Memory
 ALLOWED = sorted(os.sched_getaffinity(0))
 needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
 
+TEAM = """
+import os, sys, threading
+own, both = {int(sys.argv[1])}, {int(word) for word in sys.argv[1:]}
+ready = threading.Barrier(3)
+def with_mask(mask):
+    os.sched_setaffinity(0, mask)
+    ready.wait()
+    threading.Event().wait()
+threading.Thread(target=with_mask, args=(both,), daemon=True).start()
+threading.Thread(target=with_mask, args=(both - own,), daemon=True).start()
+os.sched_setaffinity(0, own)
+ready.wait()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@needs_two
+def test_threads_that_reach_what_is_borrowed_stay_until_it_goes_back() -> None:
+    own, other = ALLOWED[:2]
+    with subprocess.Popen(
+        [sys.executable, "-c", TEAM, str(own), str(other)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as team:
+        assert team.stdout is not None
+        assert team.stdout.readline() == "ready\n"
+
+        def masks() -> list[list[int]]:
+            return sorted(sorted(os.sched_getaffinity(tid)) for tid in process.threads(team.pid))
+
+        assert masks() == sorted([[own], [own, other], [other]])
+        assert binding.bind_tree(team.pid, [own], borrows=[own, other]) == (0, ())
+        assert binding.bind_tree(team.pid, [own]).changed == 2
+        assert masks() == [[own]] * 3
+        team.communicate("")
+
+
 FAMILY = """
 import os, subprocess, sys, threading
 child = subprocess.Popen(["sleep", "600"])
