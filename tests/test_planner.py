@@ -755,7 +755,7 @@ def test_workers_that_want_no_core_need_nobody_else() -> None:
 AUTO = {"lend": Lend.AUTO}
 LENDERS = [
     pytest.param(AUTO, AUTO, {0: {0, 1, 2, 3}, 2: {0, 1, 2, 3}}, id="one node"),
-    pytest.param({}, {}, {0: set(), 2: set()}, id="only on request"),
+    pytest.param({}, {}, {0: {0, 1, 2, 3}, 2: {0, 1, 2, 3}}, id="by default"),
     pytest.param(AUTO, {"lend": Lend.NEVER}, {0: {0, 1}, 2: set()}, id="one of them never"),
     pytest.param(AUTO, AUTO | {"logical": True}, {0: {0, 1}, 2: {2, 3}}, id="other rules"),
 ]
