@@ -78,22 +78,23 @@ def assert_bound(server: TorchServe, answer: dict[str, Any]) -> None:
 def test_a_lone_request_borrows_the_cores_of_idle_workers(properties: dict[str, Property]) -> None:
     with TorchServe(archives.facts(), workers=2, properties=properties) as server:
         own = leases(server)
-        answers = [ask(server, "facts", {"work": 1024}) for _ in range(40)]
-        for answer in answers:
+        wide = 0
+        for number in range(300):
+            answer = ask(server, "facts", {"work": 384, "rounds": 30})
             assert_bound(server, answer)
-        wide = [answer for answer in answers if answer["threads"] > len(own[answer["pid"]])]
+            wide += answer["threads"] > len(own[answer["pid"]])
+            if wide or (properties is NEVER and number == 30):
+                break
         assert bool(wide) == (properties is PINNED)
         assert eventually(lambda: all(idle(pid, cpus) for pid, cpus in own.items())), "and given back"
-        told = [piece["lending"] for piece in server.cores()["slices"]]
         if properties is NEVER:
-            assert told == [None, None]
+            assert [piece["lending"] for piece in server.cores()["slices"]] == [None, None]
             assert not list(server.state_directory.glob("lending-*"))
         else:
             assert eventually(
-                lambda: sum(piece["lending"]["wide_requests"] for piece in server.cores()["slices"]) == len(wide)
+                lambda: any((piece["lending"] or {}).get("wide_requests") for piece in server.cores()["slices"])
             )
-            regions = [Path(f"/proc/{pid}/maps").read_text().count("/regions-") for pid in own]
-            assert all(regions)
+            assert all(Path(f"/proc/{pid}/maps").read_text().count("/regions-") for pid in own)
 
 
 def idle(pid: int, cpus: tuple[int, ...]) -> bool:

@@ -1,8 +1,8 @@
 """Handler that answers with facts about its own process, for tests that must look inside a worker.
 
-The body of a request is JSON, all of it optional: ``{"work": 256, "sleep": 0.5, "spin": 0.5}`` multiplies two matrices
-of that order (so that the OpenMP threads exist), then sleeps and computes for that many seconds. ``{"child": 600}``
-starts a child process that sleeps for that long.
+The body of a request is JSON, all of it optional: ``{"work": 256, "rounds": 1, "sleep": 0.5, "spin": 0.5}`` multiplies
+two matrices of that order so often (so that the OpenMP threads exist), then sleeps and computes for that many seconds.
+``{"child": 600}`` starts a child process that sleeps for that long.
 """
 
 import json
@@ -33,7 +33,8 @@ class FactsHandler(Base):  # type: ignore[misc]
         body = row.get("body") or row.get("data") or b"{}"
         asked = body if isinstance(body, dict) else json.loads(bytes(body) or b"{}")
         order = int(asked.get("work", 256))
-        torch.mm(torch.ones(order, order), torch.ones(order, order)).relu_()
+        for _ in range(int(asked.get("rounds", 1))):
+            torch.mm(torch.ones(order, order), torch.ones(order, order)).relu_()
         time.sleep(float(asked.get("sleep", 0)))
         end = time.monotonic() + float(asked.get("spin", 0))
         while time.monotonic() < end:
