@@ -50,10 +50,7 @@ def test_one_worker_owns_the_machine_a_second_halves_it_and_gets_it_back(
     second = start()
     facts = second.facts()
     assert facts["threads"] == CORES // 2
-    if lend is Lend.NEVER:
-        assert divided(first, second), "the first one is off the second one's cores before that even starts"
-    # What lends is never moved from outside, where a request may compute: it moves itself.
-    assert eventually(lambda: divided(first, second))
+    assert divided(first, second), "the first one is off the second one's cores before that even starts"
     assert eventually(lambda: first.follow()["threads"] == CORES - CORES // 2)
     second.kill()
     assert eventually(lambda: divided(first)), "freed cores are used again"

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import platform
 import shutil
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ from ts_plugin.trial.bare import Bare, BareError, Binding, explained
 from ts_plugin.trial.load import LoadError
 from ts_plugin.trial.progress import Show
 from ts_plugin.trial.room import Room, RoomError, find_room
-from ts_plugin.trial.store import Store, key
+from ts_plugin.trial.store import Store, key, where
 from ts_plugin.trial.torchserve import TorchServeError
 from ts_plugin.trial.turns import FRONTEND, LEAD_IN, USABLE_MEMORY, Contender, Load, Tell, Turns, packed, rounds_of
 
@@ -329,15 +327,7 @@ def _bytes(costs: Sequence[Cost], workers: Sequence[int]) -> int:
 def _store(cache: Path, models: Sequence[Model], room: Room, options: argparse.Namespace) -> Store:
     """Return where it is kept; the name has in it all that measurements depend on."""
     config = options.config.read_bytes() if options.config else b""
-    parts: list[object] = [
-        __version__,
-        metadata.version("torch"),
-        platform.node(),
-        platform.machine(),
-        sorted(room.cpus),
-        room.quota,
-    ]
-    parts += [options.minutes, options.workers, options.client, config]
+    parts = [*where(room), options.minutes, options.workers, options.client, config]
     parts += [part for model in models for part in (model.archive.path.name, model.archive.digest, model.body)]
     return Store(cache / f"{key(parts)}.json", fresh=options.fresh)
 

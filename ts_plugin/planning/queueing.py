@@ -1,4 +1,4 @@
-"""How long requests wait for a server: the queue M/G/n, for elastic width and for `ts-cores tune`. Pure arithmetic."""
+"""How long requests wait for a server: the queue M/G/n, for `ts-cores tune`. Pure arithmetic."""
 
 from __future__ import annotations
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Store", "cache_directory", "key"]
+from ts_plugin import __version__
+from ts_plugin.trial.room import Room
+
+__all__ = ["Store", "cache_directory", "key", "where"]
 
 FORMAT = 1  # of the file; one of another format counts as absent
 
@@ -70,3 +75,15 @@ class Store:
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         draft.write_text(json.dumps(self._data))
         draft.replace(self.path)
+
+
+def where(room: Room) -> list[object]:
+    """Return the part of a key that every measurement on the cores of ``room`` depends on: versions and the machine."""
+    return [
+        __version__,
+        metadata.version("torch"),
+        platform.node(),
+        platform.machine(),
+        sorted(room.cpus),
+        room.quota,
+    ]

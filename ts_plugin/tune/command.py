@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from ts_plugin import __version__
 from ts_plugin.machine.words import count
 from ts_plugin.operate.config import Config, read_config
 from ts_plugin.operate.terminal import tell
@@ -23,7 +20,7 @@ from ts_plugin.trial.bare import BareError, explained
 from ts_plugin.trial.progress import Show
 from ts_plugin.trial.properties import Property
 from ts_plugin.trial.room import Room, RoomError, find_room
-from ts_plugin.trial.store import Store, key
+from ts_plugin.trial.store import Store, key, where
 from ts_plugin.trial.torchserve import TorchServeError
 from ts_plugin.trial.turns import CPUS_ONLY, FRONTEND, STOCK, Contender, ours
 from ts_plugin.tune.advise import advise
@@ -183,16 +180,7 @@ def _stores(cache: Path, models: Sequence[Wanted], room: Room, options: argparse
 
     The names have in them all that measurements depend on.
     """
-    machine = [
-        __version__,
-        metadata.version("torch"),
-        platform.node(),
-        platform.machine(),
-        sorted(room.cpus),
-        room.quota,
-        options.memory,
-        options.minutes,
-    ]
+    machine = [*where(room), options.memory, options.minutes]
     each = [[model.archive.path.name, model.archive.digest, model.body] for model in models]
     return [
         Store(cache / f"{key([*machine, *one])}.json", fresh=options.fresh)
