@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -176,16 +175,26 @@ WIDE, OWNER = frozenset({11}), frozenset({12})
 NOBODY = frozenset[int]()
 
 
-def threads(*masks: frozenset[int], state: str = "R", seconds: float = 0.0) -> dict[int, Thread]:
-    return {number: Thread(mask, state, seconds) for number, mask in enumerate(masks)}
+def worker(
+    pid: int,
+    users: frozenset[int],
+    *masks: frozenset[int],
+    state: str = "R",
+    seconds: float = 0.0,
+    children: frozenset[int] = NOBODY,
+    parent: int = 1,
+) -> Worker:
+    """Return a worker with a thread for each mask, the one that runs the model first."""
+    threads = {pid + number: Thread(mask, state, seconds) for number, mask in enumerate(masks)}
+    return Worker(pid, threads, users, children, parent)
 
 
 def one_look(
     number: int, users: frozenset[int], *, owner: str = "R", gets: float = 0.1, team: bool = True, parent: int = 1
 ) -> Look:
-    """Return a look: a worker whose team may run on both CPUs, and the owner of CPU 0, which gets so many seconds."""
-    wide = Worker(11, threads(ONE, BOTH if team else ONE, seconds=0.1 * number), WIDE)
-    own = Worker(12, threads(ZERO, state=owner, seconds=gets * number), users, parent=parent)
+    """Return a look: a worker whose team may run on CPU 0, too, and the owner of CPU 0, which gets so many seconds."""
+    wide = worker(11, WIDE, ONE, ZERO if team else ONE, seconds=0.1 * number)
+    own = worker(12, users, ZERO, state=owner, seconds=gets * number, parent=parent)
     return Look({11: wide, 12: own}, ALLOWED)
 
 
@@ -211,14 +220,14 @@ def test_a_meeting(looks: list[Look], met: int) -> None:
 
 
 def test_threads_and_children_outside_are_seen() -> None:
-    apart = Worker(11, threads(ZERO, ONE), WIDE)
+    apart = worker(11, WIDE, ZERO, ONE)
     assert watch.STRAY in Look({11: apart}, BOTH).complaints()
-    parent = Worker(11, threads(ZERO), WIDE, children=BOTH)
+    parent = worker(11, WIDE, ZERO, children=BOTH)
     assert watch.CHILD in Look({11: parent}, ZERO).complaints()
     assert one_look(0, WIDE).complaints().get(watch.STRAY) is None
     assert watch.STRAY in one_look(0, OWNER).complaints()
-    runs_model = replace(one_look(0, WIDE).workers[11], pid=1)  # thread 1 is that of the team
-    assert watch.STRAY in Look({1: runs_model, 12: Worker(12, threads(ZERO), frozenset({1}))}, BOTH).complaints()
+    runs_model = worker(11, WIDE, BOTH, ZERO)
+    assert "overlap" in Look({11: runs_model, 12: worker(12, WIDE, ZERO)}, BOTH).complaints()
 
 
 @needs_two_cores

@@ -245,12 +245,18 @@ def test_a_request_with_less_than_its_share_gets_some_from_who_has_more(start: S
     workers = [start() for _ in range(4)]
     first, second, *_ = workers
     lend(*workers)
-    begin_wide(first, 4)
-    first.send("compute until", 2)
-    assert second.ask("begin", 4, 1.0)["threads"] == 2, "its own, and one of the two that the first has borrowed more"
-    assert first.answer()["threads"] == 2
-    second.ask("end")
-    first.ask("end")
+
+    def gets_its_share() -> bool:
+        """A request waits for a millisecond only, in which the other may not come to the end of its region."""
+        begin_wide(first, 4)
+        first.send("compute until", 2)
+        threads = second.ask("begin", 4, 1.0)["threads"]
+        left = first.answer()["threads"]
+        second.ask("end")
+        first.ask("end")
+        return (threads, left) == (2, 2)  # its own, and one of the two that the first has borrowed more
+
+    assert eventually(gets_its_share)
 
 
 def test_only_the_team_reaches_borrowed_cpus(start: Start) -> None:
@@ -262,12 +268,12 @@ def test_only_the_team_reaches_borrowed_cpus(start: Start) -> None:
     assert first.ask("compute", 1)["mask"] == cpus[:1]
     begin_wide(first, 2)
     assert first.ask("compute", 2) == {"threads": 2, "mask": cpus[:1]}
-    assert frozenset(cpus) in first.masks()
+    assert frozenset(cpus[1:]) in first.masks()
     assert first.ask("fork") == {"threads": 1, "mask": cpus[:1]}
     assert first.ask("subprocess")["mask"] == cpus[:1]
     assert first.ask("compute", 1)["threads"] == 2, "the child has changed nothing"
     first.ask("end")
-    assert eventually(lambda: frozenset(cpus) not in first.masks())
+    assert eventually(lambda: frozenset(cpus[1:]) not in first.masks())
 
 
 def test_a_budget_that_is_used_up_ends_the_loan(pair: tuple[Borrower, Borrower]) -> None:

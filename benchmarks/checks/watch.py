@@ -6,9 +6,9 @@ borrowed that slice: it is wide.
 
 ``Look.complaints`` are violations once they last, not for a moment, since nothing here is read at one instant:
 
-- The slice of a worker is what all its threads may run on. The team of a wide worker may also use what it has borrowed,
-  but not the thread that runs the model. Slices are disjoint and cover every core. With more workers than cores each
-  has one, and they are equally crowded.
+- The slice of a worker is what the thread that runs the model may run on. Its other threads run there, too; those of
+  the team of a wide worker also on what it has borrowed. Slices are disjoint and cover every core. With more workers
+  than cores each has one, and they are equally crowded.
 - No child of a worker may run outside of the worker's slice.
 
 ``Meetings`` finds two workers that compute on one CPU. A worker runs on a CPU without leave if one of its threads is in
@@ -76,8 +76,8 @@ class Worker:
 
     @property
     def slice(self) -> frozenset[int]:
-        """The CPUs that all threads may run on."""
-        return frozenset.intersection(*(thread.mask for thread in self.threads.values()))
+        """The CPUs of the thread that runs the model, the process's first."""
+        return self.threads[self.pid].mask
 
     @property
     def running(self) -> frozenset[int]:
@@ -85,13 +85,9 @@ class Worker:
         return frozenset().union(*(thread.mask for thread in self.threads.values() if thread.state == "R"))
 
     def strays(self, borrowed: frozenset[int]) -> frozenset[int]:
-        """Return the CPUs that threads may run on that they should not; stopped ones run nowhere.
-
-        Any but the one that runs the model, the process's first, may be in a team that uses what is ``borrowed``.
-        """
-        own, team = self.slice, self.slice | borrowed
-        allowed = ((thread, own if tid == self.pid else team) for tid, thread in self.threads.items())
-        return frozenset().union(*(thread.mask - cpus for thread, cpus in allowed if thread.state not in "Tt"))
+        """Return where threads may run besides the slice and what is ``borrowed``; stopped ones run nowhere."""
+        masks = (thread.mask for thread in self.threads.values() if thread.state not in "Tt")
+        return frozenset().union(*masks) - self.slice - borrowed
 
     def seconds(self, cpu: int, before: Worker) -> float:
         """Return the CPU time since ``before`` of the threads that run and may run on ``cpu``."""
@@ -217,7 +213,7 @@ def look(pids: Iterable[int], file: Path | None, *, allowed: frozenset[int]) -> 
     ``file`` has the words. The users of a slice are those of before and of after its threads are read.
     """
     before = words(file)
-    seen = {pid: threads for pid in pids if (threads := _threads(pid))}
+    seen = {pid: threads for pid in pids if pid in (threads := _threads(pid))}
     after = words(file)
     workers = {}
     for pid, threads in seen.items():

@@ -40,14 +40,14 @@ def enforce(lease: Lease, *, before: Iterable[int] = (), borrows: Iterable[int] 
     return binding.bind_tree(lease.pid, lease.slice.cpus, before=before, borrows=borrows)
 
 
-def evict(pid: int, cpus: Iterable[int]) -> None:
-    """Take ``cpus`` from all threads of a worker that has others left; it computes on with those."""
+def evict(borrower: Lease, cpus: Iterable[int]) -> None:
+    """Take ``cpus`` from all threads of a worker; one that has no others left goes back to the worker's slice."""
     unwanted = frozenset(cpus)
-    for tid in process.threads(pid):
+    for tid in process.threads(borrower.pid):
         with contextlib.suppress(OSError):  # just ended
             mask = os.sched_getaffinity(tid)
-            if mask & unwanted and mask - unwanted:
-                os.sched_setaffinity(tid, mask - unwanted)
+            if mask & unwanted:
+                os.sched_setaffinity(tid, mask - unwanted or borrower.slice.cpus)
 
 
 def outside(pid: int, cpus: Iterable[int]) -> int:

@@ -11,8 +11,10 @@
    start only.
 
    Where a thread may run. The thread that computes a request, its children, and whatever it starts keep the worker's own
-   slice. Only the threads of a team reach borrowed CPUs: they inherit the mask that the computing thread has for the
-   moment in which they are created. What is not seen here (another runtime, a pool of its own) so stays on the slice.
+   slice. So do as many threads of a team as the slice has; the others run on borrowed CPUs alone, or the kernel would
+   at times leave two of them on one core beside an idle one, for tens of milliseconds. Each sets its own mask in a
+   region of its own before the first of the larger team. What is not seen here (another runtime, a pool of its own) so
+   stays on the slice.
 
    Shared words. All workers map one file: for each worker (slot) the words of its slice. They change by compare-and-swap.
      user    slot + 1 of who computes on the slice, | BUSY while it is inside a parallel region there; 0: nobody
@@ -98,7 +100,7 @@ struct worker {
   uint64_t generation;
   int threads, lenders, mask_bytes; /* mask_bytes 0: not pinned, only threads are lent */
   struct lender *lender;
-  unsigned long *own, *wide;
+  unsigned long *own, *borrowed; /* CPUs */
   int *held, held_count; /* indices of lenders */
   int most, width, team;
   uint64_t deadline, began, since;
@@ -108,7 +110,7 @@ struct worker {
 };
 
 static void (*real_parallel)(void (*)(void *), void *, unsigned, unsigned);
-static int (*real_max)(void), (*in_parallel)(void), (*pause_all)(int);
+static int (*real_max)(void), (*in_parallel)(void), (*number_in_team)(void), (*pause_all)(int);
 static void (*set_omp)(int), (*set_mkl)(int);
 static _Thread_local struct worker *computing;
 
@@ -160,9 +162,9 @@ static void fit(struct worker *w, int *given) {
   *given = -1;
   w->held_count = kept;
   if (!w->mask_bytes) return;
-  memcpy(w->wide, w->own, (size_t)w->mask_bytes);
+  memset(w->borrowed, 0, (size_t)w->mask_bytes);
   for (int i = 0; i < kept; i++)
-    for (int word = 0; word < w->mask_bytes / (int)sizeof(long); word++) w->wide[word] |= w->lender[w->held[i]].mask[word];
+    for (int word = 0; word < w->mask_bytes / (int)sizeof(long); word++) w->borrowed[word] |= w->lender[w->held[i]].mask[word];
 }
 
 /* ---- a borrower -------------------------------------------------------------------------------------------------- */
@@ -223,11 +225,10 @@ static void leave(struct worker *w, uint64_t started) {
   if (took > w->answer.longest_region) w->answer.longest_region = took;
 }
 
-static void keep_to_slice(struct worker *w) {
-  /* Not if somebody else has set this thread's mask meanwhile: a new plan. */
-  unsigned long mask[128];
-  if (!sched_getaffinity(0, sizeof mask, (cpu_set_t *)mask) && !memcmp(mask, w->wide, (size_t)w->mask_bytes))
-    sched_setaffinity(0, (size_t)w->mask_bytes, (cpu_set_t *)w->own);
+static void bind(void *worker) {
+  struct worker *w = worker;
+  int number = number_in_team();
+  if (number) sched_setaffinity(0, (size_t)w->mask_bytes, (cpu_set_t *)(number < w->threads ? w->own : w->borrowed));
 }
 
 static void look_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags) {
@@ -240,12 +241,9 @@ static void look_parallel(void (*function)(void *), void *data, unsigned threads
   }
   enter(w, 1);
   int wanted = threads ? (int)threads : w->width;
-  /* New threads inherit the mask of this one. */
-  int grows = w->mask_bytes && w->held_count && wanted > w->team;
-  if (grows) sched_setaffinity(0, (size_t)w->mask_bytes, (cpu_set_t *)w->wide);
   uint64_t started = now();
+  if (w->mask_bytes && w->held_count && wanted > w->team) real_parallel(bind, w, (unsigned)wanted, 0);
   real_parallel(function, data, threads, flags);
-  if (grows) keep_to_slice(w);
   if (wanted > 1) w->team = wanted; /* libgomp lets those go that a smaller team does not need */
   leave(w, started);
 }
@@ -377,7 +375,7 @@ int worker_plan(struct worker *w, uint64_t generation, int threads, int lenders,
     lender[i] = (struct lender){slots[i], lent[i], copy + (size_t)(i + 1) * words};
   free(w->lender), free(w->own), free(w->held);
   w->lender = lender, w->own = copy, w->held = held;
-  w->wide = copy + (count + 1) * words;
+  w->borrowed = copy + (count + 1) * words;
   w->generation = generation, w->threads = threads, w->lenders = lenders, w->mask_bytes = mask_bytes;
   return 0;
 }
@@ -565,10 +563,11 @@ int regions_hook(void) {
     if (!omp || dlsym(omp, "GOMP_parallel") != search.libgomp) return -2;
     real_max = (int (*)(void))dlsym(omp, "omp_get_max_threads");
     in_parallel = (int (*)(void))dlsym(omp, "omp_in_parallel");
+    number_in_team = (int (*)(void))dlsym(omp, "omp_get_thread_num");
     pause_all = (int (*)(int))dlsym(omp, "omp_pause_resource_all");
     set_omp = (void (*)(int))dlsym(omp, "omp_set_num_threads");
     if (torch) set_mkl = (void (*)(int))dlsym(torch, "MKL_Set_Num_Threads_Local"); /* lower case takes a pointer */
-    if (!real_max || !in_parallel || !pause_all || !set_omp) return -2;
+    if (!real_max || !in_parallel || !number_in_team || !pause_all || !set_omp) return -2;
     real_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))search.libgomp;
   }
   unsigned long long loaded = 0;
