@@ -17,12 +17,12 @@ import sys
 import threading
 
 from tests.seccomp import forbid_affinity
-from ts_plugin.leases import claim, coordinator
-from ts_plugin.leases.claim import Archive
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger import coordinator
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.lending.gains import Gains
 from ts_plugin.planning.planner import PlanError
-from ts_plugin.worker import follower, openmp
+from ts_plugin.worker import claim, follower, openmp
+from ts_plugin.worker.archive import Archive
 
 LIMITS = {"full": 0, "free": resource.RLIM_INFINITY}  # bytes that a file may have
 

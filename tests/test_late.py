@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ts_plugin.leases.ledger import LEASE_VARIABLE
-from ts_plugin.leases.unbound import UNBOUND_VARIABLE
+from ts_plugin.ledger.codec import LEASE_VARIABLE
+from ts_plugin.ledger.unbound import UNBOUND_VARIABLE
 from ts_plugin.worker.launcher import INSIDE
 
 ONE_CORE_LATER = """
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tests.eventually import eventually
 from ts.service import Service
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.worker import follower, late
 
 class Metrics:
@@ -121,7 +121,7 @@ def test_a_system_without_affinity_masks_serves_unbound(tmp_path: Path) -> None:
 VANISHED = """
 import types
 from ts_plugin.handlers import CoreSliceMixin
-from ts_plugin.leases.directory import StateError
+from ts_plugin.ledger.directory import StateError
 from ts_plugin.worker import follower
 
 class Stock:

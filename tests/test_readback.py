@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from ts_plugin.leases import masks
-from ts_plugin.leases.binding import Outcome
-from ts_plugin.leases.ledger import Lease, Ledger
+from ts_plugin.kernel import affinity
+from ts_plugin.kernel.affinity import Outcome
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease
 from ts_plugin.lending.words import Status
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Demand, Slice
@@ -26,7 +27,8 @@ needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell 
 
 SETUP = """
 import json, os, sys, threading
-from ts_plugin.leases.ledger import Lease, Ledger
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.worker.readback import ReadBack
 from ts_plugin.worker.requests import Requests
@@ -139,7 +141,7 @@ def test_counters_of_lending_get_what_is_new(before: Status, after: Status, adde
 def test_a_crowd_is_reported_once_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "state", lambda pid, tid: "R")
     monkeypatch.setattr(process, "threads", lambda pid: list(range(100)))
-    monkeypatch.setattr(masks, "enforce", lambda lease, before, borrows: Outcome(0))
+    monkeypatch.setattr(affinity, "bind_tree", lambda pid, cpus, before, borrows: Outcome(0))
     look = ReadBack()
     problems = [look.read(*look_at(lease_here()), thorough=False).problems for _ in range(5)]
     assert [len(found) for found in problems] == [0, 0, 1, 0, 0]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
-from ts_plugin.leases import registration
-from ts_plugin.leases.ledger import Ledger, LedgerError, Server
+from ts_plugin.ledger import registration
+from ts_plugin.ledger.file import Ledger, LedgerError
+from ts_plugin.ledger.model import Server
 from ts_plugin.machine import process
 from ts_plugin.planning.policy import Policy
 

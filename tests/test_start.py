@@ -17,9 +17,9 @@ SCRIPT = """
 import json, os, sys
 sys.path.insert(0, sys.argv.pop(1))
 from tests.seccomp import forbid_affinity
-from ts_plugin.leases.unbound import unbound_workers
-from ts_plugin.leases import coordinator
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger.unbound import unbound_workers
+from ts_plugin.ledger import coordinator
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.worker.start import start
 
 fault = sys.argv[1]

@@ -21,8 +21,8 @@ from benchmarks.harness import archives
 from tests.claimants import CORES
 from tests.eventually import eventually
 from tests.machines import machine
-from ts_plugin.leases.ledger import Ledger
-from ts_plugin.leases.unbound import Unbound
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.unbound import Unbound
 from ts_plugin.machine import discovery
 from ts_plugin.machine.cgroups import Cgroups
 from ts_plugin.machine.process import memory
@@ -378,7 +378,7 @@ def test_workers_without_a_slice_may_be_anywhere(monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_commands_do_not_load_it() -> None:
-    code = "import sys, ts_plugin.operate.cli; print([one for one in sys.modules if one.startswith('ts_plugin.tune')])"
+    code = "import sys, ts_plugin.cli.main; print([one for one in sys.modules if one.startswith('ts_plugin.tune')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -24,9 +24,9 @@ from ts_plugin.compare.machine import describe
 from ts_plugin.compare.picture import picture
 from ts_plugin.compare.report import machine, notes, table, verdict
 from ts_plugin.compare.ways import BETWEEN, DELAYS, PER_WORKER, Way, configured, contender, plan, workers_of
+from ts_plugin.config.file import Config
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.words import count
-from ts_plugin.operate.config import Config
 from ts_plugin.trial.ab import ab
 from ts_plugin.trial.alone import alone, require_quiet
 from ts_plugin.trial.asked import Model, TrialError, asked_config, asked_models

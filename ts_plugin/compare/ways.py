@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from ts_plugin.operate.config import Config
+from ts_plugin.config.file import Config
 from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.asked import KEPT
 from ts_plugin.trial.properties import Property

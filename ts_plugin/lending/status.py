@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.ledger.model import Lease, State
 from ts_plugin.lending.words import Seen, Status
 from ts_plugin.machine.process import Identity
 from ts_plugin.machine.words import count

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ts_plugin.operate.config import Config, read_config
+from ts_plugin.config.file import Config, read_config
 from ts_plugin.trial.archive import Archive, ArchiveError, read_archive
 from ts_plugin.trial.load import CONTENT_TYPE, Body
 

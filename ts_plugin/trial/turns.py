@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from ts_plugin.operate.config import built_plugin
+from ts_plugin.config.file import built_plugin
 from ts_plugin.trial.alone import others_seconds
 from ts_plugin.trial.archive import copy_with
 from ts_plugin.trial.asked import Model

@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from ts_plugin.config.file import Config, read_config
 from ts_plugin.machine.words import count
-from ts_plugin.operate.config import Config, read_config
-from ts_plugin.operate.terminal import tell
 from ts_plugin.trial.alone import alone
 from ts_plugin.trial.archive import copy_with
 from ts_plugin.trial.asked import KEPT, TrialError, asked_config
@@ -32,6 +31,7 @@ from ts_plugin.tune.measure import measure
 from ts_plugin.tune.profile import Choice, Profile
 from ts_plugin.tune.report import advice, picture, sentence, table, to_json
 from ts_plugin.tune.settings import BEFORE, Lines, archive_settings, lines, write
+from ts_plugin.view.terminal import tell
 
 __all__ = ["candidates", "report", "shortlist", "tune"]
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ts_plugin.leases.environment import prepare_environment
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Policy
@@ -29,6 +28,7 @@ from ts_plugin.trial.room import Room, RoomError
 from ts_plugin.trial.store import Store
 from ts_plugin.trial.turns import FRONTEND, USABLE_MEMORY, Tell, packed
 from ts_plugin.tune.profile import Cell, Profile, fitting
+from ts_plugin.worker.environment import prepare_environment
 
 __all__ = [
     "allocator",

@@ -14,11 +14,14 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ts_plugin.leases import binding, claim, coordinator
-from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.kernel import memory
+from ts_plugin.ledger import coordinator
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease, State
 from ts_plugin.lending.words import Status
 from ts_plugin.machine import discovery
-from ts_plugin.worker import hooks, readback
+from ts_plugin.worker import claim, hooks, readback
+from ts_plugin.worker.archive import GUESS
 from ts_plugin.worker.log import say
 from ts_plugin.worker.onnx_threads import OnnxThreads
 from ts_plugin.worker.requests import Requests
@@ -67,7 +70,7 @@ class Follower(hooks.Hook):
         with self._mutex:
             lease = self._lease
             demand = replace(lease.demand, cores=1) if gpu and lease.demand.cores != 0 else lease.demand
-            notes = tuple(note for note in lease.notes if not note.endswith(claim.GUESS))
+            notes = tuple(note for note in lease.notes if not note.endswith(GUESS))
             try:
                 self._tell(replace(lease, model=context.model_name, demand=demand, notes=notes))
             except Exception as error:  # noqa: BLE001 - the model loads all the same
@@ -194,7 +197,7 @@ class Follower(hooks.Hook):
 
     def _move_pages(self, left: set[int]) -> None:
         """Let the pages follow; outside the ledger's lock, since gigabytes take seconds."""
-        note = binding.move_pages(self._lease.pid, left, self._lease.slice.numa_nodes)
+        note = memory.move_pages(self._lease.pid, left, self._lease.slice.numa_nodes)
         if note is not None and note not in self._lease.notes:
             self._report(note)
             self._tell(replace(self._lease, notes=(*self._lease.notes, note)))

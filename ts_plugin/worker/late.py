@@ -8,8 +8,7 @@ import threading
 import time
 from typing import Any
 
-from ts_plugin.leases import claim
-from ts_plugin.worker import follower, hooks
+from ts_plugin.worker import claim, follower, hooks
 from ts_plugin.worker.follower import Follower
 from ts_plugin.worker.log import say
 from ts_plugin.worker.start import OFF_VARIABLE, collapsed, start

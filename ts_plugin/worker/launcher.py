@@ -10,10 +10,11 @@ import os
 import sys
 from typing import NoReturn
 
-from ts_plugin.leases import claim
-from ts_plugin.leases.environment import prepare_environment
-from ts_plugin.leases.ledger import LEASE_VARIABLE, Lease, pack_lease
-from ts_plugin.leases.unbound import UNBOUND_VARIABLE, WORKER_SCRIPT
+from ts_plugin.ledger.codec import LEASE_VARIABLE, pack_lease
+from ts_plugin.ledger.model import Lease
+from ts_plugin.ledger.unbound import UNBOUND_VARIABLE, WORKER_SCRIPT
+from ts_plugin.worker import claim
+from ts_plugin.worker.environment import prepare_environment
 from ts_plugin.worker.start import start
 
 __all__ = ["main"]

@@ -15,10 +15,9 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import runpy
 
-from ts_plugin.leases import claim
-from ts_plugin.leases.ledger import LEASE_VARIABLE, unpack_lease
-from ts_plugin.leases.unbound import UNBOUND_VARIABLE
-from ts_plugin.worker import follower, late, openmp
+from ts_plugin.ledger.codec import LEASE_VARIABLE, unpack_lease
+from ts_plugin.ledger.unbound import UNBOUND_VARIABLE
+from ts_plugin.worker import claim, follower, late, openmp
 from ts_plugin.worker.log import say
 
 

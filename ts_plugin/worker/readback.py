@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ts_plugin.leases import masks
-from ts_plugin.leases.ledger import Lease
+from ts_plugin.kernel import affinity
+from ts_plugin.ledger.model import Lease
 from ts_plugin.lending.words import Status
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import format_cpulist
@@ -69,7 +69,7 @@ class ReadBack:
         try:
             outside, children = requests.bind()
         except OSError as error:
-            outside, children = masks.outside(pid, requests.cpus), ()
+            outside, children = affinity.outside(pid, requests.cpus), ()
             refused = error
         else:
             if outside:

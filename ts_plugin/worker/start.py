@@ -7,9 +7,13 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ts_plugin.leases import binding, claim, coordinator, masks
-from ts_plugin.leases.environment import collapsing
-from ts_plugin.leases.ledger import Lease, Ledger
+from ts_plugin.kernel import affinity, memory
+from ts_plugin.ledger import coordinator
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease
+from ts_plugin.worker import claim
+from ts_plugin.worker.archive import read_archive
+from ts_plugin.worker.environment import collapsing
 from ts_plugin.worker.log import say
 
 __all__ = ["OFF_VARIABLE", "Start", "collapsed", "start"]
@@ -40,10 +44,10 @@ def start(
     had: frozenset[int] = frozenset()
     try:
         had = frozenset(os.sched_getaffinity(0))
-        lease = claim.claim(Ledger(), archive=claim.read_archive(archive), worker=worker, hooked=hooked)
+        lease = claim.claim(Ledger(), archive=read_archive(archive), worker=worker, hooked=hooked)
         policy = lease.demand.policy
         notes = [*lease.notes, *policy.notes]
-        if lease.slice.pinned and (note := binding.bind_memory(policy.memory, lease.slice.numa_nodes)):
+        if lease.slice.pinned and (note := memory.bind_memory(policy.memory, lease.slice.numa_nodes)):
             notes.append(note)
         notes += prepare(lease)
     except Exception as error:  # noqa: BLE001 - a pinning plug-in never takes serving down, whatever went wrong
@@ -68,7 +72,7 @@ def _give_back(reason: str, had: frozenset[int]) -> None:
         had = had if server is None else server.allowed
     with contextlib.suppress(Exception):
         coordinator.leave(Ledger(), pid, reason)
-    masks.release(pid, had, held=held)
+    affinity.release(pid, had, held=held)
 
 
 def collapsed(lease: Lease) -> list[str]:
