@@ -11,8 +11,8 @@ import pytest
 
 from ts_plugin.machine import discovery
 from ts_plugin.machine.topology import Allowance
-from ts_plugin.worker import claim
-from ts_plugin.worker.archive import Archive, read_archive
+from ts_plugin.worker.archive import Wishes, read_archive
+from ts_plugin.worker.start import own_limit, worker_id
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def archive(tmp_path: Path) -> Path:
 )
 def test_wishes_of_an_archive(archive: Path, config: str, cores: int | None, share: float) -> None:
     (archive / "model-config.yaml").write_text(config)
-    assert read_archive(str(archive)) == Archive("resnet", "2.0", cores, share)
+    assert read_archive(str(archive)) == Wishes("resnet", "2.0", cores, share)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_functions_of_a_workflow_own_no_core_unless_they_ask(
     workflow: Path, section: str, cores: int | None, share: float
 ) -> None:
     (workflow / "spec.yaml").write_text(f"models:\n  only: {{url: a.mar}}\ndag:\n  before: [only]\n{section}")
-    assert read_archive(str(workflow)) == Archive("pair", "1.0", cores, share)
+    assert read_archive(str(workflow)) == Wishes("pair", "1.0", cores, share)
 
 
 def test_a_wrong_wish_of_a_workflow_is_a_note(workflow: Path) -> None:
@@ -144,7 +144,7 @@ def test_worker_id(monkeypatch: pytest.MonkeyPatch, arguments: list[str], rank: 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert claim.worker_id(arguments) == expected
+    assert worker_id(arguments) == expected
 
 
 ALL = Allowance(frozenset({4, 5, 6, 7}))
@@ -152,17 +152,17 @@ ALL = Allowance(frozenset({4, 5, 6, 7}))
 
 def test_a_mask_that_spans_the_cpuset_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "read_mask", lambda pid: frozenset({3, 4, 5, 6, 7}))
-    assert claim.own_limit(ALL) is None
+    assert own_limit(ALL) is None
     monkeypatch.setattr(discovery, "read_mask", lambda pid: frozenset({3, 4, 5}))
-    assert claim.own_limit(ALL) == frozenset({3, 4, 5}), "taskset's"
+    assert own_limit(ALL) == frozenset({3, 4, 5}), "taskset's"
 
 
 def test_one_cpu_that_openmp_left_over_is_not_taken_for_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = {os.getpid(): frozenset({7}), os.getppid(): frozenset({4, 5, 6, 7})}
     monkeypatch.setattr(discovery, "read_mask", lambda pid: wide[pid])
-    assert claim.own_limit(ALL) == frozenset({7}), "one CPU may be all there is"
+    assert own_limit(ALL) == frozenset({7}), "one CPU may be all there is"
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert claim.own_limit(ALL) == frozenset({7}), "no runtime has run yet"
+    assert own_limit(ALL) == frozenset({7}), "no runtime has run yet"
     monkeypatch.setitem(sys.modules, "torch", os)
-    assert claim.own_limit(ALL) is None, "the parent's mask"
+    assert own_limit(ALL) is None, "the parent's mask"

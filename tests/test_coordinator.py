@@ -272,7 +272,8 @@ def test_one_death_is_one_plan_however_many_survive(state: Path, monkeypatch: py
             monkeypatch.setattr(coordinator, "plan", counted)
             victim.kill()
             victim.wait()
-            states = [coordinator.divide_freed(Ledger(str(state)))[0] for _ in range(8)]  # as eight followers would
+            (lease,) = (one for one in Ledger(str(state)).read().leases if one.pid == survivor.pid)
+            states = [coordinator.enter(Ledger(str(state)), lease)[0] for _ in range(8)]  # as eight followers would
         finally:
             survivor.kill()
     assert [[lease.pid for lease in one.leases] for one in states] == [[survivor.pid]] * 8
@@ -425,6 +426,11 @@ def test_the_machine_is_read_before_the_lock_that_all_workers_share(
 
     monkeypatch.setattr(directory, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(discovery, "read_topology", read_while_the_lock_is_free)
-    coordinator.divide_freed(Ledger(str(state)))
+    me = process.identify(os.getpid())
+    assert me is not None
+    slice_here = Slice((FIRST,), 1, (0,), (0,), (0,))
+    coordinator.enter(
+        Ledger(str(state)), Lease(me.pid, me.start_time, "m", "1.0", "9", None, Demand(ALLOWED), slice_here)
+    )
     coordinator.leave(Ledger(str(state)), os.getpid(), "a reason")
     assert len(reads) == 2

@@ -36,7 +36,7 @@ seen, taken = [], Path(os.environ["TS_CORES_STATE_DIR"])
 def handler(data, context):
     if not seen:  # a request under way when the slice comes
         taken.unlink()
-        assert eventually(lambda: late._current._own is not None)
+        assert eventually(lambda: late._current._follower is not None)
     seen.append(torch.get_num_threads())
     return ["1"]
 
@@ -52,7 +52,7 @@ print(json.dumps({
     "lease": [lease.pid == os.getpid(), lease.model],
     "masks": [sorted(os.sched_getaffinity(int(tid))) for tid in os.listdir("/proc/self/task")],
     "cpus": list(lease.slice.cpus),
-    "requests": late._current._own.requests._open,
+    "requests": late._current._follower.requests._open,
 }))
 """
 
@@ -108,7 +108,7 @@ WITHOUT_AFFINITY = """
 import os
 del os.sched_getaffinity  # as on macOS
 from ts_plugin.worker.start import start
-print(start(worker="9000", archive="/", prepare=lambda lease: []))
+print(start(worker="9000", archive="/"))
 """
 
 

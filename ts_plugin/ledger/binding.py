@@ -7,6 +7,7 @@ import os
 
 from ts_plugin.kernel import affinity
 from ts_plugin.ledger.model import Server, State
+from ts_plugin.log import debug
 
 __all__ = ["bind_all"]
 
@@ -32,13 +33,15 @@ def bind_all(before: State, after: State) -> dict[int, OSError]:
     for _, _, lease, old in sorted(changes, key=lambda change: change[:2]):
         try:
             spanned = os.sched_getaffinity(lease.pid) if old is None else old
-            affinity.bind_tree(
-                lease.pid, lease.slice.cpus, before=spanned, borrows=lease.slice.reach if unchanged else ()
-            )
+            borrows = lease.slice.reach if unchanged else ()
+            told = affinity.bind_tree(lease.pid, lease.slice.cpus, before=spanned, borrows=borrows)
+            if told.changed:
+                debug("process %s: %s threads to CPUs %s", lease.pid, told.changed, frozenset(lease.slice.cpus))
         except ProcessLookupError:  # just ended
             continue
         except OSError as error:
             refused[lease.pid] = error
+            debug("process %s: the kernel refuses CPUs %s: %s", lease.pid, frozenset(lease.slice.cpus), error)
     for server in after.servers:
         _move_aside(server, after)
     return refused
@@ -54,4 +57,5 @@ def _move_aside(server: Server, state: State) -> None:
     enough = len(idle) >= max(LEAST_ASIDE, len(server.allowed) / PART_ASIDE)
     aside = (server.allowed & state.reserved) or (idle if enough else server.allowed)
     with contextlib.suppress(OSError):  # gone already
-        affinity.bind_process(server.pid, aside, before=os.sched_getaffinity(server.pid))
+        if affinity.bind_process(server.pid, aside, before=os.sched_getaffinity(server.pid)):
+            debug("the frontend %s moves to CPUs %s", server.pid, aside)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ts_plugin.ledger.binding import bind_all
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import Lease, Refusal, Server, State
+from ts_plugin.log import debug
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Allowance, Topology
@@ -22,23 +23,16 @@ from ts_plugin.planning.policy import Policy
 __all__ = [
     "Applicant",
     "CannotBind",
-    "NotRegistered",
-    "divide_freed",
+    "enter",
     "join",
     "leave",
     "register_server",
-    "restore",
     "server_of",
-    "update_demand",
 ]
 
 
 class CannotBind(RuntimeError):
     """This worker must serve unbound; the message is the reason and the remedy."""
-
-
-class NotRegistered(RuntimeError):
-    """The ledger does not say what this worker's server asks for; the message is the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +63,8 @@ def join(ledger: Ledger, applicant: Applicant) -> Lease:
     It is bound before the lock is released: the next change may take cores from it again.
 
     Raises:
-        CannotBind: the frontend's config.properties has an error, or the kernel does not bind this process.
-        NotRegistered: the frontend of a hooked worker has no entry.
+        CannotBind: the frontend of a hooked worker has no entry, or its config.properties an error; or the kernel does
+            not bind this process.
         LedgerError: the ledger cannot be used. PlanError: no plan exists with this worker in it.
         In all cases the others have, or get back, what they had.
     """
@@ -78,9 +72,14 @@ def join(ledger: Ledger, applicant: Applicant) -> Lease:
     with ledger.locked() as state:
         server = server_of(state, applicant.pid)
         if server is None and applicant.hooked:
-            raise NotRegistered(f"{ledger.path}: no entry of the frontend of process {applicant.pid}")
+            raise CannotBind(
+                f"{ledger.path}: no entry of process {process.parent(applicant.pid)}, which started this worker, and "
+                "none came when it was asked for; start TorchServe with plugins_path, or set its property python to an "
+                "interpreter"
+            )
         if server is not None and server.error is not None:
             raise CannotBind(server.error)
+        debug("process %s asks for a slice; its server says %s", applicant.pid, server or "nothing: it has no entry")
         limit = applicant.limit if server is None else server.limit
         demand = Demand(
             allowed=applicant.bounds.within(limit).cpus,
@@ -91,7 +90,7 @@ def join(ledger: Ledger, applicant: Applicant) -> Lease:
         )
         others = _without(state, applicant.pid)
         newcomer = _Asking(applicant.pid, applicant.pid if server is None else server.pid, demand)
-        division = _divide(topology, others.leases, newcomer)
+        planned = _plan_all(topology, others.leases, newcomer)
         lease = Lease(
             pid=applicant.pid,
             start_time=applicant.start_time,
@@ -100,11 +99,11 @@ def join(ledger: Ledger, applicant: Applicant) -> Lease:
             worker_id=applicant.worker_id,
             server_pid=None if server is None else server.pid,
             demand=demand,
-            slice=division.slices[applicant.pid],
+            slice=planned.slices[applicant.pid],
             notes=applicant.notes,
             limit=limit,
         )
-        after = division.apply(_allowing(others, lease))
+        after = planned.apply(_allowing(others, lease))
         after, refused = _write_and_bind(ledger, state, replace(after, leases=(*after.leases, lease)))
         if error := refused.get(lease.pid):
             _settle(ledger, topology, after, _without(after, lease.pid))
@@ -116,31 +115,33 @@ def join(ledger: Ledger, applicant: Applicant) -> Lease:
     return lease
 
 
-def restore(ledger: Ledger, lease: Lease) -> State:
-    """Enter a lease again after the ledger was deleted; return the state that holds now.
+def enter(ledger: Ledger, lease: Lease) -> tuple[State, OSError | None]:
+    """Enter what a worker knows of itself, and plan anew if that or a death asks for it.
+
+    A worker knows its model's name, its demand and its notes best; the ledger knows its slice. Where its entry is
+    missing, since somebody deleted or damaged the ledger, all of ``lease`` is entered. Return the state that holds now,
+    and the error if the kernel has just refused to bind this worker.
+
+    Takes the lock only if there is something to write: after a death every survivor comes here, the first one plans for
+    all, and the others find that done.
 
     Raises:
         LedgerError: the ledger cannot be used.
     """
+    written = ledger.read_all()
+    living = written.living()
+    if living.leases == written.leases and _knowing(living, lease) == living:
+        return living, None
     topology = discovery.read_topology()
     with ledger.locked() as state:
-        wanted = replace(state, leases=(*_without(state, lease.pid).leases, lease))
-        return _settle(ledger, topology, state, wanted)[0]
-
-
-def divide_freed(ledger: Ledger) -> tuple[State, dict[int, OSError]]:
-    """Give the cores of workers that have ended to the living; return the state that holds now.
-
-    Return also what the kernel refused, by PID.
-
-    Every survivor comes here after a death. The first one plans for all, the others find that done.
-
-    Raises:
-        LedgerError: the ledger cannot be used.
-    """
-    topology = discovery.read_topology()
-    with ledger.locked() as state:
-        return _settle(ledger, topology, state, state) if ledger.needs_write else (state, {})
+        wanted = _knowing(state, lease)
+        if wanted == state and not ledger.needs_write:
+            debug("nothing to plan: another worker was first")
+            return state, None
+        gone = sorted({known.pid for known in written.leases} - {known.pid for known in state.leases})
+        debug("a new plan: ended %s; this worker says %s; the ledger said %s", gone, lease, state.lease_of(lease.pid))
+        now, refused = _settle(ledger, topology, state, wanted)
+    return now, refused.get(lease.pid)
 
 
 def leave(ledger: Ledger, pid: int, reason: str | None = None) -> None:
@@ -156,23 +157,6 @@ def leave(ledger: Ledger, pid: int, reason: str | None = None) -> None:
             refusal = Refusal(pid, identity.start_time, reason)
             wanted = replace(wanted, refusals=(*wanted.refusals, refusal))
         _settle(ledger, topology, state, wanted)
-
-
-def update_demand(ledger: Ledger, corrected: Lease) -> None:
-    """Take over the model's name, demand and notes of ``corrected``, which a worker knows better than when it joined.
-
-    Raises:
-        LedgerError: the ledger cannot be used.
-    """
-    topology = discovery.read_topology()
-    with ledger.locked() as state:
-        leases = tuple(
-            replace(lease, model=corrected.model, demand=corrected.demand, notes=corrected.notes)
-            if lease.pid == corrected.pid
-            else lease
-            for lease in state.leases
-        )
-        _settle(ledger, topology, state, _allowing(replace(state, leases=leases), corrected))
 
 
 def register_server(ledger: Ledger, server: Server) -> None:
@@ -207,6 +191,18 @@ def _without(state: State, pid: int) -> State:
     )
 
 
+def _knowing(state: State, lease: Lease) -> State:
+    """Return ``state`` with what the worker of ``lease`` knows of itself; its slice is not for it to say."""
+    entry = state.lease_of(lease.pid)
+    if entry is None:
+        return replace(state, leases=(*_without(state, lease.pid).leases, lease))
+    known = replace(entry, model=lease.model, demand=lease.demand, notes=lease.notes)
+    if known == entry:
+        return state
+    leases = tuple(known if other is entry else other for other in state.leases)
+    return _allowing(replace(state, leases=leases), lease)
+
+
 def _allowing(state: State, lease: Lease) -> State:
     """Copy what ``lease`` is allowed to its frontend: it is in the same cpuset, and this reading of it is newer."""
     servers = tuple(
@@ -224,7 +220,7 @@ class _Asking(NamedTuple):
     demand: Demand
 
 
-class _Division(NamedTuple):
+class _Slices(NamedTuple):
     """A slice for every PID that could be planned; the others keep what they have, and ``notes`` say why."""
 
     slices: dict[int, Slice]
@@ -234,13 +230,13 @@ class _Division(NamedTuple):
     def apply(self, state: State) -> State:
         leases = []
         for lease in state.leases:
-            cores = self.slices.get(lease.pid, lease.slice)
-            moved = not set(lease.slice.numa_nodes) & set(cores.numa_nodes)
-            leases.append(replace(lease, slice=cores, moves=lease.moves + moved))
+            given = self.slices.get(lease.pid, lease.slice)
+            moved = not set(lease.slice.numa_nodes) & set(given.numa_nodes)
+            leases.append(replace(lease, slice=given, moves=lease.moves + moved))
         return replace(state, leases=tuple(leases), reserved=self.reserved, notes=self.notes)
 
 
-def _divide(topology: Topology, leases: Iterable[Lease], newcomer: _Asking | None = None) -> _Division:
+def _plan_all(topology: Topology, leases: Iterable[Lease], newcomer: _Asking | None = None) -> _Slices:
     """Plan for all. A server whose demands are impossible by themselves keeps its slices; the others share the rest.
 
     Raises:
@@ -251,13 +247,13 @@ def _divide(topology: Topology, leases: Iterable[Lease], newcomer: _Asking | Non
     ]
     asking += [newcomer] if newcomer else []
     try:
-        return _planned(topology, asking)
+        return _plan(topology, asking)
     except PlanError as error:
         together = error
     impossible: dict[int, PlanError] = {}
     for server in dict.fromkeys(worker.server_pid for worker in asking):
         try:
-            _planned(topology, [worker for worker in asking if worker.server_pid == server])
+            _plan(topology, [worker for worker in asking if worker.server_pid == server])
         except PlanError as error:
             impossible[server] = error
     # Where each server alone could be served, the last one to come is one too many.
@@ -270,12 +266,12 @@ def _divide(topology: Topology, leases: Iterable[Lease], newcomer: _Asking | Non
     others = [worker for worker in asking if worker.server_pid not in failed]
     rest = [worker._replace(demand=_beside(worker.demand, taken)) for worker in others]
     try:
-        division = _planned(topology, rest)
+        planned = _plan(topology, rest)
     except PlanError as error:
         if newcomer:
             raise
-        return _Division({}, frozenset(), (*notes, str(error)))
-    return division._replace(notes=(*division.notes, *notes))
+        return _Slices({}, frozenset(), (*notes, str(error)))
+    return planned._replace(notes=(*planned.notes, *notes))
 
 
 def _beside(demand: Demand, taken: frozenset[int]) -> Demand:
@@ -288,10 +284,18 @@ def _beside(demand: Demand, taken: frozenset[int]) -> Demand:
     return replace(demand, allowed=allowed, policy=replace(demand.policy, core_list=named - taken))
 
 
-def _planned(topology: Topology, asking: Sequence[_Asking]) -> _Division:
-    result = plan(topology, [worker.demand for worker in asking])
-    slices = {worker.pid: cores for worker, cores in zip(asking, result.slices, strict=True)}
-    return _Division(slices, result.reserved, result.notes)
+def _plan(topology: Topology, asking: Sequence[_Asking]) -> _Slices:
+    for worker in asking:
+        debug("process %s of server %s asks: %s", worker.pid, worker.server_pid, worker.demand)
+    try:
+        result = plan(topology, [worker.demand for worker in asking])
+    except PlanError as error:
+        debug("no plan: %s", error)
+        raise
+    for worker, given in zip(asking, result.slices, strict=True):
+        debug("process %s gets %s", worker.pid, given)
+    slices = {worker.pid: given for worker, given in zip(asking, result.slices, strict=True)}
+    return _Slices(slices, result.reserved, result.notes)
 
 
 def _held(lease: Lease) -> frozenset[int]:
@@ -299,13 +303,17 @@ def _held(lease: Lease) -> frozenset[int]:
 
 
 def _settle(ledger: Ledger, topology: Topology, before: State, wanted: State) -> tuple[State, dict[int, OSError]]:
-    """Divide the machine among the workers of ``wanted``; see ``_write_and_bind``."""
-    return _write_and_bind(ledger, before, _divide(topology, wanted.leases).apply(wanted))
+    """Plan for all workers of ``wanted``; see ``_write_and_bind``."""
+    return _write_and_bind(ledger, before, _plan_all(topology, wanted.leases).apply(wanted))
 
 
 def _write_and_bind(ledger: Ledger, before: State, after: State) -> tuple[State, dict[int, OSError]]:
-    """Write ``after`` if the file says something else, and make the kernel agree; return what it refused, by PID."""
+    """Write ``after`` if the file says something else, and bind all workers.
+
+    Return the state that holds now, and what the kernel refused, by PID.
+    """
     if ledger.needs_write or after != before:
         after = replace(after, generation=before.generation + 1)
         ledger.write(after)
+        debug("plan %s in %s: reserved CPUs %s, notes %s", after.generation, ledger.path, after.reserved, after.notes)
     return after, bind_all(before, after)

@@ -100,6 +100,15 @@ class Ledger:
             self._announce(state.generation)  # whoever wrote it may have died before this
             yield state
 
+    def announce(self) -> None:
+        """Make the directory if need be, and tell those who lend which plan holds.
+
+        Raises:
+            LedgerError: see ``locked``.
+        """
+        with self.locked():
+            pass  # it has
+
     def write(self, state: State) -> None:
         """Replace the content; the caller holds the lock. A reader sees the old content or the new, never a part.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.process import Identity
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Policy
@@ -42,6 +43,14 @@ class Lease(_OfProcess):
 
     def __str__(self) -> str:
         return f"worker {self.worker_id} of {self.model} {self.version}"
+
+    def describe(self) -> str:
+        """Return one line for a log: who, which CPUs, how many threads, where."""
+        kind = "CPUs" if self.slice.pinned else "not pinned, any of CPUs"
+        return (
+            f"{self}: {kind} {format_cpulist(self.slice.cpus)}, intra-op threads {self.slice.threads}, "
+            f"NUMA nodes {format_cpulist(self.slice.numa_nodes) or 'unknown'}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +103,10 @@ class State:
 
     def neighbours(self, lease: Lease) -> tuple[Lease, ...]:
         """Return the workers whose slices lend to that of ``lease``, nearest first."""
-        own = lease.slice
-        others = [other for other in self.leases if other.slice.reach == own.reach and other.pid != lease.pid]
+        piece = lease.slice
+        others = [other for other in self.leases if other.slice.reach == piece.reach and other.pid != lease.pid]
 
         def distance(other: Lease) -> tuple[bool, int]:
-            return other.slice.l3_domains != own.l3_domains, abs(other.slice.cpus[0] - own.cpus[0])
+            return other.slice.l3_domains != piece.l3_domains, abs(other.slice.cpus[0] - piece.cpus[0])
 
-        return tuple(sorted(others, key=distance)) if own.reach else ()
+        return tuple(sorted(others, key=distance)) if piece.reach else ()

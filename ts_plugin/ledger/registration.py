@@ -11,14 +11,14 @@ import os
 import time
 
 from ts_plugin.ledger import coordinator
-from ts_plugin.ledger.coordinator import NotRegistered
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import Server
 from ts_plugin.machine import process
 
-__all__ = ["NotRegistered", "ensure_registered", "mark", "register"]
+__all__ = ["mark", "register", "wait_for_server"]
 
 LOOK_SECONDS = 0.05
+WAIT_SECONDS = 10.0
 
 
 def mark(ledger: Ledger, server_pid: int) -> str:
@@ -42,27 +42,22 @@ def register(ledger: Ledger, server: Server) -> None:
                 os.unlink(f"{ledger.directory}/{name}")
 
 
-def ensure_registered(ledger: Ledger, *, timeout: float = 10.0) -> None:
-    """Return once the frontend that started this process, its parent, is in the ledger; ask it to register if need be.
+def wait_for_server(ledger: Ledger) -> None:
+    """Return once the frontend that started this process is in the ledger; ask it to register if it is not.
 
     For workers that the launcher starts: only a frontend with the hook starts them so, and its entry alone says
-    which cores its config.properties allows. ``timeout`` is in seconds.
+    which cores its config.properties allows. Return after WAIT_SECONDS in any case; ``coordinator.join`` then finds no
+    entry.
 
     Raises:
-        NotRegistered: the frontend did not register in time. LedgerError: the ledger cannot be used.
+        LedgerError: the ledger cannot be used.
     """
-    pid, server_pid = os.getpid(), os.getppid()
+    pid = os.getpid()
     if coordinator.server_of(ledger.read(), pid) is not None:
         return
-    with ledger.locked():  # makes the directory, or says why that cannot be
-        pass
+    ledger.announce()  # makes the directory, or says why that cannot be
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(mark(ledger, server_pid))
-    deadline = time.monotonic() + timeout
-    while coordinator.server_of(ledger.read(), pid) is None:
-        if time.monotonic() > deadline:
-            raise NotRegistered(
-                f"{ledger.path}: no entry of process {server_pid}, which started this worker, and none came within "
-                f"{timeout:g} s; start TorchServe with plugins_path, or set its property python to an interpreter"
-            )
+        os.unlink(mark(ledger, os.getppid()))
+    deadline = time.monotonic() + WAIT_SECONDS
+    while coordinator.server_of(ledger.read(), pid) is None and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)

@@ -6,14 +6,14 @@ import json
 import os
 from dataclasses import dataclass
 
-__all__ = ["GUESS", "Archive", "read_archive", "read_profile", "read_wishes"]
+__all__ = ["GUESS", "Wishes", "read_archive", "read_profile", "read_wishes"]
 
 GUESS = "the model's name is a guess"  # the end of a note, until TorchServe loads the model and says its name
 
 
 @dataclass(frozen=True, slots=True)
-class Archive:
-    """What an extracted archive says of itself: ``cores`` and ``share`` are its ``cpu:`` wishes.
+class Wishes:
+    """What an extracted archive says: which model it is, and the ``cores`` or the ``share`` that it wishes for.
 
     ``cores`` is 0 for the functions of a workflow, which own none unless they ask.
     """
@@ -25,7 +25,7 @@ class Archive:
     notes: tuple[str, ...] = ()
 
 
-def read_archive(directory: str) -> Archive:
+def read_archive(directory: str) -> Wishes:
     """Return what the archive extracted in ``directory`` says; what cannot be read or granted becomes a note."""
     if os.path.isdir(f"{directory}/WAR-INF"):
         return _read_workflow(directory)
@@ -35,12 +35,12 @@ def read_archive(directory: str) -> Archive:
             model = json.load(file)["model"]
         name, version = str(model["modelName"]), str(model.get("modelVersion", "1.0"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return Archive(os.path.basename(directory), "1.0", notes=(f"{path}: {error}; {GUESS}",))
+        return Wishes(os.path.basename(directory), "1.0", notes=(f"{path}: {error}; {GUESS}",))
     cores, share, notes = _wishes(f"{directory}/{model['configFile']}") if model.get("configFile") else (None, 1.0, ())
-    return Archive(name, version, cores, share, notes)
+    return Wishes(name, version, cores, share, notes)
 
 
-def _read_workflow(directory: str) -> Archive:
+def _read_workflow(directory: str) -> Wishes:
     """Return what a workflow says of its functions; its models have archives of their own.
 
     A function hardly computes, between the models of one request: it owns no core unless the workflow's specification
@@ -53,8 +53,8 @@ def _read_workflow(directory: str) -> Archive:
             workflow = json.load(file)["workflow"]
         name, specification = str(workflow["workflowName"]), str(workflow["specFile"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return Archive(os.path.basename(directory), "1.0", cores=0, notes=(f"{path}: {error}; {GUESS}",))
-    return Archive(name, "1.0", *_wishes(f"{directory}/{specification}", unasked=0))
+        return Wishes(os.path.basename(directory), "1.0", cores=0, notes=(f"{path}: {error}; {GUESS}",))
+    return Wishes(name, "1.0", *_wishes(f"{directory}/{specification}", unasked=0))
 
 
 def _wishes(path: str, *, unasked: int | None = None) -> tuple[int | None, float, tuple[str, ...]]:

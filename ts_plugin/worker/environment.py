@@ -90,11 +90,11 @@ def _allocator(
     if kind is Allocator.DEFAULT:
         return None, []
     name = f"lib{kind.value}"
-    own = next((path for path in present if _stem(path).startswith(ALLOCATORS)), None)
-    if own is not None and not _stem(own).startswith(name):
-        left_out = f"{name}.so not preloaded: {own} in LD_PRELOAD stays; remove it there or drop the option"
+    preloaded = next((path for path in present if _stem(path).startswith(ALLOCATORS)), None)
+    if preloaded is not None and not _stem(preloaded).startswith(name):
+        left_out = f"{name}.so not preloaded: {preloaded} in LD_PRELOAD stays; remove it there or drop the option"
         return None, [left_out] if policy.allocator is not None else []
-    found = own or _library(name, environment, roots)
+    found = preloaded or _library(name, environment, roots)
     if found is None:
         missing = f"{name}.so not found: glibc's allocator is used; install it or drop the option"
         return None, [missing] if policy.allocator is not None else []
