@@ -34,12 +34,13 @@ def config_models(path: Path, allowance: Allowance, *, here: bool) -> tuple[list
     options = java_options(os.environ if here else {}, config)
     cpus, gpus = java_cpus(len(allowance.cpus), allowance.quota, options), count_gpus(os.environ) if here else 0
     start = startup(config, read_store(config), cpus=cpus, gpus=gpus)
-    reasons = [*config.errors, *(one.what for one in (*refused(config.properties), *start.refusals))]
+    reasons = [*config.errors, *(fault.what for fault in (*refused(config.properties), *start.refusals))]
     if reasons:
         raise ConfigError(
             f"{path}: no server starts with it: {reasons[0]}; `ts-cores doctor --config {path}` says more"
         )
-    models = [PlannedModel(one.model, one.workers, one.cores, one.share) for one in start.served if one.workers > 0]
+    started = (served for served in start.served if served.workers > 0)
+    models = [PlannedModel(served.model, served.workers, served.cores, served.share) for served in started]
     notes = list(describe(start.served))
     if not config.get("load_models") and "model_snapshot" not in config.properties:
         workers, source = default_workers(config.properties, cpus, gpus)

@@ -204,7 +204,7 @@ def _need_server(pid: int | None) -> None:
     state = ledger.read()
     known = {server.pid for server in state.servers} | {lease.server_pid for lease in state.leases}
     if pid not in known and pid not in {worker.server_pid for worker in unbound_workers(state)}:
-        there = ", ".join(str(one) for one in sorted(one for one in known if one is not None))
+        there = ", ".join(str(pid) for pid in sorted(pid for pid in known if pid is not None))
         raise CommandError(
             f"no TorchServe frontend with PID {pid} in {ledger.path}; "
             + (f"there are: {there}" if there else "there is none, so leave --server out")
@@ -325,7 +325,7 @@ def _doctor(options: argparse.Namespace) -> int:
         from ts_plugin.view.terminal import tell
 
         tell(report(findings))
-    return int(any(one.severity is Severity.ERROR for one in findings))
+    return int(any(finding.severity is Severity.ERROR for finding in findings))
 
 
 def _init(options: argparse.Namespace) -> int:

@@ -265,10 +265,10 @@ class _Run:
         return 2 * contenders * sum(LEAD_IN + BETWEEN + load.seconds for load in loads)
 
     def _complete(self, way: Way, loads: Sequence[Load]) -> bool:
-        one = self._contenders[way]
+        contender = self._contenders[way]
         if self._options.pictures and f"inside {way}" not in self._store:
             return False
-        return all(len(list(rounds_of(self._store, [one], [load.name]))) >= load.repetitions for load in loads)
+        return all(len(list(rounds_of(self._store, [contender], [load.name]))) >= load.repetitions for load in loads)
 
     def _start(self, turns: Turns, way: Way) -> None:
         if not turns.start(self._contenders[way]):

@@ -36,14 +36,14 @@ def report(findings: Sequence[Finding]) -> RenderableType:
     """Draw the doctor's findings: what, why, and the change, one under the other."""
     marks = {Severity.ERROR: ("✗", "bold red"), Severity.WARNING: ("!", "bold yellow"), Severity.NOTE: ("·", "dim")}
     table = Table.grid(padding=(0, 1))
-    for one in findings:
-        mark, style = marks[one.severity]
-        words = Text(one.what, "dim" if one.severity is Severity.NOTE else "")
-        if one.why:
-            words.append(f"\n{one.why}", "dim")
-        if one.change and one.severity is not Severity.NOTE:
-            words.append("\n→ ", style).append(one.change, "bold")
-        table.add_row(Text(mark, style), Text(one.subject, style), words)
-    found = {severity: sum(one.severity is severity for one in findings) for severity in Severity}
+    for finding in findings:
+        mark, style = marks[finding.severity]
+        words = Text(finding.what, "dim" if finding.severity is Severity.NOTE else "")
+        if finding.why:
+            words.append(f"\n{finding.why}", "dim")
+        if finding.change and finding.severity is not Severity.NOTE:
+            words.append("\n→ ", style).append(finding.change, "bold")
+        table.add_row(Text(mark, style), Text(finding.subject, style), words)
+    found = {severity: sum(finding.severity is severity for finding in findings) for severity in Severity}
     verdict = f"{count(found[Severity.ERROR], 'error')}, {count(found[Severity.WARNING], 'warning')}"
     return Group(table, Text(f"\n{verdict}", "bold"))

@@ -96,7 +96,7 @@ def require_quiet(cpus: Collection[int], *, anyway: bool) -> float:
     if used <= QUIET * len(cpus) or anyway:
         return used
     grown = [((_spent(process) or spent) - spent, process) for process, spent in watched]
-    most = sorted((one for one in grown if one[0] > 0.05 * seconds), key=lambda one: -one[0])[:3]
+    most = sorted((item for item in grown if item[0] > 0.05 * seconds), key=lambda item: -item[0])[:3]
     names = ", ".join(f"{_name(process)} (pid {process.pid}): {spent / seconds:.1f}" for spent, process in most)
     raise TrialError(
         f"the machine is busy: others use {used:.1f} of the {len(cpus)} CPUs that would be measured on"

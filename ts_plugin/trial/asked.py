@@ -89,7 +89,7 @@ def assigned(option: str, values: Sequence[str] | None, names: Sequence[str]) ->
         elif equals and len(names) > 1:
             raise TrialError(f"{option} {text}: no archive is called {name}; there are: {', '.join(names)}")
         else:
-            found |= dict.fromkeys((one for one in names if one not in found), text)
+            found |= dict.fromkeys((name for name in names if name not in found), text)
     return found
 
 

@@ -119,14 +119,14 @@ def _share(lease: Lease, rivals: Sequence[Lease], topology: Topology) -> Iterato
     part = cores * lease.demand.share / weights
     weight = "" if lease.demand.share == 1 else f" (cpu: share {lease.demand.share:g} of {weights:g})"
     yield f"its share of {count(cores, 'core')} is {part:.3g}{weight}"
-    own = len(topology.cores_of(lease.slice.cpus))
+    owned = len(topology.cores_of(lease.slice.cpus))
     if part < 1:
         yield "there are more workers than cores, so cores are shared, one thread each; use fewer workers"
-    elif lease.slice.pinned and abs(own - part) >= 1:
+    elif lease.slice.pinned and abs(owned - part) >= 1:
         alike = len({other.demand.share for other in rivals if other.demand.cores is None}) == 1
         alike = alike and not lease.demand.policy.equal
         yield (
-            f"it has {own}, because slices that stay inside NUMA nodes, L3 domains and core types go before equal "
+            f"it has {owned}, because slices that stay inside NUMA nodes, L3 domains and core types go before equal "
             f"sizes{' (--equal changes that)' if alike else ''}"
         )
 
@@ -187,11 +187,11 @@ def _width(lease: Lease, state: State, status: Status | None) -> Iterator[tuple[
 
 
 def _alone(lease: Lease, state: State) -> str:
-    policy, own = lease.demand.policy, lease.slice
+    policy, piece = lease.demand.policy, lease.slice
     if policy.lend is Lend.NEVER:
         return "lending is off (--lend never in cpu_launcher_args)"
-    if own.pinned and any(
-        other.pid != lease.pid and other.slice.pinned and not set(own.cpus).isdisjoint(other.slice.cpus)
+    if piece.pinned and any(
+        other.pid != lease.pid and other.slice.pinned and not set(piece.cpus).isdisjoint(other.slice.cpus)
         for other in state.leases
     ):
         return "workers that share cores may compute at the same time already, so they do not lend"

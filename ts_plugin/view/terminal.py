@@ -45,8 +45,8 @@ def tell(*shown: RenderableType) -> None:
     """Print on stdout, without the blanks that fill up the lines of a table, unless it is a terminal."""
     console = make_console()
     with console.capture() as captured:
-        for one in shown:
-            console.print(one)
+        for drawn in shown:
+            console.print(drawn)
     text = captured.get()
     if not console.is_terminal:
         text = "\n".join(line.rstrip() for line in text.split("\n"))

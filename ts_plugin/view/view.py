@@ -215,7 +215,7 @@ def current_view(server_pid: int | None = None) -> View:
     unbound = unbound_workers(state)
     picture = of_state(state, discovery.read_topology(), discovery.read_allowance().cpus, unbound, server_pid)
     seen = lending_words.look(ledger)
-    shown = [one for worker in picture.workers if (one := status_of(state, worker.pid, seen))]
+    shown = [status for worker in picture.workers if (status := status_of(state, worker.pid, seen))]
     told = summary(shown)
     return replace(
         picture,

@@ -1,14 +1,18 @@
-"""What an archive's handler costs, measured without a server: plain data between measuring, choosing and reporting."""
+"""What tune measures, chooses and finds for one model: plain data between its steps."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ts_plugin.machine.words import count
 
-__all__ = ["LOAD", "Cell", "Choice", "Profile", "Target", "fitting"]
+__all__ = ["DEFAULT", "LOAD", "NOW", "Advice", "Cell", "Choice", "Confirmed", "Profile", "Result", "Target", "fitting"]
 
 LOAD = 0.7  # of the throughput at full load: what a server may be asked for in the long run
+DEFAULT = "TorchServe's default"
+NOW = "what runs now"
+BETTER = 1.02
 
 
 def fitting(limit: int, first: int, further: int) -> int:
@@ -90,3 +94,75 @@ class Choice:
     def __str__(self) -> str:
         """Return for example ``2 workers x 1 core, batch 4``."""
         return f"{count(self.workers, 'worker')} x {count(self.threads, 'core')}, batch {self.batch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """What the real server did with ``choice``, or with settings that are no choice of ours.
+
+    ``throughput`` in requests/s at full load, ``spread`` half of what lies between its lowest and highest repetition.
+    ``p50`` and ``p99`` in seconds, at ``rate`` requests/s, which all rows had. ``failed`` requests of all.
+    ``throughputs`` are those of the repetitions.
+    """
+
+    name: str
+    choice: Choice | None
+    throughput: float
+    spread: float
+    p50: float
+    p99: float
+    failed: int
+    rate: float = 0.0
+    throughputs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Something outside of slices that was measured: requests/s ``before`` and ``after``, and ``how`` to get it."""
+
+    what: str
+    before: float
+    after: float
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All that is found for one model; ``name`` and ``version`` are its manifest's, ``choice`` is what tune advises."""
+
+    name: str
+    version: str
+    profile: Profile
+    target: Target
+    choices: tuple[Choice, ...]
+    choice: Choice
+    confirmed: tuple[Confirmed, ...] = ()
+    advice: tuple[Advice, ...] = ()
+
+    @property
+    def measured(self) -> Confirmed | None:
+        """What the server did with the choice, if it was confirmed."""
+        return next((row for row in self.confirmed if row.choice == self.choice), None)
+
+    @property
+    def better(self) -> Confirmed | None:
+        """What does more than 2 % better than the choice although it is none of ours: then nothing should be changed.
+
+        With a rate alone that is a lower 99th percentile, otherwise more throughput within the target.
+        """
+        measured, target = self.measured, self.target
+        for row in self.confirmed:
+            if measured is None or row.choice is not None or row.failed or row.p99 > (target.p99 or math.inf):
+                continue
+            if target.rate is not None and target.p99 is None:
+                if row.p99 * BETTER < measured.p99 and target.serves(row.throughput):
+                    return row
+            elif row.throughput > measured.throughput * BETTER:
+                return row
+        return None
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is met, by what was measured if anything was."""
+        known = self.measured or self.choice
+        return self.target.met(known.throughput, known.p99)
