@@ -78,14 +78,14 @@ def _bind_thread(tid: int, target: frozenset[int], old: frozenset[int], allowed:
     return now != mask  # a cpuset may cut the new mask back to the old one
 
 
-def evict(pid: int, cpus: Iterable[int]) -> None:
-    """Take ``cpus`` from all threads of a worker that has others left; it computes on with those."""
+def evict(pid: int, cpus: Iterable[int], *, otherwise: Iterable[int]) -> None:
+    """Take ``cpus`` from all threads of ``pid``; one that has no others left goes to those in ``otherwise``."""
     unwanted = frozenset(cpus)
     for tid in process.threads(pid):
         with contextlib.suppress(OSError):  # just ended
             mask = os.sched_getaffinity(tid)
-            if mask & unwanted and mask - unwanted:
-                os.sched_setaffinity(tid, mask - unwanted)
+            if mask & unwanted:
+                os.sched_setaffinity(tid, mask - unwanted or otherwise)
 
 
 def outside(pid: int, cpus: Iterable[int]) -> int:

@@ -13,7 +13,6 @@ from ts_plugin.ledger.model import Lease
 from ts_plugin.lending import library
 from ts_plugin.lending.gains import Gains
 from ts_plugin.lending.words import Status, Words
-from ts_plugin.machine.process import Identity
 
 __all__ = ["Lender", "Plan"]
 
@@ -53,7 +52,7 @@ class Lender:
         self._status = Status()
         self._gains = Gains(own.slice.threads)
         self._profile: Mapping[int, float] = {}
-        self._identities: dict[int, Identity] = {}
+        self._lenders: dict[int, Lease] = {}  # by slot; who lends may also borrow
         self._threads = own.slice.threads
         self._all = self._threads  # threads of the whole domain
         self._hooked = False
@@ -78,17 +77,19 @@ class Lender:
         slots = self._words.slots()
         own = plan.lease.slice
         self._generation = plan.generation
-        lenders = [(slots[other.identity], other) for other in plan.neighbours if other.identity in slots]
-        self._identities = {slot: other.identity for slot, other in lenders}
+        self._lenders = {slots[other.identity]: other for other in plan.neighbours if other.identity in slots}
         self._threads = own.threads
-        self._all = own.threads + sum(other.slice.threads for _, other in lenders)
+        self._all = own.threads + sum(other.slice.threads for other in self._lenders.values())
         if plan.lease.demand.quota is not None:  # more threads at once would only be throttled
             self._all = max(own.threads, min(self._all, int(plan.lease.demand.quota)))
         self._worker.plan(
             plan.generation,
             own.threads,
             own.cpus if own.pinned else None,
-            [(slot, other.slice.threads, other.slice.cpus if own.pinned else None) for slot, other in lenders],
+            [
+                (slot, other.slice.threads, other.slice.cpus if own.pinned else None)
+                for slot, other in self._lenders.items()
+            ],
         )
 
     def begin(self, plan: Plan) -> int:
@@ -99,8 +100,9 @@ class Lender:
             why = NO_GAIN if self._gains.alone else UNKNOWN_YET
         threads = self._worker.begin(most, self._gains.alone)
         self._status = replace(self._status, why=why)
-        if (slot := self._worker.forced()) >= 0 and plan.lease.slice.pinned and slot in self._identities:
-            affinity.evict(self._identities[slot].pid, plan.lease.slice.cpus)
+        if (slot := self._worker.forced()) >= 0 and plan.lease.slice.pinned and slot in self._lenders:
+            borrower = self._lenders[slot]
+            affinity.evict(borrower.pid, plan.lease.slice.cpus, otherwise=borrower.slice.cpus)
         return threads
 
     def end(self, *, request: bool = True) -> None:
