@@ -23,6 +23,7 @@ import psutil
 from ts_plugin.config.file import PLUGIN, Config, read_config
 from ts_plugin.config.properties import ADDRESSES, address, on
 from ts_plugin.config.served import Startup, Stored, java_cpus, read_store, startup, wanted
+from ts_plugin.kernel import affinity
 from ts_plugin.ledger.file import Ledger, LedgerError
 from ts_plugin.ledger.model import State
 from ts_plugin.ledger.unbound import JAR, Unbound, unbound_workers
@@ -30,9 +31,8 @@ from ts_plugin.lending import library
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.machine.topology import Allowance, Topology
-from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
-from ts_plugin.worker.environment import COLLAPSING, prepare_environment
+from ts_plugin.worker.environment import preload
 
 __all__ = ["Inspection", "Interpreter", "count_gpus", "inspect", "java_options", "unusable"]
 
@@ -295,25 +295,14 @@ def _preload_notes(environment: Mapping[str, str], config: Config | None) -> lis
         policy = parse_launcher_args(config.get("cpu_launcher_args") if config else "")
     except LauncherArgsError:
         return []
-    draft = {name: value for name, value in environment.items() if name not in COLLAPSING}
-    nothing = Slice(cpus=(), threads=1, numa_nodes=(), l3_domains=(), packages=())
-    return prepare_environment(draft, nothing, policy, library_roots=(sys.prefix,))
+    return preload(dict(environment), policy, (sys.prefix,))
 
 
 def _astray(state: State) -> Iterator[tuple[int, int]]:
     for lease in state.leases:
-        masks = [mask for tid in process.threads(lease.pid) if (mask := _mask(tid))]
         allowed = lease.slice.reach.union(lease.slice.cpus)  # a request may borrow
-        outside = sum(1 for mask in masks if not mask <= allowed)
-        if outside:
+        if outside := affinity.outside(lease.pid, allowed):
             yield lease.pid, outside
-
-
-def _mask(tid: int) -> frozenset[int]:
-    try:
-        return frozenset(os.sched_getaffinity(tid))
-    except OSError:
-        return frozenset()
 
 
 def _busy(state: State, unbound: tuple[Unbound, ...]) -> Iterator[tuple[int, str, frozenset[int], float]]:
@@ -330,7 +319,7 @@ def _busy(state: State, unbound: tuple[Unbound, ...]) -> Iterator[tuple[int, str
     after, seconds = {other.pid: _cpu_seconds(other) for other in others}, time.monotonic() - start
     for pid, used in after.items():
         share = (used - before[pid]) / seconds
-        if share >= BUSY and (mask := _mask(pid)):
+        if share >= BUSY and (mask := affinity.mask(pid)):
             yield pid, Path((process.command_line(pid) or ["?"])[0]).name, mask, share
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ts_plugin.machine import process
 from ts_plugin.machine.cpulist import format_cpulist
 
-__all__ = ["Outcome", "bind_process", "bind_tree", "evict", "outside", "release", "widened"]
+__all__ = ["Outcome", "bind_process", "bind_tree", "evict", "mask", "outside", "widened"]
 
 MOST_CPUS = 8192  # Linux is built for no more
 
@@ -66,8 +66,8 @@ def bind_process(pid: int, cpus: Iterable[int], *, before: Iterable[int] = (), b
 
 def _bind_thread(tid: int, target: frozenset[int], old: frozenset[int], allowed: frozenset[int]) -> bool:
     try:
-        mask = os.sched_getaffinity(tid)
-        if mask == target or (mask <= allowed and mask != old):
+        before = os.sched_getaffinity(tid)
+        if before == target or (before <= allowed and before != old):
             return False
         os.sched_setaffinity(tid, target)
         now = os.sched_getaffinity(tid)
@@ -75,7 +75,7 @@ def _bind_thread(tid: int, target: frozenset[int], old: frozenset[int], allowed:
         return False
     if not now <= target:
         raise OSError(errno.ENOTSUP, f"accepted CPUs {format_cpulist(target)}, left {format_cpulist(now)}")
-    return now != mask  # a cpuset may cut the new mask back to the old one
+    return now != before  # a cpuset may cut the new mask back to the old one
 
 
 def evict(pid: int, cpus: Iterable[int], *, otherwise: Iterable[int]) -> None:
@@ -83,21 +83,15 @@ def evict(pid: int, cpus: Iterable[int], *, otherwise: Iterable[int]) -> None:
     unwanted = frozenset(cpus)
     for tid in process.threads(pid):
         with contextlib.suppress(OSError):  # just ended
-            mask = os.sched_getaffinity(tid)
-            if mask & unwanted:
-                os.sched_setaffinity(tid, mask - unwanted or otherwise)
+            before = os.sched_getaffinity(tid)
+            if before & unwanted:
+                os.sched_setaffinity(tid, before - unwanted or otherwise)
 
 
 def outside(pid: int, cpus: Iterable[int]) -> int:
     """Return how many threads of ``pid``, without its children, may run outside of ``cpus``."""
     inside = frozenset(cpus)
-    return sum(1 for tid in process.threads(pid) if not _mask(tid) <= inside)
-
-
-def release(pid: int, cpus: Iterable[int], *, held: Iterable[int]) -> None:
-    """Let a worker that serves unbound use ``cpus`` again, where it spans what it ``held``."""
-    with contextlib.suppress(OSError):  # what refused the slice may refuse this too
-        bind_tree(pid, cpus, before=held)
+    return sum(1 for tid in process.threads(pid) if not mask(tid) <= inside)
 
 
 @contextlib.contextmanager
@@ -107,16 +101,16 @@ def widened() -> Iterator[None]:
     Raises:
         OSError: the kernel refuses it.
     """
-    mask = os.sched_getaffinity(0)
+    before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, range(MOST_CPUS))  # the kernel leaves those that the cpuset has
     try:
         yield
     finally:
-        os.sched_setaffinity(0, mask)
+        os.sched_setaffinity(0, before)
 
 
-def _mask(tid: int) -> frozenset[int]:
-    try:
+def mask(tid: int) -> frozenset[int]:
+    """Return the CPUs that a thread may use; none if it has ended."""
+    with contextlib.suppress(OSError):
         return frozenset(os.sched_getaffinity(tid))
-    except ProcessLookupError:
-        return frozenset()
+    return frozenset()

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.words import count
-from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Policy
 from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.bare import Bare, BareError, Binding
@@ -29,7 +28,7 @@ from ts_plugin.trial.room import Room, RoomError
 from ts_plugin.trial.store import Store
 from ts_plugin.trial.turns import FRONTEND, USABLE_MEMORY, Tell, packed
 from ts_plugin.tune.values import Cell, Profile, fitting
-from ts_plugin.worker.environment import prepare_environment
+from ts_plugin.worker.environment import preload, prepare_environment
 
 __all__ = [
     "allocator",
@@ -111,8 +110,7 @@ def bare(
 def allocator(policy: Policy) -> str:
     """Return the LD_PRELOAD of a worker with this policy."""
     environment = dict(os.environ)
-    nothing = Slice(cpus=(), threads=1, numa_nodes=(), l3_domains=(), packages=())
-    prepare_environment(environment, nothing, policy, library_roots=(sys.prefix,))
+    preload(environment, policy, (sys.prefix,))
     return environment.get("LD_PRELOAD", "")
 
 

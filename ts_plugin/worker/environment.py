@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Allocator, OmpRuntime, Policy
 
-__all__ = ["COLLAPSING", "THREAD_COUNTS", "collapsing", "prepare_environment", "set_thread_count"]
+__all__ = ["COLLAPSING", "THREAD_COUNTS", "collapsing", "preload", "prepare_environment", "set_thread_count"]
 
 # These can make the OpenMP runtime shrink the main thread's mask to one CPU at `import torch`; children inherit that.
 COLLAPSING = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
@@ -62,11 +62,12 @@ def prepare_environment(
     notes = [
         f"{name} removed: it would shrink the worker's affinity mask to one CPU at `import torch`" for name in removed
     ]
-    return notes + _preload(environment, policy, tuple(library_roots))
+    return notes + preload(environment, policy, library_roots)
 
 
-def _preload(environment: MutableMapping[str, str], policy: Policy, roots: tuple[str, ...]) -> list[str]:
-    """Put the allocator and OpenMP runtime that the policy wants, and that exist, in front of LD_PRELOAD."""
+def preload(environment: MutableMapping[str, str], policy: Policy, library_roots: Iterable[str]) -> list[str]:
+    """Put the allocator and OpenMP runtime that the policy wants, and that exist, into LD_PRELOAD; return notes."""
+    roots = tuple(library_roots)
     present = environment.get("LD_PRELOAD", "").replace(":", " ").split()
     allocator, notes = _allocator(environment, policy, roots, present)
     runtime, more = _openmp_runtime(environment, policy, roots)

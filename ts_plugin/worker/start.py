@@ -146,4 +146,4 @@ def _give_back(reason: str, had: frozenset[int]) -> None:
         had = had if server is None else server.allowed
     with contextlib.suppress(Exception):
         coordinator.leave(Ledger(), pid, reason)
-    affinity.release(pid, had, held=held)
+    affinity.bind_tree(pid, had, before=held)
