@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from ts_plugin.machine import cpu_time
+from ts_plugin.machine.process import environment
 from ts_plugin.trial.asked import TrialError
 from ts_plugin.trial.store import cache_directory
 
@@ -42,13 +43,10 @@ def alone(command: str) -> Iterator[Path]:
             raise TrialError(
                 f"another `ts-cores tune` or `compare` measures here ({lock.name}); wait for its end"
             ) from None
-        mark = f"{MARK}={cache}".encode()
-        left = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
-                    process.kill()
-                    left.append(process)
+        left = [found for found in psutil.process_iter() if environment(found.pid).get(MARK) == str(cache)]
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(left, timeout=10)
         mask, marked = os.sched_getaffinity(0), os.environ.get(MARK)
         os.environ[MARK] = str(cache)

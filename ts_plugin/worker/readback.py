@@ -120,27 +120,13 @@ def foreign_child(pid: int) -> str:
 
 
 def _remote_pages(nodes: tuple[int, ...]) -> int | None:
-    """Return the pages of this process that lie on other nodes; None where that is not known.
-
-    The kernel walks all pages for it, some 10 ms per GiB: not on a machine that has one node.
-    Source: man 7 numa, /proc/pid/numa_maps.
-    """
+    """Return the pages of this process that lie on other nodes; None where that is not known."""
     if not nodes:
         return None
     if len(discovery.memory_nodes()) < 2:
-        return 0
-    local = {f"N{node}" for node in nodes}
-    remote = 0
-    try:
-        with open("/proc/self/numa_maps", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                for word in line.split()[2:]:
-                    node, equals, pages = word.partition("=")
-                    if equals and node[0] == "N" and node[1:].isdigit() and node not in local:
-                        remote += int(pages)
-    except OSError:
-        return None
-    return remote
+        return 0  # and no walk through all pages
+    pages = process.numa_pages(os.getpid())
+    return None if pages is None else sum(number for node, number, _ in pages if node not in nodes)
 
 
 def exporter(cache: object, lease: Lease) -> Callable[[str, float], None] | None:
