@@ -22,7 +22,7 @@ import psutil
 
 from benchmarks.harness import CHECKOUT, archives
 from benchmarks.harness.archives import Handler
-from ts_plugin.leases.ledger import state_directory
+from ts_plugin.ledger.directory import state_directory
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.trial.torchserve import PORTS, TorchServe, TorchServeError, free_ports, read_properties
 

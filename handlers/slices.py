@@ -6,8 +6,8 @@ from typing import Any
 
 from ts.torch_handler.base_handler import BaseHandler
 
+from ts_plugin.log import say
 from ts_plugin.worker import late
-from ts_plugin.worker.log import say
 
 __all__ = ["CoreSliceHandler", "CoreSliceMixin"]
 
@@ -25,9 +25,8 @@ class CoreSliceMixin:
         ``context`` is TorchServe's ts.context.Context.
         """
         try:
-            own = late.attempt(context)
-            if own is not None:
-                own.requests.hold()
+            if (following := late.attempt(context)) is not None:
+                following.requests.hold()
         except Exception as error:  # noqa: BLE001 - the model loads whatever happens to the slice
             say(f"this worker does not hold its slice: {type(error).__name__}: {error}", problem=True)
         super().initialize(context)  # type: ignore[misc]

@@ -68,7 +68,7 @@ class Borrower:
 
 
 def main(state: str) -> None:
-    from ts_plugin.leases.ledger import Ledger
+    from ts_plugin.ledger.file import Ledger
     from ts_plugin.lending import library
     from ts_plugin.lending.words import Words
     from ts_plugin.worker import openmp

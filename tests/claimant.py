@@ -17,12 +17,13 @@ import sys
 import threading
 
 from tests.seccomp import forbid_affinity
-from ts_plugin.leases import claim, coordinator
-from ts_plugin.leases.claim import Archive
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger import coordinator
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.lending.gains import Gains
 from ts_plugin.planning.planner import PlanError
 from ts_plugin.worker import follower, openmp
+from ts_plugin.worker.archive import Wishes
+from ts_plugin.worker.start import claim
 
 LIMITS = {"full": 0, "free": resource.RLIM_INFINITY}  # bytes that a file may have
 
@@ -47,7 +48,7 @@ def facts(own: follower.Follower) -> dict[str, object]:
 def main() -> None:
     options = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     ledger = Ledger()
-    archive = Archive(options.get("model", "model"), "1.0", options.get("cores"), options.get("share", 1.0))
+    wishes = Wishes(options.get("model", "model"), "1.0", options.get("cores"), options.get("share", 1.0))
     if options.get("only"):
         os.sched_setaffinity(0, options["only"])
     if options.get("forbid"):
@@ -60,7 +61,7 @@ def main() -> None:
         setattr(Gains, "most", lambda self, threads, now: threads)  # noqa: B010 - mypy knows its type
         setattr(Gains, "alone", 0.0)  # noqa: B010
     try:
-        lease = claim.claim(ledger, archive=archive, worker=options.get("worker", "9000"))
+        lease = claim(ledger, wishes=wishes, worker=options.get("worker", "9000"))
     except (OSError, PlanError, coordinator.CannotBind) as error:
         tell({"pid": os.getpid(), "error": str(error)})
         return

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ts_plugin.leases import binding
+from ts_plugin.kernel import affinity, memory
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.policy import Memory
 
@@ -49,8 +49,8 @@ def test_threads_that_reach_what_is_borrowed_stay_until_it_goes_back() -> None:
             return sorted(sorted(os.sched_getaffinity(tid)) for tid in process.threads(team.pid))
 
         assert masks() == sorted([[own], [own, other], [other]])
-        assert binding.bind_tree(team.pid, [own], borrows=[own, other]) == (0, ())
-        assert binding.bind_tree(team.pid, [own]).changed == 2
+        assert affinity.bind_tree(team.pid, [own], borrows=[own, other]) == (0, ())
+        assert affinity.bind_tree(team.pid, [own]).changed == 2
         assert masks() == [[own]] * 3
         team.communicate("")
 
@@ -91,17 +91,17 @@ def masks(pid: int) -> list[list[int]]:
 @needs_two
 def test_every_thread_and_child_moves(family: int) -> None:
     assert len(masks(family)) == 4
-    binding.bind_tree(family, [ALLOWED[0]])
+    affinity.bind_tree(family, [ALLOWED[0]])
     assert masks(family) == [[ALLOWED[0]]] * 4
-    assert binding.bind_tree(family, [ALLOWED[0]]) == (0, ()), "nothing left to do"
+    assert affinity.bind_tree(family, [ALLOWED[0]]) == (0, ()), "nothing left to do"
 
 
 @needs_two
 def test_a_thread_narrowed_inside_the_slice_stays_and_one_that_spanned_the_old_slice_follows(family: int) -> None:
-    binding.bind_tree(family, ALLOWED)
+    affinity.bind_tree(family, ALLOWED)
     assert sorted(masks(family)) == sorted([ALLOWED, ALLOWED, ALLOWED, [ALLOWED[-1]]])
-    binding.bind_tree(family, [ALLOWED[-1]])
-    binding.bind_tree(family, ALLOWED, before=[ALLOWED[-1]])
+    affinity.bind_tree(family, [ALLOWED[-1]])
+    affinity.bind_tree(family, ALLOWED, before=[ALLOWED[-1]])
     assert masks(family) == [ALLOWED] * 4
 
 
@@ -121,7 +121,7 @@ print("ready", flush=True); time.sleep(600)
             assert child.stdout is not None
             child.stdout.readline()
             for target in (ALLOWED[0], ALLOWED[-1]) * 5:
-                binding.bind_tree(child.pid, [target])
+                affinity.bind_tree(child.pid, [target])
                 escaped = []
                 for tid in process.threads(child.pid):
                     try:
@@ -136,27 +136,27 @@ print("ready", flush=True); time.sleep(600)
 def test_a_process_that_is_gone_is_no_error() -> None:
     with subprocess.Popen(["true"]) as child:
         child.wait()
-        assert binding.bind_tree(child.pid, ALLOWED) == (0, ())
+        assert affinity.bind_tree(child.pid, ALLOWED) == (0, ())
 
 
 def test_cpus_that_the_kernel_does_not_have_are_an_error() -> None:
     with subprocess.Popen(["sleep", "600"]) as child:
         try:
             with pytest.raises(OSError, match="Invalid argument"):
-                binding.bind_tree(child.pid, [100_000])
+                affinity.bind_tree(child.pid, [100_000])
         finally:
             child.kill()
 
 
 def test_memory_policy_on_one_node_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "memory_nodes", lambda: frozenset({0}))
-    assert binding.bind_memory(Memory.PREFERRED, [0]) is None
-    assert binding.bind_memory(Memory.NONE, [0, 1]) is None
+    assert memory.bind_memory(Memory.PREFERRED, [0]) is None
+    assert memory.bind_memory(Memory.NONE, [0, 1]) is None
 
 
 def test_a_memory_policy_that_the_kernel_refuses_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "memory_nodes", lambda: frozenset({0, 1023}))
-    note = binding.bind_memory(Memory.BIND, [1023])  # no machine here has such a node
+    note = memory.bind_memory(Memory.BIND, [1023])  # no machine here has such a node
     assert note is not None
     assert "memory policy bind for nodes 1023" in note
     assert "first touch" in note
@@ -164,11 +164,11 @@ def test_a_memory_policy_that_the_kernel_refuses_is_a_note(monkeypatch: pytest.M
 
 def test_a_memory_policy_is_set_and_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
-from ts_plugin.leases import binding
+from ts_plugin.kernel import memory
 from ts_plugin.planning.policy import Memory
 from ts_plugin.machine import discovery
 discovery.memory_nodes = lambda: frozenset({0, 1})
-assert binding.bind_memory(Memory.PREFERRED, [0]) is None
+assert memory.bind_memory(Memory.PREFERRED, [0]) is None
 print(open("/proc/self/numa_maps").readline().split()[1])
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -179,7 +179,7 @@ def test_pages_of_a_process_that_is_gone_stay_with_a_note() -> None:
     with subprocess.Popen(["true"]) as child:
         child.wait()
         time.sleep(0)
-        assert "stay where they are" in (binding.move_pages(child.pid, [0], [0]) or "")
+        assert "stay where they are" in (memory.move_pages(child.pid, [0], [0]) or "")
 
 
 @needs_two
@@ -188,13 +188,13 @@ def test_a_child_of_another_user_keeps_nobody_else_from_being_bound() -> None:
     """As with sudo: the kernel lets a worker bind its own threads and children, and not that one."""
     code = """
 import json, os, subprocess, sys, threading
-from ts_plugin.leases import binding
+from ts_plugin.kernel import affinity
 from ts_plugin.machine import process
 foreign = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 os.setuid(4242)
 own = subprocess.Popen(["sleep", "600"])
 threading.Thread(target=threading.Event().wait, daemon=True).start()
-changed, refused = binding.bind_tree(os.getpid(), [int(sys.argv[1])])
+changed, refused = affinity.bind_tree(os.getpid(), [int(sys.argv[1])])
 masks = {name: sorted(os.sched_getaffinity(child.pid)) for name, child in (("own", own), ("foreign", foreign))}
 masks["threads"] = sorted({cpu for tid in process.threads(os.getpid()) for cpu in os.sched_getaffinity(tid)})
 own.kill()

@@ -18,7 +18,7 @@ import pytest
 from benchmarks.checks import chaos, watch
 from benchmarks.checks.watch import Look, Meetings, Thread, Worker
 from tests.eventually import eventually
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.lending import library
 from ts_plugin.lending.words import Words
 from ts_plugin.machine import process

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ts_plugin.tune.choose import choose, met, partition, share
-from ts_plugin.tune.profile import LOAD, Cell, Choice, Profile, Target
+from ts_plugin.tune.choose import choose, share
+from ts_plugin.tune.values import LOAD, Cell, Choice, Profile, Target
 
 Seconds = Callable[[float, float, float], float]  # by threads, batch and instances at once
 
@@ -47,6 +47,10 @@ def profiled(
     points = [(t, b, n) for t in threads for b in ((1, 2, 4, 8) if batches else (1,)) for n in sorted({1, cores // t})]
     cells = tuple(Cell(t, b, n, time(t, b, n), 0.01, 30) for t, b, n in points)
     return Profile("m.mar", cores, node, *memory, batches, cells)
+
+
+def met(choice: Choice, target: Target) -> bool:
+    return target.met(choice.throughput, choice.p99)
 
 
 def shape(choice: Choice) -> tuple[int, int, int]:
@@ -179,56 +183,6 @@ def test_the_most_throughput_of_an_exhaustive_search(cores: int, serial: float, 
     most = max(w * b / time(t, b, w) for w, t, b in all_shapes(profile))
     workers, threads, batch = shape(choose(profile, Target())[0])
     assert workers * batch / time(threads, batch, workers) >= 0.97 * most
-
-
-def splits(cores: int, batch: int, widest: int) -> Iterator[list[tuple[int, int]]]:
-    """Make every multiset of (threads, batch) that fits into ``cores`` and serves ``batch``."""
-
-    def more(cores: int, batch: int, most: tuple[int, int]) -> Iterator[list[tuple[int, int]]]:
-        if batch == 0:
-            yield []
-        for one in itertools.product(range(1, min(cores, widest) + 1), range(1, batch + 1)):
-            if one <= most:
-                yield from ([one, *rest] for rest in more(cores - one[0], batch - one[1], one))
-
-    yield from more(cores, batch, (cores, batch))
-
-
-@settings(max_examples=40)
-@given(st.integers(1, 5), st.integers(1, 6), st.floats(0, 0.9), st.floats(0, 1), st.floats(0, 0.3))
-def test_packrats_protocol_against_brute_force(
-    cores: int, batch: int, serial: float, each: float, crowd: float
-) -> None:
-    everywhere = itertools.product(range(1, cores + 1), range(1, batch + 1), range(1, cores + 1))
-    time = amdahl(serial=serial, each=each, crowd=crowd)
-    cells = tuple(Cell(t, b, n, time(t, b, n), 0.01, 30) for t, b, n in everywhere)
-    profile = Profile("m.mar", cores, cores, 1, 1, 10**9, True, cells)
-
-    def longest(split: list[tuple[int, int]]) -> float:
-        return max(time(threads, size, len(split)) for threads, size in split)
-
-    found = [(t, b) for instances, t, b in partition(profile, batch) for _ in range(instances)]
-    assert sum(threads for threads, _ in found) <= cores
-    assert sum(size for _, size in found) == batch
-    assert longest(found) == pytest.approx(min(map(longest, splits(cores, batch, cores))))
-
-
-@pytest.mark.parametrize(
-    ("time", "expected"),
-    [
-        pytest.param(amdahl(serial=0.3, each=1), [(4, 1, 2)], id="batches gain nothing: as many instances as cores"),
-        pytest.param(amdahl(serial=0, each=0.2), [(1, 4, 8)], id="threads gain everything: one instance"),
-    ],
-)
-def test_packrats_protocol(time: Seconds, expected: list[tuple[int, int, int]]) -> None:
-    assert partition(profiled(time), 8) == expected
-
-
-def test_packrats_instances_may_differ() -> None:
-    assert partition(profiled(amdahl(serial=0, each=1), 3), 2) in ([(1, 3, 2)], [(1, 2, 1), (1, 1, 1)])
-    time = amdahl(serial=0.4, each=1)
-    found = partition(profiled(time, 3), 5)
-    assert found == [(1, 1, 1), (2, 1, 2)] or found == [(2, 1, 2), (1, 1, 1)]
 
 
 @pytest.mark.parametrize(("workers", "threads", "batch"), [(1, 4, 1), (4, 1, 1), (2, 2, 4), (4, 1, 8), (1, 4, 2)])

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ts_plugin.leases import claim
-from ts_plugin.leases.claim import Archive
 from ts_plugin.machine import discovery
 from ts_plugin.machine.topology import Allowance
+from ts_plugin.worker.archive import Wishes, read_archive
+from ts_plugin.worker.start import own_limit, worker_id
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def archive(tmp_path: Path) -> Path:
 )
 def test_wishes_of_an_archive(archive: Path, config: str, cores: int | None, share: float) -> None:
     (archive / "model-config.yaml").write_text(config)
-    assert claim.read_archive(str(archive)) == Archive("resnet", "2.0", cores, share)
+    assert read_archive(str(archive)) == Wishes("resnet", "2.0", cores, share)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_wishes_of_an_archive(archive: Path, config: str, cores: int | None, sha
 def test_wrong_wishes_become_a_note_and_an_equal_share(archive: Path, config: str | None, complaint: str) -> None:
     if config is not None:
         (archive / "model-config.yaml").write_text(config)
-    found = claim.read_archive(str(archive))
+    found = read_archive(str(archive))
     assert (found.model, found.cores, found.share) == ("resnet", None, 1.0)
     (note,) = found.notes
     assert complaint in note
@@ -81,7 +81,7 @@ def test_yaml_is_not_imported_for_an_archive_without_the_section(
     """It would cost each start of a worker 20 ms."""
     (archive / "model-config.yaml").write_text(config)
     monkeypatch.setitem(sys.modules, "yaml", None)
-    assert claim.read_archive(str(archive)).notes == ()
+    assert read_archive(str(archive)).notes == ()
 
 
 @pytest.mark.parametrize("manifest", [None, "{", "[]", '{"model": {}}', '{"model": null}'])
@@ -89,7 +89,7 @@ def test_an_unreadable_manifest_is_a_guess_and_a_note(tmp_path: Path, manifest: 
     (tmp_path / "MAR-INF").mkdir()
     if manifest is not None:
         (tmp_path / "MAR-INF" / "MANIFEST.json").write_text(manifest)
-    found = claim.read_archive(str(tmp_path))
+    found = read_archive(str(tmp_path))
     assert (found.model, found.version, found.cores, found.share) == (tmp_path.name, "1.0", None, 1.0)
     assert "the model's name is a guess" in found.notes[0]
 
@@ -117,12 +117,12 @@ def test_functions_of_a_workflow_own_no_core_unless_they_ask(
     workflow: Path, section: str, cores: int | None, share: float
 ) -> None:
     (workflow / "spec.yaml").write_text(f"models:\n  only: {{url: a.mar}}\ndag:\n  before: [only]\n{section}")
-    assert claim.read_archive(str(workflow)) == Archive("pair", "1.0", cores, share)
+    assert read_archive(str(workflow)) == Wishes("pair", "1.0", cores, share)
 
 
 def test_a_wrong_wish_of_a_workflow_is_a_note(workflow: Path) -> None:
     (workflow / "spec.yaml").write_text("cpu: {cores: many}\n")
-    found = claim.read_archive(str(workflow))
+    found = read_archive(str(workflow))
     assert found.cores == 0
     (note,) = found.notes
     assert "cpu.cores must be a whole number of at least 1, not 'many'" in note
@@ -144,7 +144,7 @@ def test_worker_id(monkeypatch: pytest.MonkeyPatch, arguments: list[str], rank: 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert claim.worker_id(arguments) == expected
+    assert worker_id(arguments) == expected
 
 
 ALL = Allowance(frozenset({4, 5, 6, 7}))
@@ -152,17 +152,17 @@ ALL = Allowance(frozenset({4, 5, 6, 7}))
 
 def test_a_mask_that_spans_the_cpuset_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "read_mask", lambda pid: frozenset({3, 4, 5, 6, 7}))
-    assert claim.own_limit(ALL) is None
+    assert own_limit(ALL) is None
     monkeypatch.setattr(discovery, "read_mask", lambda pid: frozenset({3, 4, 5}))
-    assert claim.own_limit(ALL) == frozenset({3, 4, 5}), "taskset's"
+    assert own_limit(ALL) == frozenset({3, 4, 5}), "taskset's"
 
 
 def test_one_cpu_that_openmp_left_over_is_not_taken_for_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = {os.getpid(): frozenset({7}), os.getppid(): frozenset({4, 5, 6, 7})}
     monkeypatch.setattr(discovery, "read_mask", lambda pid: wide[pid])
-    assert claim.own_limit(ALL) == frozenset({7}), "one CPU may be all there is"
+    assert own_limit(ALL) == frozenset({7}), "one CPU may be all there is"
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert claim.own_limit(ALL) == frozenset({7}), "no runtime has run yet"
+    assert own_limit(ALL) == frozenset({7}), "no runtime has run yet"
     monkeypatch.setitem(sys.modules, "torch", os)
-    assert claim.own_limit(ALL) is None, "the parent's mask"
+    assert own_limit(ALL) is None, "the parent's mask"

@@ -18,15 +18,16 @@ import pytest
 from benchmarks.harness import archives
 from tests.eventually import eventually
 from tests.test_verdict import write_archive
-from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease, State
 from ts_plugin.lending.words import HEAD, SLOT, Status, Words
 from ts_plugin.machine import discovery, process
-from ts_plugin.operate.core_map import core_map
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import parse_launcher_args
 from ts_plugin.trial.torchserve import Property, TorchServe
+from ts_plugin.view.core_map import core_map
 
-RUN = [sys.executable, "-c", "import sys; from ts_plugin.operate.cli import main; sys.exit(main())"]
+RUN = [sys.executable, "-c", "import sys; from ts_plugin.cli.main import main; sys.exit(main())"]
 HANGS = 120.0  # seconds; no command of these tests computes for more than two
 ALLOWED = discovery.read_allowance().cpus
 
@@ -748,8 +749,9 @@ def test_doctor_without_permission(tmp_path: Path) -> None:
     (tmp_path / "config.properties").write_text("x=1\n")
     (tmp_path / "config.properties").chmod(0)
     script = (
-        "import os, sys; from ts_plugin.operate import config, doctor, inspection, terminal; import javaproperties;"
-        "from ts_plugin.operate.cli import main; os.chdir(sys.argv[1]); os.setuid(65534);"
+        "import os, sys; from ts_plugin.doctor import checks, inspection; from ts_plugin.view import terminal;"
+        "import javaproperties;"
+        "from ts_plugin.cli.main import main; os.chdir(sys.argv[1]); os.setuid(65534);"
         "sys.exit(main(['doctor', '--config', 'config.properties']))"
     )
     tmp_path.chmod(0o755)
@@ -834,7 +836,7 @@ def test_plugin_path_has_the_jar() -> None:
 
 def test_light_commands_import_neither_rich_nor_torch(tree: Path) -> None:
     script = (
-        "import sys; from ts_plugin.operate.cli import main\n"
+        "import sys; from ts_plugin.cli.main import main\n"
         f"main(['plan', '--workers', '2', '--json', '--sys-root', {str(tree)!r}])\n"
         "assert not {'rich', 'torch'} & set(sys.modules), sorted(sys.modules)"
     )

@@ -25,7 +25,7 @@ from ts_plugin.compare.comparison import Comparison, FormatError, Server
 from ts_plugin.compare.picture import picture
 from ts_plugin.compare.report import notes, table, verdict
 from ts_plugin.compare.ways import ONE, SHARES, UNEVEN, Way, configured, contender, plan, share_name, workers_of
-from ts_plugin.operate.config import parse_config
+from ts_plugin.config.file import parse_config
 from ts_plugin.trial import alone
 from ts_plugin.trial.archive import read_archive
 from ts_plugin.trial.asked import TrialError
@@ -362,7 +362,7 @@ def test_a_handler_of_ours_claims_nothing_where_it_is_told_so(tmp_path: Path) ->
 import os, sys
 from types import SimpleNamespace
 from ts_plugin.handlers import CoreSliceMixin
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger.file import Ledger
 
 class Plain:
     def initialize(self, context):

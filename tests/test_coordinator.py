@@ -18,8 +18,11 @@ import pytest
 from benchmarks.harness.cpuset import Cpuset
 from tests.claimants import ALLOWED, CORES, TOPOLOGY, Claimant
 from tests.eventually import eventually
-from ts_plugin.leases import binding, coordinator, directory, masks
-from ts_plugin.leases.ledger import Lease, Ledger, Server, State
+from ts_plugin.kernel import affinity
+from ts_plugin.ledger import coordinator, directory
+from ts_plugin.ledger.binding import bind_all
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease, Server, State
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.topology import Topology
 from ts_plugin.planning.planner import Demand, Slice, plan
@@ -247,13 +250,13 @@ def test_a_frontend_moves_aside_where_enough_is_left_for_it(
     aside: Iterable[int],
 ) -> None:
     bound = []
-    monkeypatch.setattr(binding, "bind_tree", lambda pid, cpus, before, borrows: binding.Outcome(0))
-    monkeypatch.setattr(binding, "bind_process", lambda pid, cpus, before: bound.append((pid, frozenset(cpus))))
+    monkeypatch.setattr(affinity, "bind_tree", lambda pid, cpus, before, borrows: affinity.Outcome(0))
+    monkeypatch.setattr(affinity, "bind_process", lambda pid, cpus, before: bound.append((pid, frozenset(cpus))))
     me, cpus = os.getpid(), tuple(held)
     demand = Demand(frozenset(allowed))
     lease = Lease(me, 0, "m", "1.0", "9000", me, demand, Slice(cpus, len(cpus), (0,), (0,), (0,)))
     after = State(servers=(Server(me, 0, Policy(), demand.allowed),), leases=(lease,), reserved=frozenset(reserved))
-    masks.enforce_all(State(), after)
+    bind_all(State(), after)
     assert bound == [(me, frozenset(aside))]
 
 
@@ -269,7 +272,8 @@ def test_one_death_is_one_plan_however_many_survive(state: Path, monkeypatch: py
             monkeypatch.setattr(coordinator, "plan", counted)
             victim.kill()
             victim.wait()
-            states = [coordinator.divide_freed(Ledger(str(state)))[0] for _ in range(8)]  # as eight followers would
+            (lease,) = (one for one in Ledger(str(state)).read().leases if one.pid == survivor.pid)
+            states = [coordinator.enter(Ledger(str(state)), lease)[0] for _ in range(8)]  # as eight followers would
         finally:
             survivor.kill()
     assert [[lease.pid for lease in one.leases] for one in states] == [[survivor.pid]] * 8
@@ -422,6 +426,11 @@ def test_the_machine_is_read_before_the_lock_that_all_workers_share(
 
     monkeypatch.setattr(directory, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(discovery, "read_topology", read_while_the_lock_is_free)
-    coordinator.divide_freed(Ledger(str(state)))
+    me = process.identify(os.getpid())
+    assert me is not None
+    slice_here = Slice((FIRST,), 1, (0,), (0,), (0,))
+    coordinator.enter(
+        Ledger(str(state)), Lease(me.pid, me.start_time, "m", "1.0", "9", None, Demand(ALLOWED), slice_here)
+    )
     coordinator.leave(Ledger(str(state)), os.getpid(), "a reason")
     assert len(reads) == 2

@@ -15,20 +15,20 @@ import pytest
 import yaml
 
 from tests.machines import machine
+from ts_plugin.cli.main import COMMANDS
 from ts_plugin.compare.comparison import Comparison
 from ts_plugin.compare.picture import picture
 from ts_plugin.compare.report import verdict
-from ts_plugin.leases.environment import COLLAPSING, THREAD_COUNTS
-from ts_plugin.leases.ledger import Lease, State
-from ts_plugin.leases.unbound import PAST_LAUNCHER
+from ts_plugin.ledger.model import Lease, State
+from ts_plugin.ledger.unbound import PAST_LAUNCHER
 from ts_plugin.machine.topology import Topology
-from ts_plugin.operate.cli import COMMANDS
-from ts_plugin.operate.core_map import core_map
-from ts_plugin.operate.svg import svg
-from ts_plugin.operate.view import of_plan, tag
 from ts_plugin.planning.planner import Demand, Plan, plan
 from ts_plugin.planning.policy import OPTIONS, option_reference, parse_launcher_args
 from ts_plugin.trial.torchserve import free_ports
+from ts_plugin.view.core_map import core_map
+from ts_plugin.view.svg import svg
+from ts_plugin.view.view import of_plan, tag
+from ts_plugin.worker.environment import COLLAPSING, THREAD_COUNTS
 from ts_plugin.worker.readback import METRICS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -13,15 +13,16 @@ import pytest
 
 import hatch_build
 from tests.machines import machine
-from ts_plugin.leases.ledger import Lease, Ledger, Server, State
-from ts_plugin.leases.unbound import JAR, Unbound
+from ts_plugin.config.file import Config, default_config, read_config
+from ts_plugin.config.served import Stored
+from ts_plugin.doctor.checks import JAVA_NEEDED, examine
+from ts_plugin.doctor.finding import Finding, Severity
+from ts_plugin.doctor.inspection import Inspection, Interpreter, inspect
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease, Server, State
+from ts_plugin.ledger.unbound import JAR, Unbound
 from ts_plugin.machine import process
 from ts_plugin.machine.topology import Allowance
-from ts_plugin.operate.config import Config, default_config, read_config
-from ts_plugin.operate.doctor import JAVA_NEEDED, examine
-from ts_plugin.operate.finding import Finding, Severity
-from ts_plugin.operate.inspection import Inspection, Interpreter, inspect
-from ts_plugin.operate.served import Stored
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Policy
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ts_plugin.leases.environment import COLLAPSING, collapsing, prepare_environment
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Allocator, OmpRuntime, Policy
+from ts_plugin.worker.environment import COLLAPSING, collapsing, prepare_environment
 
 THREE = Slice((0, 1, 2), 3, (0,), (0,), (0,))
 

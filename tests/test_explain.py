@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from tests.machines import machine
-from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.ledger.model import Lease, State
 from ts_plugin.lending.words import Status
 from ts_plugin.machine.topology import Topology
-from ts_plugin.operate.explain import explain, find
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import Lend, Policy
+from ts_plugin.view.explain import explain, find
 
 
 def leases(topology: Topology, *demands: Demand) -> tuple[Lease, ...]:

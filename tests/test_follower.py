@@ -13,7 +13,8 @@ CODE = """
 import json, os
 from dataclasses import replace
 import torch
-from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease, State
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Memory, Policy

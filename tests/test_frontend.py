@@ -14,7 +14,7 @@ import pytest
 
 import hatch_build
 from ts_plugin.frontend import server
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine import discovery
 from ts_plugin.trial.torchserve import read_properties, write_properties
 

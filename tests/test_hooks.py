@@ -156,7 +156,8 @@ def test_threads_of_micro_batching_follow_the_slice() -> None:
 import os, torch
 from dataclasses import replace
 from ts.handler_utils import micro_batching
-from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease, State
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.worker.requests import Requests
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ts_plugin.leases.ledger import LEASE_VARIABLE
-from ts_plugin.leases.unbound import UNBOUND_VARIABLE
+from ts_plugin.ledger.codec import LEASE_VARIABLE
+from ts_plugin.ledger.unbound import UNBOUND_VARIABLE
 from ts_plugin.worker.launcher import INSIDE
 
 ONE_CORE_LATER = """
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tests.eventually import eventually
 from ts.service import Service
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.worker import follower, late
 
 class Metrics:
@@ -36,7 +36,7 @@ seen, taken = [], Path(os.environ["TS_CORES_STATE_DIR"])
 def handler(data, context):
     if not seen:  # a request under way when the slice comes
         taken.unlink()
-        assert eventually(lambda: late._current._own is not None)
+        assert eventually(lambda: late._current._follower is not None)
     seen.append(torch.get_num_threads())
     return ["1"]
 
@@ -52,7 +52,7 @@ print(json.dumps({
     "lease": [lease.pid == os.getpid(), lease.model],
     "masks": [sorted(os.sched_getaffinity(int(tid))) for tid in os.listdir("/proc/self/task")],
     "cpus": list(lease.slice.cpus),
-    "requests": late._current._own.requests._open,
+    "requests": late._current._follower.requests._open,
 }))
 """
 
@@ -108,7 +108,7 @@ WITHOUT_AFFINITY = """
 import os
 del os.sched_getaffinity  # as on macOS
 from ts_plugin.worker.start import start
-print(start(worker="9000", archive="/", prepare=lambda lease: []))
+print(start(worker="9000", archive="/"))
 """
 
 
@@ -121,7 +121,7 @@ def test_a_system_without_affinity_masks_serves_unbound(tmp_path: Path) -> None:
 VANISHED = """
 import types
 from ts_plugin.handlers import CoreSliceMixin
-from ts_plugin.leases.directory import StateError
+from ts_plugin.ledger.directory import StateError
 from ts_plugin.worker import follower
 
 class Stock:

@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
-from ts_plugin.leases import directory
-from ts_plugin.leases.ledger import LEASE_VARIABLE, Lease, Ledger, LedgerError, Server, State, pack_lease, unpack_lease
+from ts_plugin.ledger import directory
+from ts_plugin.ledger.codec import LEASE_VARIABLE, pack_lease, unpack_lease
+from ts_plugin.ledger.file import Ledger, LedgerError
+from ts_plugin.ledger.model import Lease, Server, State
 from ts_plugin.machine import process
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Allocator, Memory, OmpRuntime, Pin, Policy
@@ -216,7 +218,7 @@ def test_a_lock_that_is_never_released_ends_in_an_error(ledger: Ledger, monkeypa
 
 FORKING = """
 import ctypes, os, signal, sys, threading, time
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger.file import Ledger
 ledger = Ledger(sys.argv[1])
 def fork():  # as os.fork() does it, or as a library in C does it, of which Python knows nothing
     return os.fork() if sys.argv[2] == "Python" else ctypes.PyDLL(None).fork()

@@ -18,8 +18,9 @@ import pytest
 
 from tests.borrower import Borrower
 from tests.eventually import eventually
-from ts_plugin.leases.directory import StateError
-from ts_plugin.leases.ledger import Ledger, State
+from ts_plugin.ledger.directory import StateError
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import State
 from ts_plugin.lending import library, words
 from ts_plugin.lending.words import BUSY, HEAD, SIZE, SLOT, Status, Words
 from ts_plugin.machine.process import Identity

@@ -15,7 +15,8 @@ HANDLER = """
 import os, sys
 import torch
 from dataclasses import replace
-from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease, State
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.worker.requests import Requests
 

@@ -140,7 +140,7 @@ def test_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(f"ts_cores-{__version__}.dist-info/METADATA").decode()
-    assert {JAR, "ts_plugin/frontend/server.py", "ts_plugin/operate/page.html", "ts_plugin/handlers/slices.py"} <= names
+    assert {JAR, "ts_plugin/frontend/server.py", "ts_plugin/view/page.html", "ts_plugin/handlers/slices.py"} <= names
     assert f"ts_cores-{__version__}.dist-info/licenses/LICENSE" in names
     assert "License-Expression: Apache-2.0" in metadata
     assert not [name for name in names if name.endswith((".java", ".pyc", ".c"))]

@@ -23,13 +23,13 @@ from tests.browser import Browser
 from tests.machines import machine
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology
-from ts_plugin.operate.html import html
-from ts_plugin.operate.svg import PALETTE, svg
-from ts_plugin.operate.terminal import Map, utilisation
-from ts_plugin.operate.view import View, Worker, tag
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import Lend, Policy
 from ts_plugin.trial.torchserve import Property, TorchServe
+from ts_plugin.view.html import html
+from ts_plugin.view.svg import PALETTE, svg
+from ts_plugin.view.terminal import Map, utilisation
+from ts_plugin.view.view import View, Worker, tag
 
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINES = {

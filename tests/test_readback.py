@@ -11,22 +11,20 @@ from typing import Any
 
 import pytest
 
-from ts_plugin.leases import masks
-from ts_plugin.leases.binding import Outcome
-from ts_plugin.leases.ledger import Lease, Ledger
+from ts_plugin.ledger.model import Lease
 from ts_plugin.lending.words import Status
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.worker import openmp
 from ts_plugin.worker.readback import METRICS, ReadBack, lending
-from ts_plugin.worker.requests import Requests
 
 ALLOWED = tuple(sorted(os.sched_getaffinity(0)))
 needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
 
 SETUP = """
 import json, os, sys, threading
-from ts_plugin.leases.ledger import Lease, Ledger
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.worker.readback import ReadBack
 from ts_plugin.worker.requests import Requests
@@ -53,13 +51,11 @@ def lease_here(cpus: tuple[int, ...] = ALLOWED) -> Lease:
 def test_masks_outside_the_slice_are_put_back_and_counted_once() -> None:
     found = run("""
 threading.Thread(target=threading.Event().wait, daemon=True).start()
-first = look.read(lease, requests, thorough=False)
-second = look.read(lease, requests, thorough=False)
-print(json.dumps([first.outside, list(first.problems), second.outside, sorted(os.sched_getaffinity(0)), cpus]))
+first, second = (requests.bind().changed for _ in range(2))
+print(json.dumps([first, second, sorted(os.sched_getaffinity(0)), cpus]))
 """)
-    outside, problems, again, mask, cpus = found
+    outside, again, mask, cpus = found
     assert outside == 2
-    assert "2 threads had a mask outside the slice" in problems[0]
     assert again == 0
     assert mask == cpus[:1]
 
@@ -69,13 +65,12 @@ def test_moves_between_cpus_are_counted_since_the_last_look() -> None:
     found = run("""
 wide = lease.__class__(*[getattr(lease, n) for n in ("pid", "start_time", "model", "version", "worker_id", "server_pid",
     "demand")], Slice(cpus, len(cpus), (0,), (0,), (0,)))
-requests = Requests(Ledger(), wide, print)
-first = look.read(wide, requests, thorough=False).migrations
+first = look.read(wide, 1, thorough=False).migrations
 for _ in range(10):
     for cpu in cpus[:2]:
         os.sched_setaffinity(0, {cpu})
 os.sched_setaffinity(0, cpus)
-print(json.dumps([first, look.read(wide, requests, thorough=False).migrations]))
+print(json.dumps([first, look.read(wide, 1, thorough=False).migrations]))
 """)
     first, moved = found
     if first is None:
@@ -84,8 +79,8 @@ print(json.dumps([first, look.read(wide, requests, thorough=False).migrations]))
     assert moved >= 10
 
 
-def look_at(lease: Lease) -> tuple[Lease, Requests]:
-    return lease, Requests(Ledger(), lease, print)
+def look_at(lease: Lease) -> tuple[Lease, int]:
+    return lease, lease.slice.threads
 
 
 def test_a_thorough_look_finds_two_openmp_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +134,6 @@ def test_counters_of_lending_get_what_is_new(before: Status, after: Status, adde
 def test_a_crowd_is_reported_once_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "state", lambda pid, tid: "R")
     monkeypatch.setattr(process, "threads", lambda pid: list(range(100)))
-    monkeypatch.setattr(masks, "enforce", lambda lease, before, borrows: Outcome(0))
     look = ReadBack()
     problems = [look.read(*look_at(lease_here()), thorough=False).problems for _ in range(5)]
     assert [len(found) for found in problems] == [0, 0, 1, 0, 0]

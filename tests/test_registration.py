@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
-from ts_plugin.leases import registration
-from ts_plugin.leases.ledger import Ledger, LedgerError, Server
+from ts_plugin.ledger import registration
+from ts_plugin.ledger.coordinator import CannotBind
+from ts_plugin.ledger.file import Ledger, LedgerError
+from ts_plugin.ledger.model import Server
 from ts_plugin.machine import process
 from ts_plugin.planning.policy import Policy
+from ts_plugin.worker.archive import Wishes
+from ts_plugin.worker.start import claim
 
 
 @pytest.fixture
@@ -50,18 +54,20 @@ def test_a_worker_asks_its_server_and_waits(ledger: Ledger) -> None:
     thread = threading.Thread(target=hook)
     thread.start()
     try:
-        registration.ensure_registered(ledger, timeout=60)
+        registration.wait_for_server(ledger)
     finally:
         thread.join()
     assert [one.pid for one in ledger.read().servers] == [os.getppid()]
 
 
-def test_a_server_without_the_hook_is_not_guessed(ledger: Ledger) -> None:
-    with pytest.raises(registration.NotRegistered, match=rf"{ledger.path}: no entry of process {os.getppid()}.*0.1 s"):
-        registration.ensure_registered(ledger, timeout=0.1)
+def test_a_server_without_the_hook_is_not_guessed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "WAIT_SECONDS", 0.1)
+    with pytest.raises(CannotBind, match=rf"{ledger.path}: no entry of process {os.getppid()}.*plugins_path"):
+        claim(ledger, wishes=Wishes("m", "1.0"), worker="9000", hooked=True)
+    assert ledger.read().leases == ()
 
 
 def test_a_directory_that_cannot_be_used_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LedgerError, match=f"{tmp_path}/file/state: Not a directory"):
-        registration.ensure_registered(Ledger(str(tmp_path / "file" / "state")), timeout=3600)
+        registration.wait_for_server(Ledger(str(tmp_path / "file" / "state")))

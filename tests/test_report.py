@@ -15,11 +15,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from ts_plugin.tune.answer import DEFAULT, NOW, Advice, Answer, Confirmed
 from ts_plugin.tune.choose import choose
-from ts_plugin.tune.profile import Cell, Choice, Profile, Target
-from ts_plugin.tune.report import advice, markdown, picture, sentence, table, to_json
+from ts_plugin.tune.report import advice, picture, sentence, table, to_json
 from ts_plugin.tune.settings import Lines, lines, write
+from ts_plugin.tune.values import DEFAULT, NOW, Advice, Cell, Choice, Confirmed, Profile, Result, Target
 
 CELLS = tuple(
     Cell(threads, batch, instances, 0.1 * (0.2 + 0.8 / threads) * (0.2 + 0.8 * batch), 0.01, 30)
@@ -32,18 +31,18 @@ MOST = Target()
 BEST = Choice(2, 1, 4, 50, 23.5, 16.5, 0.62, 650_000_000)
 
 
-def answer(target: Target = MOST, **changes: object) -> Answer:
+def answer(target: Target = MOST, **changes: object) -> Result:
     choices = tuple(choose(PROFILE, target))
     rows = (
         Confirmed(str(choices[0]), choices[0], 22.0, 0.5, 0.2, 0.6, 0),
         Confirmed(DEFAULT, None, 11.0, 0.25, 0.3, 1.25, 0),
         Confirmed(NOW, None, 16.0, 0.2, 0.3, math.inf, 7),
     )
-    made = Answer("m", "1.0", PROFILE, target, choices, choices[0], rows)
+    made = Result("m", "1.0", PROFILE, target, choices, choices[0], rows)
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def shown(answer: Answer) -> str:
+def shown(answer: Result) -> str:
     file = io.StringIO()
     Console(width=140, file=file, color_system=None).print(table(answer))
     return file.getvalue()
@@ -92,13 +91,6 @@ def test_what_runs_now_may_be_better(target: Target, throughput: float, p99: flo
     assert (replace(given, confirmed=(*others, now)).better is now) == better
 
 
-def test_the_table_in_markdown() -> None:
-    text = markdown(answer()).splitlines()
-    assert text[2].startswith("| **2 workers x 1 core, batch 4** | **22** | **0.5** |")
-    assert text[3].startswith("| TorchServe's default | 11 |")
-    assert {line.count("|") for line in text} == {8}
-
-
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -122,7 +114,7 @@ def test_the_table_in_markdown() -> None:
         ),
     ],
 )
-def test_the_sentence(given: Answer, words: list[str]) -> None:
+def test_the_sentence(given: Result, words: list[str]) -> None:
     said = sentence(given)
     assert said.count(". ") == 0
     assert said.endswith(".")

@@ -11,8 +11,9 @@ import pytest
 
 from tests.claimants import ALLOWED, CORES, TOPOLOGY, Claimant
 from tests.eventually import eventually
-from ts_plugin.leases import coordinator
-from ts_plugin.leases.ledger import Ledger, Server
+from ts_plugin.ledger import coordinator
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Server
 from ts_plugin.machine import process
 from ts_plugin.planning.policy import Lend, Policy
 

@@ -17,9 +17,9 @@ SCRIPT = """
 import json, os, sys
 sys.path.insert(0, sys.argv.pop(1))
 from tests.seccomp import forbid_affinity
-from ts_plugin.leases.unbound import unbound_workers
-from ts_plugin.leases import coordinator
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger.unbound import unbound_workers
+from ts_plugin.ledger import coordinator
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.worker.start import start
 
 fault = sys.argv[1]
@@ -27,12 +27,14 @@ before = sorted(os.sched_getaffinity(0))
 if fault == "seccomp":
     forbid_affinity()
 
-def prepare(lease):
-    if fault == "prepare":
-        raise OSError("no room for preparations")
-    return ["a note"]
+class Environment(dict):
+    def __setitem__(self, name, value):
+        if fault == "environment":
+            raise OSError("no room for preparations")
+        super().__setitem__(name, value)
 
-lease, reason = start(worker="9000", archive=sys.argv[2], prepare=prepare)
+environment = Environment(OMP_PROC_BIND="true")
+lease, reason = start(worker="9000", archive=sys.argv[2], environment=environment)
 state = Ledger().read()
 print(json.dumps({
     "pid": os.getpid(),
@@ -73,7 +75,7 @@ def test_a_bound_worker_says_so_with_its_notes(tmp_path: Path) -> None:
     assert facts["unbound"] is None
     assert "intra-op threads" in log
     assert "(claimed by the handler)" in log
-    assert "worker 9000: a note" in log
+    assert "worker 9000: OMP_PROC_BIND removed" in log
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a mask that can be narrowed")
@@ -81,7 +83,7 @@ def test_a_bound_worker_says_so_with_its_notes(tmp_path: Path) -> None:
     ("fault", "reason"),
     [
         pytest.param("seccomp", "Operation not permitted", id="the kernel refuses the mask"),
-        pytest.param("prepare", "no room for preparations", id="after the claim"),
+        pytest.param("environment", "no room for preparations", id="after the claim"),
     ],
 )
 def test_a_start_that_fails_leaves_no_lease_and_the_mask_and_tells_the_reason(
@@ -98,7 +100,7 @@ def test_a_start_that_fails_leaves_no_lease_and_the_mask_and_tells_the_reason(
 
 def test_a_ledger_that_cannot_be_used_is_a_reason_too(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file, not a directory")
-    script = "from ts_plugin.worker.start import start; print(start(worker='9', archive='/', prepare=lambda lease: []))"
+    script = "from ts_plugin.worker.start import start; print(start(worker='9', archive='/'))"
     environment = {**os.environ, "TS_CORES_STATE_DIR": str(tmp_path / "state")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "lease=None" in done.stdout

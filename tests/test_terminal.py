@@ -8,11 +8,11 @@ from dataclasses import replace
 from rich.console import Console, RenderableType
 
 from tests.machines import machine
+from ts_plugin.doctor.finding import Finding, Severity, report
 from ts_plugin.machine.cpulist import format_cpulist
-from ts_plugin.operate.finding import Finding, Severity
-from ts_plugin.operate.terminal import Map, report
-from ts_plugin.operate.view import of_plan
 from ts_plugin.planning.planner import Demand, Plan, Slice, plan
+from ts_plugin.view.terminal import Map
+from ts_plugin.view.view import of_plan
 
 
 def text(shown: RenderableType, width: int = 100) -> str:

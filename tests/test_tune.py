@@ -21,8 +21,8 @@ from benchmarks.harness import archives
 from tests.claimants import CORES
 from tests.eventually import eventually
 from tests.machines import machine
-from ts_plugin.leases.ledger import Ledger
-from ts_plugin.leases.unbound import Unbound
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.unbound import Unbound
 from ts_plugin.machine import discovery
 from ts_plugin.machine.cgroups import Cgroups
 from ts_plugin.machine.process import memory
@@ -37,12 +37,11 @@ from ts_plugin.trial.turns import Contender, pace
 from ts_plugin.tune import command as command_module
 from ts_plugin.tune import measure
 from ts_plugin.tune.advise import gain
-from ts_plugin.tune.answer import Answer, Confirmed
 from ts_plugin.tune.asked import Wanted
 from ts_plugin.tune.choose import choose
 from ts_plugin.tune.command import shortlist
 from ts_plugin.tune.confirm import Candidate, Served, pick
-from ts_plugin.tune.profile import Cell, Choice, Profile, Target, fitting
+from ts_plugin.tune.values import Cell, Choice, Confirmed, Profile, Result, Target, fitting
 
 HANDLER = """
 import time
@@ -378,7 +377,7 @@ def test_workers_without_a_slice_may_be_anywhere(monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_commands_do_not_load_it() -> None:
-    code = "import sys, ts_plugin.operate.cli; print([one for one in sys.modules if one.startswith('ts_plugin.tune')])"
+    code = "import sys, ts_plugin.cli.main; print([one for one in sys.modules if one.startswith('ts_plugin.tune')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -389,7 +388,7 @@ def test_a_target_that_cannot_be_met_is_no_success(
     profile = Profile("tiny.mar", 1, 1, 1 << 20, 1 << 20, 1 << 30, True, (Cell(1, 1, 1, 0.1, 0.0, 10),))
     target = Target(p99=0.01)
     ranked = choose(profile, target)
-    answer = Answer("tiny", "1.0", profile, target, tuple(ranked), ranked[0])
+    answer = Result("tiny", "1.0", profile, target, tuple(ranked), ranked[0])
     model = Wanted(read_archive(archive(tmp_path)), Body(BODY), target)
     file = tmp_path / "config.properties"
     options = argparse.Namespace(write=file, json=False, picture=None)

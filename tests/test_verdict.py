@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 import hatch_build
+from ts_plugin.config.file import parse_config, read_config
+from ts_plugin.config.properties import KNOWN, VARIABLES, refused
+from ts_plugin.config.served import default_workers, java_cpus, read_store, startup
+from ts_plugin.doctor.inspection import java_options, unusable
 from ts_plugin.machine import discovery
-from ts_plugin.operate.config import parse_config, read_config
-from ts_plugin.operate.inspection import java_options, unusable
-from ts_plugin.operate.properties import KNOWN, VARIABLES, refused
-from ts_plugin.operate.served import default_workers, java_cpus, read_store, startup
 
 # What lies in the model store: the content of model-config.yaml by archive, None for an archive without one.
 ARCHIVES: Mapping[str, str | None] = {

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.machines import machine
-from ts_plugin.leases.ledger import Lease, State
-from ts_plugin.leases.unbound import Unbound
+from ts_plugin.ledger.model import Lease, State
+from ts_plugin.ledger.unbound import Unbound
 from ts_plugin.machine import cpu_time, process
 from ts_plugin.machine.topology import Topology
-from ts_plugin.operate import view
-from ts_plugin.operate.view import Use, View, tag
 from ts_plugin.planning.planner import Demand, Slice, plan
+from ts_plugin.view import view
+from ts_plugin.view.view import Use, View, tag
 
 
 def lease(pid: int, cpus: tuple[int, ...], *, server_pid: int = 1, pinned: bool = True) -> Lease:

@@ -23,7 +23,7 @@ import pytest
 from benchmarks.harness import archives
 from benchmarks.harness.archives import Handler
 from tests.eventually import eventually
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import parse_cpulist
 from ts_plugin.trial.torchserve import Property, RequestError, TorchServe

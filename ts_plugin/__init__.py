@@ -1,4 +1,8 @@
-"""ts-cores: every TorchServe worker on its own physical cores."""
+"""ts-cores: every TorchServe worker on its own physical cores.
+
+For archives: ``ts_plugin.handlers`` (``CoreSliceHandler``, ``CoreSliceMixin`` and TorchServe's own handlers with it).
+All else in this package is private and may change in any release; docs/installing.md lists what does not.
+"""
 
 __all__ = ["__version__"]
 __version__ = "0.2.0"

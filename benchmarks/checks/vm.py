@@ -91,7 +91,7 @@ class StandIn:
 
 def guest() -> int:
     """Run inside a guest; print what was seen and return 1 if any of it is not what the plan says."""
-    from ts_plugin.leases.ledger import Ledger
+    from ts_plugin.ledger.file import Ledger
     from ts_plugin.machine.cpulist import format_cpulist
 
     problems: list[str] = []

@@ -24,9 +24,9 @@ from ts_plugin.compare.machine import describe
 from ts_plugin.compare.picture import picture
 from ts_plugin.compare.report import machine, notes, table, verdict
 from ts_plugin.compare.ways import BETWEEN, DELAYS, PER_WORKER, Way, configured, contender, plan, workers_of
+from ts_plugin.config.file import Config
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.words import count
-from ts_plugin.operate.config import Config
 from ts_plugin.trial.ab import ab
 from ts_plugin.trial.alone import alone, require_quiet
 from ts_plugin.trial.asked import Model, TrialError, asked_config, asked_models
@@ -265,10 +265,10 @@ class _Run:
         return 2 * contenders * sum(LEAD_IN + BETWEEN + load.seconds for load in loads)
 
     def _complete(self, way: Way, loads: Sequence[Load]) -> bool:
-        one = self._contenders[way]
+        contender = self._contenders[way]
         if self._options.pictures and f"inside {way}" not in self._store:
             return False
-        return all(len(list(rounds_of(self._store, [one], [load.name]))) >= load.repetitions for load in loads)
+        return all(len(list(rounds_of(self._store, [contender], [load.name]))) >= load.repetitions for load in loads)
 
     def _start(self, turns: Turns, way: Way) -> None:
         if not turns.start(self._contenders[way]):

@@ -67,7 +67,7 @@ class Comparison:
                 )
             flat["models"] = tuple(flat["models"])
             flat["loads"] = tuple(map(Load.from_json, flat["loads"]))
-            flat["servers"] = {way: Server(**one) for way, one in flat["servers"].items()}
+            flat["servers"] = {way: Server(**server) for way, server in flat["servers"].items()}
             flat["rounds"] = tuple(map(Round.from_json, flat["rounds"]))
             return Comparison(**flat)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -79,7 +79,8 @@ class Comparison:
 
     def samples(self, way: str, load: str, model: int = 0) -> dict[int, Sample]:
         """Return what was measured, by repetition."""
-        return {one.repetition: one.samples[model] for one in self.rounds if (one.contender, one.load) == (way, load)}
+        turns = (turn for turn in self.rounds if (turn.contender, turn.load) == (way, load))
+        return {turn.repetition: turn.samples[model] for turn in turns}
 
     def spread(self, way: str, load: str, figure: str, model: int = 0) -> Spread | None:
         """Return a figure over the repetitions: "throughput", or "mean", "p50", "p99" in seconds.
@@ -89,7 +90,7 @@ class Comparison:
         found = spread_of(self._values(way, load, figure, model).values())
         if found is None or figure != "p99":
             return found
-        together = [value for one in self.samples(way, load, model).values() for value in one.latencies]
+        together = [value for sample in self.samples(way, load, model).values() for value in sample.latencies]
         return dataclasses.replace(found, median=percentile(together, 99))
 
     def ratio(self, way: str, other: str, load: str, figure: str, model: int = 0) -> Spread | None:
@@ -102,19 +103,19 @@ class Comparison:
         return bool(found) and 2 * sum(found) >= len(found)
 
     def failed(self, way: str, load: str | None = None, model: int = 0) -> int:
-        rounds = (one for one in self.rounds if one.contender == way and load in (None, one.load))
-        return sum(one.samples[model].failed for one in rounds)
+        rounds = (turn for turn in self.rounds if turn.contender == way and load in (None, turn.load))
+        return sum(turn.samples[model].failed for turn in rounds)
 
     def rate(self, load: str, model: int = 0) -> float | None:
         """Return the requests/s that an open loop had; None for a closed one."""
-        return next((one.samples[model].rate for one in self.rounds if one.load == load), None)
+        return next((turn.samples[model].rate for turn in self.rounds if turn.load == load), None)
 
     def measured(self, load: str) -> bool:
-        return any(one.load == load for one in self.rounds)
+        return any(turn.load == load for turn in self.rounds)
 
     @property
     def elsewhere(self) -> Spread | None:
-        return spread_of(one.elsewhere for one in self.rounds)
+        return spread_of(turn.elsewhere for turn in self.rounds)
 
     @property
     def ways(self) -> list[Way]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from ts_plugin.compare import perf
 from ts_plugin.compare.comparison import Comparison
 from ts_plugin.machine import cpu_time, process
-from ts_plugin.operate.svg import text_at
 from ts_plugin.trial.spread import figure
+from ts_plugin.view.svg import text_at
 
 __all__ = ["SECONDS", "drawn", "look", "remote_share"]
 
@@ -82,16 +80,10 @@ def _moves(pids: Sequence[int]) -> int | None:
 
 
 def _pages(pid: int) -> Counter[int]:
-    """Return NUMA node -> KiB; nothing on a kernel without NUMA. Source: man 5 proc, numa_maps."""
+    """Return NUMA node -> KiB; nothing on a kernel without NUMA."""
     found: Counter[int] = Counter()
-    try:
-        text = Path(f"/proc/{pid}/numa_maps").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return found
-    for line in text.splitlines():
-        size = re.search(r"\bkernelpagesize_kB=(\d+)", line)
-        for node, number in re.findall(r"\bN(\d+)=(\d+)", line):
-            found[int(node)] += int(number) * int(size[1] if size else 4)
+    for node, pages, size in process.numa_pages(pid) or ():
+        found[node] += pages * size
     return found
 
 

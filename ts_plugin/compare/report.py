@@ -21,8 +21,8 @@ LOUD = 0.15  # of the CPUs that others used in the loudest round
 
 def verdict(found: Comparison, model: int = 0) -> str:
     """Say in one sentence what ts-cores wins or loses with this model."""
-    own = found.spread(Way.OURS, FULL, "throughput", model)
-    if own is None:
+    ours = found.spread(Way.OURS, FULL, "throughput", model)
+    if ours is None:
         why = found.servers[Way.OURS].error if Way.OURS in found.servers else None
         return f"ts-cores was not measured{f': {why}' if why else ''}."
     parts = []
@@ -30,7 +30,7 @@ def verdict(found: Comparison, model: int = 0) -> str:
     if most is None:
         why = found.servers[Way.DEFAULT].error if Way.DEFAULT in found.servers else None
         parts.append(
-            f"{figure(own.median)} requests/s at full load, TorchServe's default none{f': {why}' if why else ''}"
+            f"{figure(ours.median)} requests/s at full load, TorchServe's default none{f': {why}' if why else ''}"
         )
     else:
         parts.append(f"{most.text()} x the throughput of TorchServe's default at full load")
@@ -42,7 +42,7 @@ def verdict(found: Comparison, model: int = 0) -> str:
         for way in (Way.THREADS, Way.LAUNCHER)
         if (ratio := found.ratio(Way.OURS, way, FULL, "throughput", model)) is not None
     ]
-    if own.number == 1:
+    if ours.number == 1:
         parts += [f"{ratio.text()} x the throughput of {way}" for way, ratio in beside]
         parts.append("measured once, so that the noise is not known")
     else:
@@ -96,7 +96,7 @@ def table(found: Comparison, model: int = 0) -> Table:
 
 def _meant(found: Comparison, load: str, model: int) -> bool:
     """Tell whether the model got requests under this load."""
-    return any(one.samples[model].rate or one.samples[model].throughput for one in found.rounds if one.load == load)
+    return any(turn.samples[model].rate or turn.samples[model].throughput for turn in found.rounds if turn.load == load)
 
 
 def _head(found: Comparison, load: str, model: int) -> str:

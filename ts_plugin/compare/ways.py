@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from ts_plugin.operate.config import Config
+from ts_plugin.config.file import Config
 from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.asked import KEPT
 from ts_plugin.trial.properties import Property
@@ -118,7 +118,7 @@ def plan(seconds: float, contenders: int, workers: Sequence[int], *, request: fl
         return contenders * (essential * pair + shares * rest) * (LEAD_IN + BETWEEN + each)
 
     wanted = [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (3, 3)]
-    repetitions = max((one for one in wanted if takes(*one, least) <= seconds), default=wanted[0])
+    repetitions = max((rounds for rounds in wanted if takes(*rounds, least) <= seconds), default=wanted[0])
     each = least
     if repetitions == wanted[-1]:
         most = max(LONGEST, least)

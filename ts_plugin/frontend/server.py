@@ -10,13 +10,14 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from ts_plugin.leases import registration
-from ts_plugin.leases.ledger import Ledger, LedgerError, Server
+from ts_plugin.ledger import registration
+from ts_plugin.ledger.file import Ledger, LedgerError
+from ts_plugin.ledger.model import Server
 from ts_plugin.lending import words
 from ts_plugin.machine import cpu_time, discovery, process
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
-from ts_plugin.operate.core_map import core_map
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
+from ts_plugin.view.core_map import core_map
 
 __all__ = ["LauncherError", "main", "register", "take_over"]
 
@@ -41,8 +42,8 @@ def main(arguments: list[str]) -> int:
         register(Ledger(), server_pid, text, limit)
         answer = {}
     elif command == "cores" and "--html" in options:
-        from ts_plugin.operate import view
-        from ts_plugin.operate.html import html
+        from ts_plugin.view import view
+        from ts_plugin.view.html import html
 
         sys.stdout.buffer.write(html(view.current_view(server_pid), ticks=cpu_time.ticks()).encode())
         return 0

@@ -67,8 +67,8 @@ class Gains:
         """Return how many of ``threads`` a request may take."""
         if not self.alone:
             return self._own
-        left_alone = [one for one, width in self._widths.items() if one > self._own and now < width.until]
-        return min([threads, *(one - 1 for one in left_alone)])
+        left_alone = [tried for tried, width in self._widths.items() if tried > self._own and now < width.until]
+        return min([threads, *(tried - 1 for tried in left_alone)])
 
     def learn(self, threads: int, seconds: float, now: float) -> None:
         """Take a request into account that computed on ``threads`` threads all the time, or as long as its budget."""
@@ -76,7 +76,7 @@ class Gains:
         width.add(seconds)
         if threads == self._own or not width.mean:
             return
-        narrower = [other.mean for one, other in self._widths.items() if one < threads and other.mean]
+        narrower = [other.mean for tried, other in self._widths.items() if tried < threads and other.mean]
         if width.recent > WORTH * min(narrower):
             width.until, width.pause = now + width.pause, min(2 * width.pause, LONGEST_PAUSE)
             width.recent, width.good = 0.0, 0

@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ts_plugin.leases import masks
-from ts_plugin.leases.ledger import Lease, Ledger
+from ts_plugin.kernel import affinity
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease
 from ts_plugin.lending import library
 from ts_plugin.lending.gains import Gains
 from ts_plugin.lending.words import Status, Words
@@ -100,7 +101,8 @@ class Lender:
         threads = self._worker.begin(most, self._gains.alone)
         self._status = replace(self._status, why=why)
         if (slot := self._worker.forced()) >= 0 and plan.lease.slice.pinned and slot in self._lenders:
-            masks.evict(self._lenders[slot], plan.lease.slice.cpus)
+            borrower = self._lenders[slot]
+            affinity.evict(borrower.pid, plan.lease.slice.cpus, otherwise=borrower.slice.cpus)
         return threads
 
     def end(self, *, request: bool = True) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.ledger.model import Lease, State
 from ts_plugin.lending.words import Seen, Status
 from ts_plugin.machine.process import Identity
 from ts_plugin.machine.words import count
@@ -20,15 +20,15 @@ def computing(seen: Mapping[Identity, Seen] | None, state: State) -> dict[int, i
         return None
     users = {}
     for lease in state.leases:
-        one = seen.get(lease.identity)
-        if lease.slice.pinned and one is not None and one.user is not None:
-            users.update(dict.fromkeys(lease.slice.cpus, one.user.pid))
+        told = seen.get(lease.identity)
+        if lease.slice.pinned and told is not None and told.user is not None:
+            users.update(dict.fromkeys(lease.slice.cpus, told.user.pid))
     return users
 
 
-def computes_on(pid: int | None, own: Slice, users: Mapping[int, int] | None) -> list[int] | None:
+def computes_on(pid: int | None, piece: Slice, users: Mapping[int, int] | None) -> list[int] | None:
     """Return the CPUs that the owner of a slice computes on now; None where that is not known: it does not lend."""
-    if users is None or not own.pinned or not own.reach:
+    if users is None or not piece.pinned or not piece.reach:
         return None
     return sorted(cpu for cpu, user in users.items() if user == pid)
 
@@ -36,8 +36,8 @@ def computes_on(pid: int | None, own: Slice, users: Mapping[int, int] | None) ->
 def status_of(state: State, pid: int | None, seen: Mapping[Identity, Seen] | None) -> Status | None:
     """Return what the worker ``pid`` tells; None where it does not lend, or has not joined those who do."""
     lease = None if pid is None else state.lease_of(pid)
-    one = None if lease is None or not lease.slice.reach else (seen or {}).get(lease.identity)
-    return None if one is None else one.status
+    told = None if lease is None or not lease.slice.reach else (seen or {}).get(lease.identity)
+    return None if told is None else told.status
 
 
 def faster(status: Status) -> float | None:
@@ -48,10 +48,10 @@ def faster(status: Status) -> float | None:
 
 def document(lease: Lease, seen: Mapping[Identity, Seen] | None) -> dict[str, Any] | None:
     """Return what lending has done for one worker as JSON values, times in seconds; None: it has not joined."""
-    one = (seen or {}).get(lease.identity)
-    if one is None or one.status is None:
+    told = (seen or {}).get(lease.identity)
+    if told is None or told.status is None:
         return None
-    status = one.status
+    status = told.status
     return {
         "requests": status.requests,
         "wide_requests": status.wide,

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ts_plugin.leases.directory import StateError, try_lock
-from ts_plugin.leases.ledger import Ledger
+from ts_plugin.ledger.directory import StateError, try_lock
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine.process import Identity
 
 __all__ = ["SIZE", "SLOTS", "Seen", "Status", "Words", "look"]

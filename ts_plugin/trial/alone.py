@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from ts_plugin.machine import cpu_time
+from ts_plugin.machine.process import environment
 from ts_plugin.trial.asked import TrialError
 from ts_plugin.trial.store import cache_directory
 
@@ -42,13 +43,10 @@ def alone(command: str) -> Iterator[Path]:
             raise TrialError(
                 f"another `ts-cores tune` or `compare` measures here ({lock.name}); wait for its end"
             ) from None
-        mark = f"{MARK}={cache}".encode()
-        left = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
-                    process.kill()
-                    left.append(process)
+        left = [found for found in psutil.process_iter() if environment(found.pid).get(MARK) == str(cache)]
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(left, timeout=10)
         mask, marked = os.sched_getaffinity(0), os.environ.get(MARK)
         os.environ[MARK] = str(cache)
@@ -96,7 +94,7 @@ def require_quiet(cpus: Collection[int], *, anyway: bool) -> float:
     if used <= QUIET * len(cpus) or anyway:
         return used
     grown = [((_spent(process) or spent) - spent, process) for process, spent in watched]
-    most = sorted((one for one in grown if one[0] > 0.05 * seconds), key=lambda one: -one[0])[:3]
+    most = sorted((item for item in grown if item[0] > 0.05 * seconds), key=lambda item: -item[0])[:3]
     names = ", ".join(f"{_name(process)} (pid {process.pid}): {spent / seconds:.1f}" for spent, process in most)
     raise TrialError(
         f"the machine is busy: others use {used:.1f} of the {len(cpus)} CPUs that would be measured on"

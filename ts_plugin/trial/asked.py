@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ts_plugin.operate.config import Config, read_config
+from ts_plugin.config.file import Config, read_config
 from ts_plugin.trial.archive import Archive, ArchiveError, read_archive
 from ts_plugin.trial.load import CONTENT_TYPE, Body
 
@@ -89,7 +89,7 @@ def assigned(option: str, values: Sequence[str] | None, names: Sequence[str]) ->
         elif equals and len(names) > 1:
             raise TrialError(f"{option} {text}: no archive is called {name}; there are: {', '.join(names)}")
         else:
-            found |= dict.fromkeys((one for one in names if one not in found), text)
+            found |= dict.fromkeys((name for name in names if name not in found), text)
     return found
 
 

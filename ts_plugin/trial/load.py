@@ -45,7 +45,7 @@ class Body:
 
 def in_threads(*work: Callable[[], None]) -> None:
     """Do all of ``work`` at once, and return when it is done."""
-    threads = [threading.Thread(target=one, daemon=True) for one in work]
+    threads = [threading.Thread(target=task, daemon=True) for task in work]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ts_plugin.leases.ledger import Ledger
-from ts_plugin.leases.unbound import unbound_workers
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.unbound import unbound_workers
 from ts_plugin.machine import discovery
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology

@@ -18,6 +18,7 @@ from typing import Self
 
 import psutil
 
+from ts_plugin.machine.process import environment
 from ts_plugin.trial.client import Client, RequestError, TorchServeError, model_path
 from ts_plugin.trial.properties import LOOPBACK, PORTS, Property, free_ports, read_properties, write_properties
 
@@ -343,13 +344,8 @@ class TorchServe(Client):
 
     def _marked(self) -> list[psutil.Process]:
         """Return every process of this user with our directory in its environment, also one whose parent has ended."""
-        mark = f"LOG_LOCATION={self.log_directory}".encode()
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError):
-                if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
-                    found.append(process)
-        return found
+        mark = str(self.log_directory)
+        return [found for found in psutil.process_iter() if environment(found.pid).get("LOG_LOCATION") == mark]
 
     @property
     def console(self) -> Path:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from ts_plugin.operate.config import built_plugin
+from ts_plugin.config.file import built_plugin
 from ts_plugin.trial.alone import others_seconds
 from ts_plugin.trial.archive import copy_with
 from ts_plugin.trial.asked import Model
@@ -137,7 +137,7 @@ class Round:
 
     @staticmethod
     def from_json(flat: Mapping[str, Any]) -> Round:
-        samples = tuple(Sample(**one | {"latencies": tuple(one["latencies"])}) for one in flat["samples"])
+        samples = tuple(Sample(**sample | {"latencies": tuple(sample["latencies"])}) for sample in flat["samples"])
         return Round(flat["contender"], flat["load"], flat["repetition"], samples, flat["elsewhere"])
 
 
@@ -171,9 +171,9 @@ def packed(items: Iterable[T], size: Callable[[T], int], room: int) -> list[list
 
 def rounds_of(store: Store, contenders: Iterable[Contender], loads: Iterable[str]) -> Iterator[Round]:
     """Yield everything that was measured."""
-    for one in contenders:
+    for contender in contenders:
         for load in loads:
-            yield from map(Round.from_json, store.rounds(f"{load} {one.key}"))
+            yield from map(Round.from_json, store.rounds(f"{load} {contender.key}"))
 
 
 class Turns:
@@ -209,7 +209,7 @@ class Turns:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def start(self, one: Contender) -> bool:
+    def start(self, contender: Contender) -> bool:
         """Start a server, check what is bound, and let every worker see requests; return whether it stands.
 
         Its archives are called as their models are.
@@ -219,28 +219,28 @@ class Turns:
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ts-cores-")))
                 archives = [directory / f"{model.archive.model}.mar" for model in self._models]
                 for at, (model, path) in enumerate(zip(self._models, archives, strict=True)):
-                    if one.settings is None:
+                    if contender.settings is None:
                         path.symlink_to(model.archive.path.resolve())
                     else:
-                        copy_with(model.archive, path, one.settings[at])
+                        copy_with(model.archive, path, contender.settings[at])
                 server = stack.enter_context(
                     TorchServe(
                         *archives,
                         workers=None,
-                        properties=dict(one.properties),
-                        environment=dict(one.environment),
+                        properties=dict(contender.properties),
+                        environment=dict(contender.environment),
                         timeout=self._timeout,
                     )
                 )
-                if one.must_bind:
+                if contender.must_bind:
                     _require_bound(server, self._cpus)
                 self._warm_up(server)
             except TorchServeError as error:
-                self.trouble[one.title] = str(error).partition("\n")[0]
-                self._note(f"{one.title}: {self.trouble[one.title]}")
+                self.trouble[contender.title] = str(error).partition("\n")[0]
+                self._note(f"{contender.title}: {self.trouble[contender.title]}")
                 return False
             self._stack.push(stack.pop_all())
-            self.servers[one.title] = server
+            self.servers[contender.title] = server
             return True
 
     def _warm_up(self, server: TorchServe) -> None:
@@ -256,38 +256,38 @@ class Turns:
 
         What the store has is not measured again. The first ``essential`` loads are measured at least once.
         """
-        standing = [one for one in contenders if one.title in self.servers]
+        standing = [contender for contender in contenders if contender.title in self.servers]
         todo = [
-            (turn, load, one)
+            (turn, load, contender)
             for turn in range(max(load.repetitions for load in loads))
             for load in loads
-            for one in standing[:: -1 if turn % 2 else 1]
+            for contender in standing[:: -1 if turn % 2 else 1]
             if turn < load.repetitions
         ]
         wanted = {load.name for load in loads[:essential]}
-        for at, (turn, load, one) in enumerate(todo):
+        for at, (turn, load, contender) in enumerate(todo):
             now = time.monotonic()
             if now + (LEAD_IN + load.seconds) / 2 > deadline and (turn or load.name not in wanted):
                 continue
             rest = sum(LEAD_IN + load.seconds for _, load, _ in todo[at:])
             first = sum(LEAD_IN + load.seconds for turn, load, _ in todo[at:] if not turn and load.name in wanted)
-            self._turn(one, load, turn, min(rest, max(deadline - now, first)))
+            self._turn(contender, load, turn, min(rest, max(deadline - now, first)))
 
     def capacity(self) -> list[float] | None:
         """Return the requests/s of each model that shares are of: what the first contender answers at full load."""
         found: list[float] | None = self._store.get("capacity")
         return found
 
-    def full_load(self, one: Contender, seconds: float) -> None:
+    def full_load(self, contender: Contender, seconds: float) -> None:
         """Keep a server busy for so long, and count nothing."""
-        self._full_load(self.servers[one.title], seconds)
+        self._full_load(self.servers[contender.title], seconds)
 
     def _full_load(self, server: TorchServe, seconds: float) -> None:
         works = zip(self._models, self._clients, strict=True)
         self._at_once(server, [partial(_turns, model.body, each, seconds) for model, each in works])
 
-    def _turn(self, one: Contender, load: Load, turn: int, left: float) -> None:
-        key = f"{load.name} {one.key}"
+    def _turn(self, contender: Contender, load: Load, turn: int, left: float) -> None:
+        key = f"{load.name} {contender.key}"
         if len(self._store.rounds(key)) > turn:
             return
         rates: list[float] | None = None
@@ -298,21 +298,21 @@ class Turns:
             rates = [load.share * most for most in capacity]
             rates = [given or rate for given, rate in zip(load.rates, rates, strict=True)] if load.rates else rates
         told = load.name if rates is None else f"{' and '.join(f'{rate:.3g}' for rate in rates)} requests/s"
-        self._tell(f"{one.title}: {told}", left)
+        self._tell(f"{contender.title}: {told}", left)
         before, began = others_seconds(self._cpus), time.monotonic()
-        if rates and self._hopeless(one, rates):
+        if rates and self._hopeless(contender, rates):
             samples = [Sample(rate, 0.0, (), 0, True) for rate in rates]
         else:
-            samples = self._measured(self.servers[one.title], load, rates, turn)
+            samples = self._measured(self.servers[contender.title], load, rates, turn)
         elsewhere = max(others_seconds(self._cpus) - before, 0.0) / max(time.monotonic() - began, 0.1)
         if load.name == FULL and self.capacity() is None and all(sample.throughput for sample in samples):
             self._store.set("capacity", [sample.throughput for sample in samples])
-        self._store.add(key, asdict(Round(one.title, load.name, turn, tuple(samples), round(elsewhere, 2))))
+        self._store.add(key, asdict(Round(contender.title, load.name, turn, tuple(samples), round(elsewhere, 2))))
 
-    def _hopeless(self, one: Contender, rates: Sequence[float]) -> bool:
+    def _hopeless(self, contender: Contender, rates: Sequence[float]) -> bool:
         """Tell whether a rate that is no higher was far too much already: a queue takes long to drain."""
         for name in self._store.names():
-            if not name.endswith(one.key):
+            if not name.endswith(contender.key):
                 continue
             for each in map(Round.from_json, self._store.rounds(name)):
                 for sample, rate in zip(each.samples, rates, strict=True):
@@ -350,13 +350,13 @@ class Turns:
         found: dict[int, T] = {}
         trouble: list[LoadError] = []
 
-        def one(at: int) -> None:
+        def work(at: int) -> None:
             try:
                 found[at] = works[at](server.prediction_url(self._models[at].archive.model))
             except LoadError as error:
                 trouble.append(error)
 
-        in_threads(*(partial(one, at) for at in range(len(works))))
+        in_threads(*(partial(work, at) for at in range(len(works))))
         if trouble:
             raise trouble[0]
         return [found[at] for at in range(len(works))]

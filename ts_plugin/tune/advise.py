@@ -15,9 +15,8 @@ from ts_plugin.trial.load import Body
 from ts_plugin.trial.room import Room
 from ts_plugin.trial.store import Store
 from ts_plugin.trial.turns import Tell
-from ts_plugin.tune.answer import Advice
 from ts_plugin.tune.measure import allocator, bare, unpacked
-from ts_plugin.tune.profile import Choice
+from ts_plugin.tune.values import Advice, Choice
 
 __all__ = ["advise", "gain"]
 

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from ts_plugin.trial.asked import Model, TrialError, asked_models, assigned
-from ts_plugin.tune.profile import Target
+from ts_plugin.tune.values import Target
 
 __all__ = ["Wanted", "wanted_models"]
 

@@ -6,7 +6,7 @@ the batches up to the largest measured. With w workers, batches of b and S secon
 - Throughput at full load is w b / S.
 - The 99th percentile at a rate is the sum of three things, and so rather high than low. The first request of a batch
   waits for the others: TorchServe's frontend waits until the batch is full or maxBatchDelay is over. The batch waits
-  for a worker (`planning.queueing.waits`, whose customers are batches). It is computed, as one of the larger ones.
+  for a worker (``_wait``, the queue M/G/n of batches). It is computed, as one of the larger ones.
   Batches grow under load until the queue does not: the mean batch counts with which the sum is least.
 
 S is measured at few points. Between them it is linear in 1 / threads (a part that cores divide and one that they do
@@ -22,15 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
-from ts_plugin.planning.queueing import waits
-from ts_plugin.tune.profile import LOAD, Cell, Choice, Profile, Target
+from ts_plugin.tune.values import LOAD, Cell, Choice, Profile, Target
 
-__all__ = ["choose", "met", "partition", "share"]
+__all__ = ["choose", "share"]
 
 TIE = 0.02  # differences up to this part are none
 NORMAL_99 = 2.33  # standard deviations above the mean, of one in a hundred
+SATURATED = 0.97  # utilisation from which a queue counts as endless
 DIVISIONS = 4000  # of the cores among models that are compared at most
 
 
@@ -44,11 +43,6 @@ def choose(profile: Profile, target: Target) -> list[Choice]:
     return _rank(list(_choices(profile, target, profile.cores)), target)
 
 
-def met(choice: Choice, target: Target) -> bool:
-    """Tell whether the rate is served at a load of 0.7 at most, and the 99th percentile holds at the rate."""
-    return target.met(choice.throughput, choice.p99)
-
-
 def share(profiles: Sequence[Profile], targets: Sequence[Target]) -> list[list[Choice]]:
     """Return divisions of the cores among models, one choice each, best first.
 
@@ -59,29 +53,29 @@ def share(profiles: Sequence[Profile], targets: Sequence[Target]) -> list[list[C
     Raises:
         ValueError: fewer cores than models.
     """
-    cores, free = min(one.cores for one in profiles), min(one.free_memory for one in profiles)
+    cores, free = min(profile.cores for profile in profiles), min(profile.free_memory for profile in profiles)
     if cores < len(profiles):
         raise ValueError(f"{len(profiles)} models share {cores} cores and each needs one; tune fewer models at once")
-    spare = max(0, free - sum(one.first_memory for one in profiles))
+    spare = max(0, free - sum(profile.first_memory for profile in profiles))
     best: list[dict[int, Choice]] = [{} for _ in profiles]
     at_best = []
     for profile, target in zip(profiles, targets, strict=True):
         at_best.append(target.p99 or choose(profile, target)[0].p99)
 
-    def part(model: int, own: int) -> Choice:
-        if own not in best[model]:
-            one = replace(
+    def part(model: int, given: int) -> Choice:
+        if given not in best[model]:
+            part_of = replace(
                 profiles[model],
-                cores=own,
-                node_cores=min(own, profiles[model].node_cores),
-                free_memory=profiles[model].first_memory + spare * own // cores,
+                cores=given,
+                node_cores=min(given, profiles[model].node_cores),
+                free_memory=profiles[model].first_memory + spare * given // cores,
             )
-            best[model][own] = _rank(list(_choices(one, targets[model], cores)), targets[model])[0]
-        return best[model][own]
+            best[model][given] = _rank(list(_choices(part_of, targets[model], cores)), targets[model])[0]
+        return best[model][given]
 
     def cost(division: Sequence[Choice]) -> tuple[int, int, float, float]:
         pairs = list(zip(division, targets, strict=True))
-        missed = sum(not met(choice, target) for choice, target in pairs)
+        missed = sum(not target.met(choice.throughput, choice.p99) for choice, target in pairs)
         load = max(choice.rate / choice.throughput for choice in division)
         p99 = sum(choice.p99 / least for choice, least in zip(division, at_best, strict=True))
         return missed, round(load / TIE), p99, -sum(math.log(choice.throughput) for choice in division)
@@ -90,66 +84,9 @@ def share(profiles: Sequence[Profile], targets: Sequence[Target]) -> list[list[C
     while math.comb(cores // step - 1, len(profiles) - 1) > DIVISIONS:
         step += 1
     divisions = [
-        [part(model, own) for model, own in enumerate(shares)] for shares in _shares(cores, len(profiles), step)
+        [part(model, given) for model, given in enumerate(shares)] for shares in _shares(cores, len(profiles), step)
     ]
     return sorted(divisions, key=cost)
-
-
-def partition(profile: Profile, batch: int) -> list[tuple[int, int, int]]:
-    """Return (instances, threads, batch of each) that together compute ``batch`` requests at once in the least time.
-
-    Instances may differ from each other. Their times are those with as many at once as there are.
-    Source: Packrat (Bhardwaj and others, ICML 2025), which solves it as a two-dimensional knapsack of threads and
-        requests. Here: for each number of instances, the least time within which the cores can do it.
-    """
-    curves, least = _Curves(profile), math.inf
-    result: list[tuple[int, int]] = []
-    for instances in range(1, min(profile.fits, profile.cores, batch) + 1):
-        spare = profile.cores - instances
-        times = {}
-        for threads in range(1, min(profile.node_cores, spare + 1) + 1):
-            row = [curves.seconds(threads, size, instances) for size in range(1, batch - instances + 2)]
-            times[threads] = list(accumulate(row, max))  # noise aside, more requests never take less time
-        limits = sorted({time for row in times.values() for time in row if time < least})
-        low, high = 0, len(limits)
-        while low < high:
-            middle = (low + high) // 2
-            found = _pack(times, instances, spare, limits[middle])
-            if sum(size for _, size in found) >= batch:
-                high, least, result = middle, limits[middle], _trim(found, times, batch)
-            else:
-                low = middle + 1
-    return [(result.count(one), *one) for one in sorted(set(result), reverse=True)]
-
-
-def _pack(times: dict[int, list[float]], instances: int, spare: int, limit: float) -> list[tuple[int, int]]:
-    """Return (threads, batch) of ``instances`` that compute the most requests within ``limit`` seconds.
-
-    Each has one thread, and ``spare`` more are divided among them. ``times`` are by threads and batch - 1.
-    """
-    most = {threads: sum(time <= limit for time in row) for threads, row in times.items()}
-    best: list[tuple[int, tuple[int, ...]]] = [(0, ())] * (spare + 1)  # requests and threads, by spare threads
-    for _ in range(instances):
-        best = [
-            max(
-                (best[room - threads + 1][0] + size, (*best[room - threads + 1][1], threads))
-                for threads, size in most.items()
-                if threads <= room + 1
-            )
-            for room in range(spare + 1)
-        ]
-    return [(threads, most[threads]) for threads in best[spare][1]]
-
-
-def _trim(found: list[tuple[int, int]], times: dict[int, list[float]], batch: int) -> list[tuple[int, int]]:
-    """Return ``found`` with requests taken from whoever needs longest until ``batch`` are left."""
-    found = [one for one in found if one[1]]
-    for _ in range(sum(size for _, size in found) - batch):
-        slowest = max(range(len(found)), key=lambda at: times[found[at][0]][found[at][1] - 1])
-        threads, size = found.pop(slowest)
-        if size > 1:
-            found.append((threads, size - 1))
-    return found
 
 
 def _choices(profile: Profile, target: Target, busy: int) -> Iterator[Choice]:
@@ -182,20 +119,49 @@ def _p99(workers: int, rate: float, times: dict[int, float], variation: float, d
     for mean in (formed, *(size for size in times if size > formed)):
         big = min(largest, mean + NORMAL_99 * math.sqrt(mean - 1))
         gather = max(forming, (mean - 1) / rate)
-        _, _, wait = waits(rate / mean, _line(points, mean), variation + 1 / mean - 1, workers, math.inf)
+        wait = _wait(rate / mean, _line(points, mean), variation + 1 / mean - 1, workers)
         least = min(least, gather + wait + _line(points, big) * (1 + NORMAL_99 * math.sqrt(variation)))
     return least
 
 
+def _wait(rate: float, seconds: float, variation: float, servers: int) -> float:
+    """Return how long one customer in a hundred waits for a server in the queue M/G/n, in seconds.
+
+    ``variation`` is the squared coefficient of variation of the service time, whose mean is ``seconds``.
+    Source: Sakasegawa (1977), "An approximation formula Lq = a rho^b / (1 - rho)".
+    """
+    used = rate * seconds / servers
+    if used >= SATURATED:
+        return math.inf
+    late: float = used ** (math.sqrt(2 * (servers + 1)) - 1)  # the part of the customers that wait at all
+    return _tail(used, variation) * seconds / servers * math.log(100 * late) if late > 0.01 else 0.0
+
+
+def _tail(used: float, variation: float) -> float:
+    """Return after how long a wait is e times as rare, in service times per server.
+
+    Exact for M/M/n (variation 1): 1 / (1 - used), and for M/D/n (0): 1 / x with exp(x) = 1 + x / used. Between them it
+    is interpolated.
+    Source: the root of Lundberg's equation, Asmussen (2003), "Applied Probability and Queues", XIII.5.
+    """
+    root = -2 * math.log(used)  # never less than the root, from where Newton's steps do not overshoot
+    for _ in range(4):
+        power = math.exp(root)
+        root -= (power - 1 - root / used) / (power - 1 / used)
+    part = min(1.0, variation)
+    return (1 - part) / root + part / (1 - used)
+
+
 def _rank(choices: list[Choice], target: Target) -> list[Choice]:
-    held = [one for one in choices if met(one, target)]
-    near = [one for one in choices if target.serves(one.throughput) and not met(one, target)]
-    rest = [one for one in choices if not target.serves(one.throughput)]
+    held = [choice for choice in choices if target.met(choice.throughput, choice.p99)]
+    served = [choice for choice in choices if target.serves(choice.throughput)]
+    near = [choice for choice in served if not target.met(choice.throughput, choice.p99)]
+    rest = [choice for choice in choices if not target.serves(choice.throughput)]
     if target.p99 is None and target.rate is not None:
-        held = _sorted(held, lambda one: one.p99)
+        held = _sorted(held, lambda choice: choice.p99)
     else:
-        held = _sorted(held, lambda one: 1 / one.throughput)
-    return held + _sorted(near, lambda one: one.p99) + _sorted(rest, lambda one: 1 / one.throughput)
+        held = _sorted(held, lambda choice: 1 / choice.throughput)
+    return held + _sorted(near, lambda choice: choice.p99) + _sorted(rest, lambda choice: 1 / choice.throughput)
 
 
 def _sorted(choices: list[Choice], cost: Callable[[Choice], float]) -> list[Choice]:
@@ -204,8 +170,8 @@ def _sorted(choices: list[Choice], cost: Callable[[Choice], float]) -> list[Choi
     left = sorted(choices, key=cost)
     while left:
         limit = cost(left[0]) * (1 + TIE)
-        ties = [one for one in left if cost(one) <= limit]
-        result += sorted(ties, key=lambda one: (one.batch, one.workers, -one.threads, cost(one)))
+        ties = [choice for choice in left if cost(choice) <= limit]
+        result += sorted(ties, key=lambda choice: (choice.batch, choice.workers, -choice.threads, cost(choice)))
         left = left[len(ties) :]
     return result
 
@@ -226,7 +192,7 @@ class _Curves:
     def __init__(self, profile: Profile) -> None:
         self._cells: dict[tuple[int, int], list[Cell]] = {}
         self._points: dict[tuple[int, int], list[tuple[float, float]]] = {}  # cores that others keep busy, seconds
-        for cell in sorted(profile.cells, key=lambda one: (one.threads, one.batch, one.instances)):
+        for cell in sorted(profile.cells, key=lambda cell: (cell.threads, cell.batch, cell.instances)):
             if profile.batches or cell.batch == 1:
                 key = cell.threads, cell.batch
                 self._cells.setdefault(key, []).append(cell)
@@ -246,18 +212,18 @@ class _Curves:
 
     def variation(self, threads: int, instances: int) -> float:
         """Return the squared coefficient of variation that was measured nearest to this, with the smallest batch."""
-        nearest = min(self._cells, key=lambda one: (abs(one[0] - threads), one[1]))
-        return min(self._cells[nearest], key=lambda one: abs(one.instances - instances)).variation
+        nearest = min(self._cells, key=lambda key: (abs(key[0] - threads), key[1]))
+        return min(self._cells[nearest], key=lambda cell: abs(cell.instances - instances)).variation
 
     def _among(self, threads: int, batch: int, others: float) -> float:
         """Return seconds while others keep so many cores busy. If fewer were, the nearest cells tell how that slows."""
         points = self._points[threads, batch]
         here, seconds = points[-1]
-        fuller = [(key, one) for key, one in self._points.items() if one[-1][0] > here]
+        fuller = [(key, item) for key, item in self._points.items() if item[-1][0] > here]
         if others <= here or not fuller:
             return _line(points, others)
         _, like = min(
-            fuller, key=lambda one: (one[1][-1][0] < others, abs(one[0][0] - threads), abs(one[0][1] - batch))
+            fuller, key=lambda item: (item[1][-1][0] < others, abs(item[0][0] - threads), abs(item[0][1] - batch))
         )
         return seconds * _line(like, others) / _line(like, here)
 

@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from ts_plugin.config.file import Config, read_config
 from ts_plugin.machine.words import count
-from ts_plugin.operate.config import Config, read_config
-from ts_plugin.operate.terminal import tell
 from ts_plugin.trial.alone import alone
 from ts_plugin.trial.archive import copy_with
 from ts_plugin.trial.asked import KEPT, TrialError, asked_config
@@ -24,14 +23,14 @@ from ts_plugin.trial.store import Store, key, where
 from ts_plugin.trial.torchserve import TorchServeError
 from ts_plugin.trial.turns import CPUS_ONLY, FRONTEND, STOCK, Contender, ours
 from ts_plugin.tune.advise import advise
-from ts_plugin.tune.answer import DEFAULT, NOW, Answer
 from ts_plugin.tune.asked import Wanted, wanted_models
 from ts_plugin.tune.choose import choose, share
 from ts_plugin.tune.confirm import Candidate, Served, confirm, pick
 from ts_plugin.tune.measure import measure
-from ts_plugin.tune.profile import Choice, Profile
 from ts_plugin.tune.report import advice, picture, sentence, table, to_json
 from ts_plugin.tune.settings import BEFORE, Lines, archive_settings, lines, write
+from ts_plugin.tune.values import DEFAULT, NOW, Choice, Profile, Result
+from ts_plugin.view.terminal import tell
 
 __all__ = ["candidates", "report", "shortlist", "tune"]
 
@@ -70,7 +69,7 @@ def _tuned(
     stores: Sequence[Store],
     options: argparse.Namespace,
     show: Show,
-) -> list[Answer]:
+) -> list[Result]:
     profiles = []
     *stores, of_servers = stores
     for model, store in zip(models, stores, strict=True):
@@ -143,10 +142,10 @@ def shortlist(ranked: Sequence[Sequence[Choice]]) -> list[tuple[Choice, ...]]:
 
     first = ranked[0]
     found = [tuple(first)]
-    same = (one for one in ranked[1:] if division(one) == division(first))
-    other = (one for one in ranked[1:] if division(one) != division(first))
+    same = (choices for choices in ranked[1:] if division(choices) == division(first))
+    other = (choices for choices in ranked[1:] if division(choices) != division(first))
     following = (next(rest, None) for rest in (same, other))
-    return found + [tuple(one) for one in following if one is not None]
+    return found + [tuple(choices) for choices in following if choices is not None]
 
 
 def candidates(
@@ -159,11 +158,11 @@ def candidates(
 
     found = [
         Candidate(
-            Contender("; ".join(map(str, one)), ours(), tuple(map(archive_settings, one)), must_bind=True),
-            one,
-            FRONTEND + sum(choice.memory for choice in one),
+            Contender("; ".join(map(str, choices)), ours(), tuple(map(archive_settings, choices)), must_bind=True),
+            choices,
+            FRONTEND + sum(choice.memory for choice in choices),
         )
-        for one in chosen
+        for choices in chosen
     ]
     workers = len(room.cpus)
     found.append(Candidate(Contender(DEFAULT, CPUS_ONLY, environment=STOCK), None, memory(workers)))
@@ -201,22 +200,22 @@ def _say_memory(profile: Profile, room: Room, show: Show) -> None:
 
 def _answer(
     model: Wanted, profile: Profile, choices: Sequence[Choice], found: Sequence[Served], best: Served, at: int
-) -> Answer:
+) -> Result:
     chosen = best.rows[at]
     if chosen.choice is None:
         raise TypeError(f"{best}: no choice")
-    return Answer(
+    return Result(
         name=model.archive.model,
         version=model.archive.version,
         profile=profile,
         target=model.target,
         choices=tuple(choices),
         choice=chosen.choice,
-        confirmed=tuple(one.rows[at] for one in found),
+        confirmed=tuple(served.rows[at] for served in found),
     )
 
 
-def report(models: Sequence[Wanted], answers: Sequence[Answer], options: argparse.Namespace) -> int:
+def report(models: Sequence[Wanted], answers: Sequence[Result], options: argparse.Namespace) -> int:
     present: Mapping[str, str] = {}
     if options.write and options.write.exists():
         present = read_config(options.write, {}).properties
@@ -254,12 +253,12 @@ def report(models: Sequence[Wanted], answers: Sequence[Answer], options: argpars
     return int(not met)
 
 
-def _keep(answer: Answer) -> list[str]:
+def _keep(answer: Result) -> list[str]:
     row = answer.better
     return [] if row is None else [f"But {row.name} is better still, as measured: keep it."]
 
 
-def _write(models: Sequence[Wanted], answers: Sequence[Answer], target: Path, wanted: Lines, say: TextIO) -> None:
+def _write(models: Sequence[Wanted], answers: Sequence[Result], target: Path, wanted: Lines, say: TextIO) -> None:
     """Write config.properties, and the settings of archives that have their own or need their own cores."""
     try:
         kept = write(target, wanted)
@@ -276,7 +275,7 @@ def _write(models: Sequence[Wanted], answers: Sequence[Answer], target: Path, wa
         raise TrialError(str(error)) from error
 
 
-def _with_profile(answer: Answer) -> dict[str, Any]:
+def _with_profile(answer: Result) -> dict[str, Any]:
     """Return the settings of an archive, with what a request takes by cores: for workers that lend cores."""
     chosen = archive_settings(answer.choice)
     cells = answer.profile.cells

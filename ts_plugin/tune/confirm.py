@@ -15,9 +15,8 @@ from ts_plugin.trial.load import percentile
 from ts_plugin.trial.store import Store
 from ts_plugin.trial.torchserve import TorchServeError
 from ts_plugin.trial.turns import FULL, Contender, Load, Round, Tell, Turns, packed, rounds_of
-from ts_plugin.tune.answer import Confirmed
 from ts_plugin.tune.asked import Wanted
-from ts_plugin.tune.profile import LOAD, Choice, Target
+from ts_plugin.tune.values import LOAD, Choice, Confirmed, Target
 
 __all__ = ["Candidate", "Served", "confirm", "pick"]
 
@@ -76,14 +75,16 @@ def confirm(
         Load(FULL, _seconds(candidates), ROUNDS, clients=clients),
         Load(f"open loop, {rates}", OPEN, ROUNDS, share=LOAD, rates=rates),
     )
-    for one in candidates:
-        if one.memory > memory:
-            note(f"{one.title}: not measured, it needs {one.memory >> 20} MiB and {memory >> 20} may be used")
-    groups = packed((one for one in candidates if one.memory <= memory), lambda one: one.memory, memory)
+    for candidate in candidates:
+        if candidate.memory > memory:
+            needs = candidate.memory >> 20
+            note(f"{candidate.title}: not measured, it needs {needs} MiB and {memory >> 20} may be used")
+    fitting = (candidate for candidate in candidates if candidate.memory <= memory)
+    groups = packed(fitting, lambda candidate: candidate.memory, memory)
     trouble: dict[str, str] = {}
     for number, group in enumerate(groups):
         deadline = time.monotonic() + (end - time.monotonic()) / (len(groups) - number)
-        contenders = [one.contender for one in group]
+        contenders = [candidate.contender for candidate in group]
         with Turns(models, store=store, clients=clients, cpus=cpus, tell=tell, note=note) as turns:
             for at, contender in enumerate(contenders):
                 if any(len(list(rounds_of(store, [contender], [load.name]))) < ROUNDS for load in loads):
@@ -92,11 +93,11 @@ def confirm(
             turns.measure(contenders, loads, deadline=deadline, essential=len(loads))
             trouble |= turns.trouble
     found = []
-    for one in candidates:
-        full, users = (list(rounds_of(store, [one.contender], [load.name])) for load in loads)
+    for candidate in candidates:
+        full, users = (list(rounds_of(store, [candidate.contender], [load.name])) for load in loads)
         if full and users:
-            found.append(Served(one, tuple(_row(one, full, users, at) for at in range(len(models)))))
-    if not any(one.candidate.choices for one in found):
+            found.append(Served(candidate, tuple(_row(candidate, full, users, at) for at in range(len(models)))))
+    if not any(served.candidate.choices for served in found):
         raise TorchServeError("; ".join(map(": ".join, trouble.items())) or "no server could be measured")
     return found
 
@@ -108,17 +109,17 @@ def pick(found: Sequence[Served], targets: Sequence[Target]) -> int:
     differ by less than 2 % are the same. If none is within, the nearest: by the 99th percentile, or the rate served.
     """
     best, best_key = -1, (False, 0.0)
-    for place, one in enumerate(found):
-        if one.candidate.choices is None:
+    for place, served in enumerate(found):
+        if served.candidate.choices is None:
             continue
-        nearness = min(_nearness(target, row) for target, row in zip(targets, one.rows, strict=True))
+        nearness = min(_nearness(target, row) for target, row in zip(targets, served.rows, strict=True))
         inside = nearness >= 1
         if not inside:
             value = nearness
         elif all(target.rate is not None for target in targets):
             value = 1.0
         else:
-            value = math.prod(row.throughput for row in one.rows)
+            value = math.prod(row.throughput for row in served.rows)
         if best < 0 or inside > best_key[0] or (inside == best_key[0] and value > best_key[1] * (1 + SAME)):
             best, best_key = place, (inside, value)
     return best
@@ -137,27 +138,25 @@ def _nearness(target: Target, row: Confirmed) -> float:
 def _clients(models: Sequence[Wanted], candidates: Sequence[Candidate]) -> tuple[int, ...]:
     """Return the clients of each model under full load: twice what any choice can have in its workers."""
     most = [4] * len(models)
-    for one in candidates:
-        for at, choice in enumerate(one.choices or ()):
+    for candidate in candidates:
+        for at, choice in enumerate(candidate.choices or ()):
             most[at] = max(most[at], 2 * choice.workers * choice.batch)
     return tuple(min(clients, max(MOST_CLIENTS // len(models), 4)) for clients in most)
 
 
 def _seconds(candidates: Sequence[Candidate]) -> float:
     """Return the seconds of full load that count: several batches of every choice."""
-    slowest = max(
-        (choice.workers * choice.batch / choice.throughput for one in candidates for choice in one.choices or ()),
-        default=0.0,
-    )
+    choices = (choice for candidate in candidates for choice in candidate.choices or ())
+    slowest = max((choice.workers * choice.batch / choice.throughput for choice in choices), default=0.0)
     return max(SECONDS, 5 * slowest)
 
 
-def _row(one: Candidate, full: Sequence[Round], users: Sequence[Round], at: int) -> Confirmed:
+def _row(candidate: Candidate, full: Sequence[Round], users: Sequence[Round], at: int) -> Confirmed:
     throughputs = [each.samples[at].throughput for each in full]
     latencies = [value for each in users for value in each.samples[at].latencies] or [math.inf]
     return Confirmed(
-        name=str(one.choices[at]) if one.choices else one.title,
-        choice=one.choices[at] if one.choices else None,
+        name=str(candidate.choices[at]) if candidate.choices else candidate.title,
+        choice=candidate.choices[at] if candidate.choices else None,
         throughput=statistics.median(throughputs),
         spread=(max(throughputs) - min(throughputs)) / 2,
         p50=percentile(latencies, 50),

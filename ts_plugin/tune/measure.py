@@ -18,9 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ts_plugin.leases.environment import prepare_environment
 from ts_plugin.machine import discovery, process
-from ts_plugin.planning.planner import Slice
+from ts_plugin.machine.words import count
 from ts_plugin.planning.policy import Policy
 from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.bare import Bare, BareError, Binding
@@ -28,7 +27,8 @@ from ts_plugin.trial.load import Body
 from ts_plugin.trial.room import Room, RoomError
 from ts_plugin.trial.store import Store
 from ts_plugin.trial.turns import FRONTEND, USABLE_MEMORY, Tell, packed
-from ts_plugin.tune.profile import Cell, Profile, fitting
+from ts_plugin.tune.values import Cell, Profile, fitting
+from ts_plugin.worker.environment import preload, prepare_environment
 
 __all__ = [
     "allocator",
@@ -62,7 +62,7 @@ def thread_counts(node_cores: int) -> list[int]:
 
 def together(sets: Sequence[tuple[int, int]], fit: int) -> list[list[tuple[int, int]]]:
     """Return groups of (threads, instances) that run at once, as large as ``fit`` processes allow; none has more."""
-    return packed([(threads, min(instances, fit)) for threads, instances in sets], lambda one: one[1], fit)
+    return packed([(threads, min(instances, fit)) for threads, instances in sets], lambda item: item[1], fit)
 
 
 def measure(
@@ -102,15 +102,15 @@ def bare(
     slices = room.slices(threads, instances)
     environment = dict(os.environ)
     prepare_environment(environment, slices[0], policy, library_roots=(sys.prefix,))
-    bindings = [Binding(one.cpus if one.pinned else tuple(sorted(room.cpus)), one.threads) for one in slices]
+    anywhere = tuple(sorted(room.cpus))
+    bindings = [Binding(given.cpus if given.pinned else anywhere, given.threads) for given in slices]
     return Bare(model, body.content, bindings, content_type=body.type, environment=environment, change=change)
 
 
 def allocator(policy: Policy) -> str:
     """Return the LD_PRELOAD of a worker with this policy."""
     environment = dict(os.environ)
-    nothing = Slice(cpus=(), threads=1, numa_nodes=(), l3_domains=(), packages=())
-    prepare_environment(environment, nothing, policy, library_roots=(sys.prefix,))
+    preload(environment, policy, (sys.prefix,))
     return environment.get("LD_PRELOAD", "")
 
 
@@ -124,7 +124,7 @@ def unpacked(archive: Archive) -> Iterator[Path]:
 
 
 @dataclass(slots=True)
-class _Set:
+class _Fleet:
     """The processes of one thread count, and the batch sizes that they have come to."""
 
     threads: int
@@ -204,55 +204,57 @@ class _Profiler:
 
     def _rounds(self, model: Path, group: Sequence[tuple[int, int]], deadline: float) -> None:
         with contextlib.ExitStack() as stack:
-            sets = []
+            fleets = []
             for threads, instances in group:
                 self._tell(f"starting {instances} x {threads} threads", deadline - time.monotonic())
-                sets.append(_Set(threads, instances, stack.enter_context(self._start(model, threads, instances))))
-            if len(sets) > 1 or group[0][1] > 1:
-                for one in sets:
-                    one.processes.work(0, fewest=1)
-                self._weigh([one.processes for one in sets])
+                fleets.append(_Fleet(threads, instances, stack.enter_context(self._start(model, threads, instances))))
+            if len(fleets) > 1 or group[0][1] > 1:
+                for fleet in fleets:
+                    fleet.processes.work(0, fewest=1)
+                self._weigh([fleet.processes for fleet in fleets])
             took = 0.0
             for number in range(ROUNDS):
                 began = time.monotonic()
                 if number and began + 0.8 * took > deadline:
                     break
                 if number == 0:
-                    self._first_round(sets, deadline)
+                    self._first_round(fleets, deadline)
                 else:
-                    order = [(one, batch) for one in sets for batch in one.batches]
+                    order = [(fleet, batch) for fleet in fleets for batch in fleet.batches]
                     left = min((ROUNDS - number) * took, deadline - began)
-                    for place, (one, batch) in enumerate(order[:: -1 if number % 2 else 1]):
-                        self._cell(one, batch, number, left - took * place / len(order))
+                    for place, (fleet, batch) in enumerate(order[:: -1 if number % 2 else 1]):
+                        self._cell(fleet, batch, number, left - took * place / len(order))
                 if not took:  # the first round also warms up
                     took = sum(
-                        2 * max(PIECE, FEWEST * self._seconds(one, batch)) for one in sets for batch in one.batches
+                        2 * max(PIECE, FEWEST * self._seconds(fleet, batch))
+                        for fleet in fleets
+                        for batch in fleet.batches
                     )
-            self._weigh([one.processes for one in sets])
+            self._weigh([fleet.processes for fleet in fleets])
 
-    def _first_round(self, sets: Sequence[_Set], deadline: float) -> None:
+    def _first_round(self, fleets: Sequence[_Fleet], deadline: float) -> None:
         for batch in BATCHES:
-            for one in sets:
-                if not one.grows:
+            for fleet in fleets:
+                if not fleet.grows:
                     continue
                 if batch > 1:
-                    if batch > 2 and not self._pays(one, batch, deadline):
-                        one.grows = False
+                    if batch > 2 and not self._pays(fleet, batch, deadline):
+                        fleet.grows = False
                         continue
-                    one.batches.append(batch)
+                    fleet.batches.append(batch)
                 try:
-                    self._cell(one, batch, 0, deadline - time.monotonic())
+                    self._cell(fleet, batch, 0, deadline - time.monotonic())
                 except BareError as error:
                     if batch == 1 or error.stage != "handle":
                         raise
-                    one.batches.remove(batch)  # its handler answers one request at a time
-                    one.grows = False
+                    fleet.batches.remove(batch)  # its handler answers one request at a time
+                    fleet.grows = False
                     if batch == 2:
                         self._store.set("single", error.reason)
 
-    def _pays(self, one: _Set, batch: int, deadline: float) -> bool:
+    def _pays(self, fleet: _Fleet, batch: int, deadline: float) -> bool:
         """Tell whether a batch of this size is worth measuring, and can be afforded."""
-        before, last = (self._seconds(one, size) for size in (batch // 4, batch // 2))
+        before, last = (self._seconds(fleet, size) for size in (batch // 4, batch // 2))
         if self._longest is not None and last > self._longest:
             return False
         costs = 2 * last * (WARM_UP + 2 * FEWEST)
@@ -263,22 +265,22 @@ class _Profiler:
             return False
         return batch <= ALWAYS or 2 * before >= GROWS * last
 
-    def _cell(self, one: _Set, batch: int, number: int, left: float) -> None:
+    def _cell(self, fleet: _Fleet, batch: int, number: int, left: float) -> None:
         """Measure as many instances as there are, and one alone."""
-        for instances in sorted({one.instances, 1}, reverse=True):
-            name = _name(one.threads, batch, instances)
+        for instances in sorted({fleet.instances, 1}, reverse=True):
+            name = _name(fleet.threads, batch, instances)
             if len(self._store.rounds(name)) > number:
                 continue
-            self._tell(f"{instances} x {one.threads} {'threads' if one.threads > 1 else 'thread'}, batch {batch}", left)
-            if batch not in one.warm:
-                one.processes.work(0, batch=batch, fewest=WARM_UP)
-                one.warm.add(batch)
-            took = one.processes.work(PIECE, batch=batch, fewest=FEWEST, processes=instances)
+            self._tell(f"{instances} x {count(fleet.threads, 'thread')}, batch {batch}", left)
+            if batch not in fleet.warm:
+                fleet.processes.work(0, batch=batch, fewest=WARM_UP)
+                fleet.warm.add(batch)
+            took = fleet.processes.work(PIECE, batch=batch, fewest=FEWEST, processes=instances)
             mean = statistics.fmean(took)
             self._store.add(name, [len(took), mean, statistics.pvariance(took, mean)])
 
-    def _seconds(self, one: _Set, batch: int) -> float:
-        return _pooled(self._store.rounds(_name(one.threads, batch, one.instances)))[0]
+    def _seconds(self, fleet: _Fleet, batch: int) -> float:
+        return _pooled(self._store.rounds(_name(fleet.threads, batch, fleet.instances)))[0]
 
     def profile(self) -> Profile:
         cells = []

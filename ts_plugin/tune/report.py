@@ -14,11 +14,10 @@ from rich.table import Table
 
 from ts_plugin.trial.spread import figure as _figure
 from ts_plugin.trial.spread import spread_of
-from ts_plugin.tune.answer import DEFAULT, Answer
-from ts_plugin.tune.profile import LOAD, Choice, Target
 from ts_plugin.tune.settings import Lines
+from ts_plugin.tune.values import DEFAULT, LOAD, Choice, Result, Target
 
-__all__ = ["advice", "markdown", "picture", "sentence", "table", "to_json"]
+__all__ = ["advice", "picture", "sentence", "table", "to_json"]
 
 HEADS = ("", "requests/s", "+/-", "p50 ms", "p99 ms", "failed", "memory MB")
 BATCHES = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#D55E00")  # Okabe and Ito's colours
@@ -26,7 +25,7 @@ SOONER = 0.95  # of a latency: more is the same
 DRAWN = 10  # divisions in the picture at most
 
 
-def table(answer: Answer) -> Table:
+def table(answer: Result) -> Table:
     """Draw what was measured for a terminal, the advised row bold; what was only computed says so."""
     result = Table(title=answer.profile.archive, title_justify="left", box=SIMPLE, pad_edge=False, header_style="dim")
     for head in HEADS:
@@ -36,15 +35,7 @@ def table(answer: Answer) -> Table:
     return result
 
 
-def markdown(answer: Answer) -> str:
-    """Return the same table in Markdown."""
-    text = [f"| {' | '.join(HEADS)} |", "|---|" + "---:|" * (len(HEADS) - 1)]
-    for cells, chosen in _rows(answer):
-        text.append(f"| {' | '.join(f'**{cell}**' if chosen and cell else cell for cell in cells)} |")
-    return "\n".join(text) + "\n"
-
-
-def sentence(answer: Answer) -> str:
+def sentence(answer: Result) -> str:
     """Say in one sentence what is advised and why."""
     choice, target, row = answer.choice, answer.target, answer.measured
     throughput, p99 = (row.throughput, row.p99) if row else (choice.throughput, choice.p99)
@@ -62,7 +53,7 @@ def sentence(answer: Answer) -> str:
     return f"{choice} {wish}{within}: {most}, {late}{_against(answer, throughput, p99)}{_cost(answer)}."
 
 
-def _against(answer: Answer, throughput: float, p99: float) -> str:
+def _against(answer: Result, throughput: float, p99: float) -> str:
     """Return what the choice is better than: a server's other settings, else the best other division."""
     fastest = answer.target.rate is not None and answer.target.p99 is None
     for row in answer.confirmed:
@@ -71,7 +62,7 @@ def _against(answer: Answer, throughput: float, p99: float) -> str:
                 return f"; {DEFAULT} takes {_ms(row.p99)} ms"
             if row.throughput:
                 pairs = zip(answer.measured.throughputs if answer.measured else (), row.throughputs, strict=False)
-                times = spread_of(own / base for own, base in pairs if base)
+                times = spread_of(ours / base for ours, base in pairs if base)
                 told = times.text() if times else _figure(throughput / row.throughput)
                 return f"; that is {told} times {DEFAULT} ({_figure(row.throughput)})"
     for other in answer.choices:
@@ -81,28 +72,28 @@ def _against(answer: Answer, throughput: float, p99: float) -> str:
     return ""
 
 
-def _cost(answer: Answer) -> str:
+def _cost(answer: Result) -> str:
     """Return what the most throughput costs in latency: who else answers sooner, as measured."""
-    own = answer.measured
-    if own is None or answer.target != Target():
+    measured = answer.measured
+    if measured is None or answer.target != Target():
         return ""
-    sooner = [row for row in answer.confirmed if not row.failed and row.p99 < SOONER * own.p99]
+    sooner = [row for row in answer.confirmed if not row.failed and row.p99 < SOONER * measured.p99]
     if not sooner:
         return ""
     best = min(sooner, key=lambda row: row.p99)
     return f"; it costs latency: {best.name} takes {_ms(best.p99)} ms, and serves {_figure(best.throughput)} requests/s"
 
 
-def advice(answer: Answer) -> list[str]:
+def advice(answer: Result) -> list[str]:
     """Return a sentence for everything outside of slices that helps."""
     return [
-        f"{one.what} gains {one.after / one.before - 1:.0%} ({_figure(one.before)} -> {_figure(one.after)} requests/s, "
-        f"without a server): {one.how}"
-        for one in answer.advice
+        f"{tip.what} gains {tip.after / tip.before - 1:.0%} ({_figure(tip.before)} -> {_figure(tip.after)} requests/s, "
+        f"without a server): {tip.how}"
+        for tip in answer.advice
     ]
 
 
-def picture(path: Path, answer: Answer) -> str:
+def picture(path: Path, answer: Result) -> str:
     """Draw throughput and 99th percentile of all batches and divisions, and return a sentence about it.
 
     The format is that of the file's name (png, svg). Without matplotlib the sentence says so, and nothing is drawn.
@@ -115,7 +106,7 @@ def picture(path: Path, answer: Answer) -> str:
     except ImportError:
         return "no picture: matplotlib is not installed here; pip install matplotlib draws it next time"
     choices = _drawn(answer)
-    divisions = list(dict.fromkeys(_division(one) for one in choices))
+    divisions = list(dict.fromkeys(_division(choice) for choice in choices))
     figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")  # a page's own background may be any
     panels: list[Any] = list(figure.subplots(1, 2))
     for axes, title, field, scale in zip(
@@ -125,20 +116,20 @@ def picture(path: Path, answer: Answer) -> str:
         (1, 1000),
         strict=True,
     ):
-        for number, batch in enumerate(sorted({one.batch for one in choices})):
-            drawn = [one for one in choices if one.batch == batch and math.isfinite(getattr(one, field))]
+        for number, batch in enumerate(sorted({choice.batch for choice in choices})):
+            drawn = [choice for choice in choices if choice.batch == batch and math.isfinite(getattr(choice, field))]
             axes.plot(
-                [divisions.index(_division(one)) for one in drawn],
-                [scale * getattr(one, field) for one in drawn],
+                [divisions.index(_division(choice)) for choice in drawn],
+                [scale * getattr(choice, field) for choice in drawn],
                 "o-",
                 color=BATCHES[number % len(BATCHES)],
                 label=f"batch {batch}",
             )
         place = divisions.index(_division(answer.choice))
         marks = [("o", answer.choice, "chosen", 15), ("*", answer.measured, "measured", 11)]
-        for mark, one, label, size in marks:
-            if one and math.isfinite(getattr(one, field)):
-                y = scale * getattr(one, field)
+        for mark, choice, label, size in marks:
+            if choice and math.isfinite(getattr(choice, field)):
+                y = scale * getattr(choice, field)
                 fill = "none" if mark == "o" else "black"
                 axes.plot(place, y, mark, ms=size, mfc=fill, mec="black", mew=2, label=label, ls="", clip_on=False)
         axes.set_title(title, loc="left", fontsize=10.5)
@@ -152,40 +143,40 @@ def picture(path: Path, answer: Answer) -> str:
     return f"picture: {path}"
 
 
-def to_json(answers: Sequence[Answer], lines: Lines) -> str:
+def to_json(answers: Sequence[Result], lines: Lines) -> str:
     """Return everything as JSON, ``lines`` included; what is endless is null."""
     told = [
         {"model": answer.name, "met": answer.met, "sentence": sentence(answer)}
         | {key: value for key, value in asdict(answer).items() if key not in ("name", "choices", "profile")}
-        | {"archive": answer.profile.archive, "alternatives": [asdict(one) for one in answer.choices[:5]]}
+        | {"archive": answer.profile.archive, "alternatives": [asdict(choice) for choice in answer.choices[:5]]}
         for answer in answers
     ]
     return json.dumps({"models": _finite(told), "lines": _finite(asdict(lines))}, indent=2)
 
 
-def _rows(answer: Answer) -> Iterator[tuple[tuple[str, ...], bool]]:
+def _rows(answer: Result) -> Iterator[tuple[tuple[str, ...], bool]]:
     """Yield cells, and whether the row is the advised one."""
     for row in answer.confirmed:
         memory = _megabytes(row.choice) if row.choice else ""
         figures = _figure(row.throughput), _figure(row.spread), _ms(row.p50), _ms(row.p99), str(row.failed), memory
         yield (row.name, *figures), answer.measured is row
     if answer.measured is None:
-        one = answer.choice
-        expected = f"{one} (expected)"
-        yield (expected, _figure(one.throughput), "", "", _ms(one.p99), "", _megabytes(one)), True
+        choice = answer.choice
+        expected = f"{choice} (expected)"
+        yield (expected, _figure(choice.throughput), "", "", _ms(choice.p99), "", _megabytes(choice)), True
 
 
-def _drawn(answer: Answer) -> list[Choice]:
+def _drawn(answer: Result) -> list[Choice]:
     """Return all batches of the choice's division and of the best that leave no core idle, most workers last."""
     best: dict[tuple[int, int], float] = {}
-    for one in answer.choices:
-        key = one.workers, one.threads
-        best[key] = max(best.get(key, 0.0), one.throughput)
+    for choice in answer.choices:
+        key = choice.workers, choice.threads
+        best[key] = max(best.get(key, 0.0), choice.throughput)
     full = [(w, t) for w, t in best if (w + 1, t) not in best and (w, t + 1) not in best]
     keys = {*sorted(full, key=lambda key: -best[key])[: DRAWN - 1], (answer.choice.workers, answer.choice.threads)}
     return sorted(
-        (one for one in answer.choices if (one.workers, one.threads) in keys),
-        key=lambda one: (one.workers, -one.threads, one.batch),
+        (choice for choice in answer.choices if (choice.workers, choice.threads) in keys),
+        key=lambda choice: (choice.workers, -choice.threads, choice.batch),
     )
 
 
@@ -203,7 +194,7 @@ def _ms(seconds: float) -> str:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(part) for part in value]
     return value if not isinstance(value, float) or math.isfinite(value) else None

@@ -16,8 +16,7 @@ from typing import Any
 import javaproperties
 import yaml
 
-from ts_plugin.tune.answer import Answer
-from ts_plugin.tune.profile import Choice
+from ts_plugin.tune.values import Choice, Result
 
 __all__ = ["BEFORE", "Lines", "archive_settings", "lines", "write"]
 
@@ -33,7 +32,7 @@ class Lines:
     archives: Mapping[str, str]
 
 
-def lines(answers: Sequence[Answer], present: Mapping[str, str] = MappingProxyType({})) -> Lines:
+def lines(answers: Sequence[Result], present: Mapping[str, str] = MappingProxyType({})) -> Lines:
     """Return what to set, merged with ``present``, the properties of the file that it is meant for.
 
     A batch of 1 has no delay. Where an archive has a model-config.yaml of its own, that one wins over ``models``. Cores

@@ -1,8 +1,10 @@
 """Inside a worker: follows its slice while it serves.
 
-A thread waits for the death of any other worker (pidfd) and for a new ledger (one stat every half second), and binds
-this process; every few seconds it reads back whether reality agrees. What belongs to the thread that computes, such as
-its thread count, ``requests`` sets there, at request boundaries.
+A thread waits for the death of any other worker (pidfd) and for a new ledger (one stat every half second). Then it
+makes one pass (``_follow``): it tells the ledger what this worker knows of itself, takes over its slice from there, and
+binds this process to it. Every few seconds a pass begins with what the process may use by now, and ends with a
+read-back. What belongs to the thread that computes, such as its number of threads, ``requests`` sets there, at request
+boundaries.
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ts_plugin.leases import binding, claim, coordinator
-from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.kernel import affinity, memory
+from ts_plugin.ledger import coordinator
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease
 from ts_plugin.lending.words import Status
+from ts_plugin.log import debug, say
 from ts_plugin.machine import discovery
+from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.worker import hooks, readback
-from ts_plugin.worker.log import say
+from ts_plugin.worker.archive import GUESS
 from ts_plugin.worker.onnx_threads import OnnxThreads
 from ts_plugin.worker.requests import Requests
 
@@ -36,8 +43,9 @@ class Follower(hooks.Hook):
 
     def __init__(self, ledger: Ledger, lease: Lease) -> None:
         self._ledger = ledger
-        self._lease = lease
+        self._lease = self._entered = lease  # what this worker knows of itself, and what the ledger says of it
         self._mutex = threading.RLock()  # the watching thread against the one that loads the model
+        self._version: tuple[int, int] | None = None  # of the ledger that is followed; None: look again
         self._peers: tuple[Lease, ...] = ()
         self._pidfds: dict[int, int] = {}
         self._blind = False  # no pidfds: deaths are looked for
@@ -67,80 +75,121 @@ class Follower(hooks.Hook):
         with self._mutex:
             lease = self._lease
             demand = replace(lease.demand, cores=1) if gpu and lease.demand.cores != 0 else lease.demand
-            notes = tuple(note for note in lease.notes if not note.endswith(claim.GUESS))
+            notes = tuple(note for note in lease.notes if not note.endswith(GUESS))
+            self._lease = replace(lease, model=context.model_name, demand=demand, notes=notes)
+            debug("TorchServe loads %s, %s a GPU", context.model_name, "on" if gpu else "without")
             try:
-                self._tell(replace(lease, model=context.model_name, demand=demand, notes=notes))
-            except Exception as error:  # noqa: BLE001 - the model loads all the same
+                self._follow()
+            except Exception as error:  # noqa: BLE001 - the model loads all the same, and the next pass may succeed
                 self._report(str(error))
             self._metrics = context.metrics
         self._onnx.patch()
 
-    def _tell(self, lease: Lease) -> None:
-        """Enter what has changed about this worker; remembered, so that a rebuilt ledger learns it again."""
-        if lease == self._lease:
-            return
-        coordinator.update_demand(self._ledger, lease)
-        self._lease = replace(self._lease, model=lease.model, demand=lease.demand, notes=lease.notes)
-        self._adopt(self._ledger.read())
-
     def _watch(self) -> None:
         poll = select.poll()
-        version = None
         next_look = time.monotonic() + LOOK_INTERVAL
         while True:
             try:
                 self.requests.publish()
                 if self._blind and not all(lease.identity.alive() for lease in self._peers):
-                    version = None
+                    self._version = None
                 now = self._ledger.version()
-                if now != version or self.requests.outdated:
-                    with self._mutex:
-                        self._catch_up(poll)
-                    version = now  # only now: what failed half-way is done again
-                if time.monotonic() >= next_look:
+                look = time.monotonic() >= next_look
+                if look:
                     next_look = time.monotonic() + LOOK_INTERVAL
+                if look or now != self._version or self._lease != self._entered or self.requests.outdated:
+                    self._version = now
                     with self._mutex:
-                        self._look()
+                        if look:
+                            self._look()
+                        else:
+                            self._follow()
+                        self._observe(poll)
                 for descriptor, _ in poll.poll(INTERVAL * 1000):
-                    version = None  # somebody died
+                    self._version = None  # somebody died
                     poll.unregister(descriptor)
                     os.close(descriptor)
                     self._pidfds = {pid: fd for pid, fd in self._pidfds.items() if fd != descriptor}
             except Exception as error:  # noqa: BLE001 - a disk that is full today may be fine tomorrow; never stop
-                version = None
+                self._version = None  # what failed half-way is done again
                 self._report(str(error) or type(error).__name__)
                 time.sleep(INTERVAL)
 
-    def _catch_up(self, poll: select.poll) -> None:
-        """Divide what a death left behind, take over what the ledger says, and watch who is in it."""
-        written = self._ledger.read_all()
-        state = written.living()
-        refused: dict[int, OSError] = {}
-        if state.leases != written.leases:
-            state, refused = coordinator.divide_freed(self._ledger)
-        self._adopt(state, refused.get(self._lease.pid))
+    def _follow(self) -> int:
+        """Tell the ledger what this worker knows of itself, take over its slice from there, and bind this process.
+
+        Return how many threads had a mask outside of a slice that has not changed, or that could not be bound to.
+        """
+        before = self._lease
+        state, refused = coordinator.enter(self._ledger, before)
+        lease = self._lease = self._entered = state.lease_of(before.pid) or before
+        self._peers = tuple(other for other in state.leases if other.pid != lease.pid)
+        moved = lease.slice != before.slice
+        debug("plan %s: %s; neighbours %s", state.generation, lease, [str(other) for other in state.neighbours(lease)])
+        if moved:
+            say(lease.describe())
+            self._resizes += 1
+        self.requests.adopt(lease, state)  # even if the kernel says no: the threads, at least, are ours to count
         if self.requests.unannounced:  # there is a new file of words, or whoever planned died before it told
-            self._adopt(coordinator.divide_freed(self._ledger)[0])
-        self._observe(poll, state)
+            self._ledger.announce()
+        outside = self._bind(refused)
+        if moved and lease.slice.pinned and (left := set(before.slice.numa_nodes) - set(lease.slice.numa_nodes)):
+            self._move_pages(left)
+        return 0 if moved else outside
+
+    def _bind(self, refused: OSError | None) -> int:
+        """Bind this process, unless that was just ``refused``; return how many threads had a mask outside the slice.
+
+        If the kernel refuses, the log says so, and the ledger from the next pass on, as long as it is so.
+        """
+        lease = self._lease
+        notes = tuple(note for note in lease.notes if not note.startswith(NOT_BOUND))
+        # While it is NOT BOUND its masks are leftovers, which follow.
+        before = None if notes == lease.notes else os.sched_getaffinity(lease.pid)
+        try:
+            if refused is not None:
+                raise refused
+            changed, children = self.requests.bind(before=before)
+        except OSError as error:
+            note = f"{NOT_BOUND}: {readback.refusal(lease, error)}"
+            self._report(note)
+            notes = (*notes, note)
+            changed = affinity.outside(lease.pid, self.requests.cpus)
+        else:
+            for child in children:
+                self._report(readback.foreign_child(child))
+        self._lease = replace(lease, notes=notes)
+        return changed
+
+    def _move_pages(self, left: set[int]) -> None:
+        """Let the pages follow; outside the ledger's lock, since gigabytes take seconds."""
+        note = memory.move_pages(self._lease.pid, left, self._lease.slice.numa_nodes)
+        if note is not None and note not in self._lease.notes:
+            self._report(note)
+            self._lease = replace(self._lease, notes=(*self._lease.notes, note))
 
     def _look(self) -> None:
-        """Compare what this process may use now with what it could use before, and reality with the slice."""
+        """Make a pass with what this process may use by now, compare reality with the slice, and export that."""
         allowance = discovery.read_bounds().within(self._lease.limit)
+        if allowance.cpus != self._lease.demand.allowed or allowance.quota != self._lease.demand.quota:
+            debug("allowed by now: CPUs %s, quota %s", allowance.cpus, allowance.quota)
         demand = replace(self._lease.demand, allowed=allowance.cpus, quota=allowance.quota)
-        self._tell(replace(self._lease, demand=demand))
+        self._lease = replace(self._lease, demand=demand)
+        outside = self._follow()
+        bound = not any(note.startswith(NOT_BOUND) for note in self._lease.notes)
+        if outside and bound:
+            where = format_cpulist(self.requests.cpus)
+            self._report(f"{outside} threads had a mask outside the slice (CPUs {where}); put back")
         self._looks += 1
-        reading = self._readback.read(self._lease, self.requests, thorough=self._looks % THOROUGH == 1)
+        reading = self._readback.read(self._lease, self.requests.threads, thorough=self._looks % THOROUGH == 1)
         for problem in reading.problems:
             self._report(problem)
-        if reading.refusal is not None or any(note.startswith(NOT_BOUND) for note in self._lease.notes):
-            self._bind(refused=reading.refusal)  # else the look has bound what there is to bind
-        if self._metrics is None:
-            return
-        export = readback.exporter(self._metrics, self._lease)
-        if export is None:
-            return
+        if self._metrics is not None and (export := readback.exporter(self._metrics, self._lease)):
+            self._export(export, reading, outside)
+
+    def _export(self, export: Callable[[str, float], None], reading: readback.Reading, outside: int) -> None:
         export("SliceCores", self._lease.slice.threads)
-        export("ThreadsOutsideSlice", reading.outside)
+        export("ThreadsOutsideSlice", outside)
         if reading.remote_pages is not None:
             export("RemoteMemoryPages", reading.remote_pages)
         if reading.migrations:
@@ -153,55 +202,8 @@ class Follower(hooks.Hook):
             export(name, value)
         self._exported = status
 
-    def _adopt(self, state: State, refused: OSError | None = None) -> None:
-        """Take over what ``state`` says of this worker; ``refused``: the kernel has said already that it does not."""
-        own = self._lease
-        lease = state.lease_of(own.pid)
-        if lease is None:  # somebody deleted or damaged the ledger: enter again what is ours
-            lease = coordinator.restore(self._ledger, own).lease_of(own.pid) or own
-        elif (lease.model, lease.demand) != (own.model, own.demand):  # rebuilt from what we were at the start
-            coordinator.update_demand(self._ledger, own)
-            lease = self._ledger.read().lease_of(own.pid) or own
-        if lease.slice != own.slice:
-            say(claim.describe(lease))
-        self._lease = lease  # even if the kernel says no: the threads, at least, are ours to count
-        self.requests.adopt(lease, state)
-        self._bind(refused=refused)
-        lease = self._lease  # may have changed on the way
-        if lease.slice != own.slice:
-            self._resizes += 1
-            if lease.slice.pinned and (left := set(own.slice.numa_nodes) - set(lease.slice.numa_nodes)):
-                self._move_pages(left)
-
-    def _bind(self, *, refused: OSError | None = None) -> None:
-        """Bind this process; say in the log and in the ledger that it is not bound, as long as that is so."""
-        lease = self._lease
-        notes = tuple(note for note in lease.notes if not note.startswith(NOT_BOUND))
-        # While it is NOT BOUND its masks are leftovers, which follow.
-        before = None if notes == lease.notes else os.sched_getaffinity(lease.pid)
-        try:
-            if refused is not None:
-                raise refused
-            children = self.requests.bind(before=before).refused
-        except OSError as error:
-            note = f"{NOT_BOUND}: {readback.refusal(lease, error)}"
-            self._report(note)
-            notes = (*notes, note)
-        else:
-            for child in children:
-                self._report(readback.foreign_child(child))
-        self._tell(replace(lease, notes=notes))
-
-    def _move_pages(self, left: set[int]) -> None:
-        """Let the pages follow; outside the ledger's lock, since gigabytes take seconds."""
-        note = binding.move_pages(self._lease.pid, left, self._lease.slice.numa_nodes)
-        if note is not None and note not in self._lease.notes:
-            self._report(note)
-            self._tell(replace(self._lease, notes=(*self._lease.notes, note)))
-
-    def _observe(self, poll: select.poll, state: State) -> None:
+    def _observe(self, poll: select.poll) -> None:
         """Hold a pidfd of every other worker, which becomes readable when that worker ends."""
-        self._peers = tuple(lease for lease in state.leases if lease.pid != self._lease.pid)
         others = {lease.pid for lease in self._peers}
         for pid in set(self._pidfds) - others:
             poll.unregister(self._pidfds[pid])
@@ -209,8 +211,8 @@ class Follower(hooks.Hook):
         for pid in others - set(self._pidfds):
             try:
                 self._pidfds[pid] = os.pidfd_open(pid)
-            except ProcessLookupError:  # just now
-                coordinator.divide_freed(self._ledger)
+            except ProcessLookupError:
+                self._version = None  # it ended just now
             except (OSError, AttributeError):  # an old kernel, a sandbox, too many files: look at /proc instead
                 self._blind = True
             else:
@@ -225,24 +227,24 @@ class Follower(hooks.Hook):
 def follow(lease: Lease) -> Follower:
     """Follow ``lease`` in this process from now on; the caller tells its ``requests`` of them."""
     global _current
-    own = _current = Follower(Ledger(), lease)
+    following = _current = Follower(Ledger(), lease)
     try:
-        own.requests.hold()
+        following.requests.hold()
     except OSError as error:
-        own._report(str(error))
-    own.start()
-    return own
+        following._report(str(error))
+    following.start()
+    return following
 
 
 def attach(lease: Lease) -> Follower:
     """Do what ``follow`` does, at the request boundaries of whatever handler this process runs."""
-    own = follow(lease)  # before TorchServe is imported, which takes seconds
-    hook(own, own.requests)
-    own.requests.hold()  # TorchServe has imported torch by now: what differs later is the handler's doing
-    return own
+    following = follow(lease)  # before TorchServe is imported, which takes seconds
+    hook([following, following.requests])
+    following.requests.hold()  # TorchServe has imported torch by now: what differs later is the handler's doing
+    return following
 
 
-def hook(*called: hooks.Hook) -> None:
+def hook(called: Sequence[hooks.Hook]) -> None:
     """Call these at TorchServe's request boundaries from now on, or say why that cannot be."""
     try:
         hooks.install(called)

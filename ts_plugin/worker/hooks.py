@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ts_plugin.worker.log import say
+from ts_plugin.log import say
 
 __all__ = ["Hook", "install"]
 
@@ -46,6 +46,8 @@ class Hook:
 def install(hooks: Sequence[Hook]) -> None:
     """Patch TorchServe for the rest of this process: ``hooks`` are called in order, in reverse at a request's end.
 
+    ``hooks`` may grow later. One that is added in the middle of a request hears of the next one first.
+
     Raises:
         ImportError, AttributeError: this TorchServe is built otherwise; nothing is patched then.
     """
@@ -54,44 +56,46 @@ def install(hooks: Sequence[Hook]) -> None:
     from ts.model_loader import TsModelLoader
     from ts.service import Service
 
-    first_to_last, last_to_first = _called(hooks), _called(hooks[::-1])
+    call = _caller()
     construct, predict, predict_later = Service.__init__, Service.predict, async_service.predict
     load, execute = TsModelLoader.load, micro_batching.execute_call
 
     @functools.wraps(construct)
     def construct_and_tell(self: Any, *arguments: Any, **options: Any) -> None:
         construct(self, *arguments, **options)
-        first_to_last("on_load", self.context)
+        call(hooks, "on_load", self.context)
 
     @functools.wraps(load)
     def load_and_tell(*arguments: Any, **options: Any) -> Any:
         service = load(*arguments, **options)
-        first_to_last("on_loaded")
+        call(hooks, "on_loaded")
         return service
 
     @functools.wraps(predict)
     def predict_and_tell(self: Any, batch: Any) -> Any:
-        first_to_last("on_request_start")
+        present = tuple(hooks)
+        call(present, "on_request_start")
         try:
             return predict(self, batch)
         finally:
-            last_to_first("on_request_end")
+            call(present[::-1], "on_request_end")
 
     @functools.wraps(execute)
     def execute_and_tell(incoming: Any, outgoing: Any, handle: Callable[[Any], Any], *others: Any) -> None:
         def tell_and_handle(data: Any) -> Any:
-            first_to_last("on_compute")
+            call(hooks, "on_compute")
             return handle(data)
 
         execute(incoming, outgoing, tell_and_handle, *others)
 
     @functools.wraps(predict_later)
     async def predict_later_and_tell(self: Any, batch: Any) -> Any:
-        first_to_last("on_request_start")
+        present = tuple(hooks)
+        call(present, "on_request_start")
         try:
             return await predict_later(self, batch)
         finally:
-            last_to_first("on_request_end")
+            call(present[::-1], "on_request_end")
 
     Service.__init__, Service.predict = construct_and_tell, predict_and_tell
     async_service.predict = predict_later_and_tell
@@ -99,10 +103,10 @@ def install(hooks: Sequence[Hook]) -> None:
     micro_batching.execute_call = execute_and_tell
 
 
-def _called(hooks: Sequence[Hook]) -> Callable[..., None]:
+def _caller() -> Callable[..., None]:
     said: set[str] = set()
 
-    def call(name: str, *arguments: Any) -> None:
+    def call(hooks: Sequence[Hook], name: str, *arguments: Any) -> None:
         for hook in hooks:
             try:
                 getattr(hook, name)(*arguments)

@@ -10,11 +10,9 @@ import os
 import sys
 from typing import NoReturn
 
-from ts_plugin.leases import claim
-from ts_plugin.leases.environment import prepare_environment
-from ts_plugin.leases.ledger import LEASE_VARIABLE, Lease, pack_lease
-from ts_plugin.leases.unbound import UNBOUND_VARIABLE, WORKER_SCRIPT
-from ts_plugin.worker.start import start
+from ts_plugin.ledger.codec import LEASE_VARIABLE, pack_lease
+from ts_plugin.ledger.unbound import UNBOUND_VARIABLE, WORKER_SCRIPT
+from ts_plugin.worker.start import start, worker_id
 
 __all__ = ["main"]
 
@@ -28,16 +26,11 @@ def main(arguments: list[str]) -> NoReturn:
     if not (arguments and arguments[0].endswith(WORKER_SCRIPT)):
         os.execv(python, [python, *arguments])  # metric collector, pip, venv
 
-    environment = dict(os.environ)
-
-    def prepare(lease: Lease) -> list[str]:
-        policy = lease.demand.policy
-        return prepare_environment(environment, lease.slice, policy, library_roots=(sys.prefix,))
-
-    lease, reason = start(worker=claim.worker_id(arguments), archive=os.getcwd(), prepare=prepare, hooked=True)
+    bound = dict(os.environ)
+    lease, reason = start(worker=worker_id(arguments), archive=os.getcwd(), environment=bound, hooked=True)
     if lease is None:
         unbound = {**os.environ, UNBOUND_VARIABLE: reason}
         unbound.pop(LEASE_VARIABLE, None)
         os.execve(python, [python, INSIDE, *arguments], unbound)
-    environment[LEASE_VARIABLE] = pack_lease(lease)
-    os.execve(python, [python, INSIDE, *arguments], environment)
+    bound[LEASE_VARIABLE] = pack_lease(lease)
+    os.execve(python, [python, INSIDE, *arguments], bound)

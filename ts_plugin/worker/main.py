@@ -15,11 +15,11 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import runpy
 
-from ts_plugin.leases import claim
-from ts_plugin.leases.ledger import LEASE_VARIABLE, unpack_lease
-from ts_plugin.leases.unbound import UNBOUND_VARIABLE
+from ts_plugin.ledger.codec import LEASE_VARIABLE, unpack_lease
+from ts_plugin.ledger.unbound import UNBOUND_VARIABLE
+from ts_plugin.log import say
 from ts_plugin.worker import follower, late, openmp
-from ts_plugin.worker.log import say
+from ts_plugin.worker.start import worker_id
 
 
 def _attach() -> None:
@@ -28,7 +28,7 @@ def _attach() -> None:
         follower.attach(unpack_lease(packed))
     else:
         reason = os.environ.get(UNBOUND_VARIABLE, "")
-        late.begin(worker=claim.worker_id(sys.argv), archive=os.getcwd(), hooked=True, reason=reason)
+        late.begin(worker=worker_id(sys.argv), archive=os.getcwd(), hooked=True, reason=reason)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import os
 import sys
 from typing import Any
 
+from ts_plugin.kernel import affinity
+
 __all__ = ["end_team", "load", "runtimes"]
 
 NAMES = ("libgomp", "libiomp5", "libomp")
-MOST_CPUS = 8192  # Linux is built for no more
 PAUSE_SOFT = 1  # omp_pause_resource_t: keep what the program has set
 
 _libgomp: Any = None
@@ -31,15 +32,10 @@ def load() -> None:
     global _libgomp
     if _libgomp or "torch" in sys.modules or (path := _bundled()) is None:
         return
-    mask = os.sched_getaffinity(0)
-    with contextlib.suppress(OSError):
-        import ctypes
+    import ctypes
 
-        os.sched_setaffinity(0, range(MOST_CPUS))  # the kernel leaves those that the cpuset has
-        try:
-            _libgomp = ctypes.CDLL(path)
-        finally:
-            os.sched_setaffinity(0, mask)
+    with contextlib.suppress(OSError), affinity.widened():
+        _libgomp = ctypes.CDLL(path)
 
 
 def end_team() -> bool:

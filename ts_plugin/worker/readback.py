@@ -1,4 +1,4 @@
-"""Read-back: checks masks, memory and libraries against the slice, repairs what is safe to repair, counts the rest."""
+"""Read-back: what this process does on its slice: moves between CPUs, memory, libraries; and its metrics."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ts_plugin.leases import masks
-from ts_plugin.leases.ledger import Lease
+from ts_plugin.ledger.model import Lease
 from ts_plugin.lending.words import Status
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.worker import openmp
-from ts_plugin.worker.requests import Requests
 
 __all__ = ["METRICS", "ReadBack", "Reading"]
 
@@ -36,17 +34,14 @@ METRICS = {  # name in metrics.yaml -> (unit, kind); all with the dimensions Mod
 class Reading:
     """What one look at this worker found.
 
-    ``outside``: threads whose mask reached outside the slice (repaired by now, unless the kernel's ``refusal`` is set).
-    ``migrations``: moves of its threads
-    between CPUs since the last reading; None where the kernel does not count. ``remote_pages``: pages (of the kernel's
-    page size) on NUMA nodes that are not the slice's; None where it was not looked at this time.
+    ``migrations``: moves of its threads between CPUs since the last reading; None where the kernel does not count.
+    ``remote_pages``: pages (of the kernel's page size) on NUMA nodes that are not the slice's; None where it was not
+    looked at this time.
     """
 
-    outside: int
     migrations: int | None
     remote_pages: int | None
     problems: tuple[str, ...] = ()
-    refusal: OSError | None = None
 
 
 class ReadBack:
@@ -56,27 +51,15 @@ class ReadBack:
         self._migrations: dict[int, int] = {}
         self._crowded = 0
 
-    def read(self, lease: Lease, requests: Requests, *, thorough: bool) -> Reading:
-        """Let ``requests`` correct the masks, and check what this process does on the slice of ``lease``.
+    def read(self, lease: Lease, threads: int, *, thorough: bool) -> Reading:
+        """Check what this process does on the slice of ``lease``, where ``threads`` compute now.
 
-        ``thorough`` also looks at memory and libraries.
-
-        Costs about 20 microseconds a thread; the thorough form reads numa_maps, which takes milliseconds.
+        ``thorough`` also looks at memory and libraries: it reads numa_maps, which takes milliseconds. Otherwise it
+        costs about 20 microseconds a thread.
         """
         pid = os.getpid()
         problems = []
-        refused = None
-        try:
-            outside, children = requests.bind()
-        except OSError as error:
-            outside, children = masks.outside(pid, requests.cpus), ()
-            refused = error
-        else:
-            if outside:
-                where = format_cpulist(requests.cpus)
-                problems.append(f"{outside} threads had a mask outside the slice (CPUs {where}); put back")
-        problems += map(foreign_child, children)
-        if lease.slice.pinned and (crowd := self._crowd(pid, requests.threads)):
+        if lease.slice.pinned and (crowd := self._crowd(pid, threads)):
             problems.append(crowd)
         remote = None
         if thorough:
@@ -86,7 +69,7 @@ class ReadBack:
                     f"two OpenMP runtimes in one process ({', '.join(runtimes)}): each starts its own threads; "
                     "remove one from LD_PRELOAD or from the model's requirements"
                 )
-        return Reading(outside, self._moves(pid), remote, tuple(problems), refused)
+        return Reading(self._moves(pid), remote, tuple(problems))
 
     def _crowd(self, pid: int, threads: int) -> str | None:
         """Return a complaint once more threads than cores were runnable in PATIENCE readings in a row."""
@@ -137,27 +120,13 @@ def foreign_child(pid: int) -> str:
 
 
 def _remote_pages(nodes: tuple[int, ...]) -> int | None:
-    """Return the pages of this process that lie on other nodes; None where that is not known.
-
-    The kernel walks all pages for it, some 10 ms per GiB: not on a machine that has one node.
-    Source: man 7 numa, /proc/pid/numa_maps.
-    """
+    """Return the pages of this process that lie on other nodes; None where that is not known."""
     if not nodes:
         return None
     if len(discovery.memory_nodes()) < 2:
-        return 0
-    local = {f"N{node}" for node in nodes}
-    remote = 0
-    try:
-        with open("/proc/self/numa_maps", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                for word in line.split()[2:]:
-                    node, equals, pages = word.partition("=")
-                    if equals and node[0] == "N" and node[1:].isdigit() and node not in local:
-                        remote += int(pages)
-    except OSError:
-        return None
-    return remote
+        return 0  # and no walk through all pages
+    pages = process.numa_pages(os.getpid())
+    return None if pages is None else sum(number for node, number, _ in pages if node not in nodes)
 
 
 def exporter(cache: object, lease: Lease) -> Callable[[str, float], None] | None:

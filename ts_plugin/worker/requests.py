@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Any
 
-from ts_plugin.leases import binding, claim, masks
-from ts_plugin.leases.environment import set_thread_count
-from ts_plugin.leases.ledger import Lease, Ledger, State
+from ts_plugin.kernel import affinity, memory
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import Lease, State
 from ts_plugin.lending.lender import Lender, Plan
 from ts_plugin.lending.library import LibraryError
 from ts_plugin.lending.words import Status
 from ts_plugin.planning.planner import Slice
 from ts_plugin.worker import hooks, openmp
+from ts_plugin.worker.archive import read_profile
+from ts_plugin.worker.environment import set_thread_count
 
 __all__ = ["Requests"]
 
@@ -65,7 +67,7 @@ class Requests(hooks.Hook):
             if self._phase is not Phase.COMPUTES:
                 self._join()
 
-    def bind(self, *, before: Iterable[int] | None = None) -> binding.Outcome:
+    def bind(self, *, before: Iterable[int] | None = None) -> affinity.Outcome:
         """Keep every thread of this process and of its children on the slice; those of a wide request may be wider.
 
         ``before``: what threads span that should follow, if not what they were bound to last.
@@ -76,7 +78,7 @@ class Requests(hooks.Hook):
         with self._mutex:
             lease = self._plan.lease
             old, self._bound = self._bound if before is None else before, lease.slice.cpus
-            return masks.enforce(lease, before=old, borrows=self._cpus())
+            return affinity.bind_tree(lease.pid, lease.slice.cpus, before=old, borrows=self._cpus())
 
     def publish(self) -> None:
         """Tell people what has happened since the last call."""
@@ -162,7 +164,7 @@ class Requests(hooks.Hook):
         elif context.system_properties.get("gpu_id") is not None:
             self._keep("its core feeds a GPU")
         with contextlib.suppress(ValueError):  # the claim has said so
-            profile = claim.read_profile(settings.get("cpu"))
+            profile = read_profile(settings.get("cpu"))
             if profile and self._lender is not None:
                 self._lender.prime(profile)
         self.hold()
@@ -224,7 +226,7 @@ class Requests(hooks.Hook):
         if own is not self._applied:
             set_thread_count(os.environ, own.threads)
             if self._applied is not None and self._applied.numa_nodes != own.numa_nodes and own.pinned:
-                if note := binding.bind_memory(lease.demand.policy.memory, own.numa_nodes):
+                if note := memory.bind_memory(lease.demand.policy.memory, own.numa_nodes):
                     self._report(note)
                 openmp.end_team()  # its threads keep the policy of the nodes that were left
             self._applied = own

@@ -1,0 +1,1 @@
+"""The command ts-cores: its arguments, and what each command prints."""

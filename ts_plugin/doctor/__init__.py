@@ -1,0 +1,1 @@
+"""ts-cores doctor: what is wrong here, why it matters, and the line to change."""

@@ -1,0 +1,261 @@
+"""What the doctor says of a config.properties: each check takes what was seen and yields findings."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ts_plugin.config.file import PLUGIN, Config
+from ts_plugin.config.properties import INTEGERS, KNOWN, SWITCHES, nearest, refused
+from ts_plugin.config.served import default_workers, describe
+from ts_plugin.doctor.finding import Finding, Severity
+from ts_plugin.doctor.inspection import Inspection
+from ts_plugin.ledger.unbound import JAR
+from ts_plugin.planning.planner import MOST_WORKERS, Demand, PlanError, plan
+from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
+
+__all__ = [
+    "check_config",
+    "check_launcher_args",
+    "check_plan",
+    "check_plugin",
+    "check_switch",
+    "check_token",
+    "policy_of",
+]
+
+TRUE = ("true", "yes", "on", "1")
+LATER = {  # properties that are read after the start
+    "max_response_size": "every worker dies when the frontend connects to it",
+    "unregister_model_timeout": "removing a worker or a model fails",
+}
+ABSENT = {
+    "model_store": ("torchserve stops", "mkdir it, or name the directory of the archives; an absolute path is best"),
+    "load_models": (
+        "a model that is not in model_store has no workers",
+        "put it there, or take it out of load_models; between two of them stands a comma and no blank",
+    ),
+    "metrics_config": ("every worker dies at its start", "name a file, or leave the line out"),
+}
+
+
+def check_switch(seen: Inspection) -> Iterator[Finding]:
+    config = seen.config
+    if config is None:
+        yield Finding(
+            Severity.WARNING,
+            "config",
+            "no config.properties here",
+            "without one TorchServe starts without ts-cores",
+            "ts-cores init, then: torchserve --ts-config config.properties",
+        )
+    elif not config.on("cpu_launcher_enable"):
+        value = config.properties.get("cpu_launcher_enable")
+        what = "no cpu_launcher_enable" if value is None else f"cpu_launcher_enable is {value!r}, not true"
+        yield Finding(
+            Severity.ERROR,
+            "config",
+            f"{config.path}: {what}",
+            "ts-cores stays out of the way: every worker serves unbound, on all cores",
+            "cpu_launcher_enable=true",
+        )
+
+
+def check_config(seen: Inspection) -> Iterator[Finding]:
+    """Say what keeps TorchServe from starting with the file as it stands."""
+    if seen.config is None:
+        return
+    path, config = seen.config.path, seen.config
+    for error in config.errors:
+        yield Finding(Severity.ERROR, "config", f"{path}: {error}")
+    stop = "the server does not start"
+    for refusal in (*refused(config.properties), *seen.startup.refusals):
+        yield Finding(Severity.ERROR, "config", f"{path}: {refusal.what}", stop, refusal.change)
+    for name, why in seen.unusable.items():
+        yield Finding(Severity.ERROR, "config", f"{path}: {name}={config.get(name)}: {why}", stop, f"correct {name}")
+    for one in seen.startup.overlooked:
+        why = "TorchServe does not say so, and goes on"
+        yield Finding(Severity.WARNING, "config", f"{path}: {one.what}", why, one.change)
+    yield from _misread(config)
+    yield from _unknown(config)
+    if not config.get("model_store"):
+        yield Finding(
+            Severity.WARNING,
+            "config",
+            f"{path}: no model_store",
+            "torchserve stops unless it is started with --model-store",
+            "model_store=DIR",
+        )
+    for name, absent in seen.absent.items():
+        why, change = ABSENT[name]
+        yield Finding(Severity.ERROR, "config", f"{path}: {name}: {absent} is not there", why, change)
+
+
+def _misread(config: Config) -> Iterator[Finding]:
+    """Say which values TorchServe takes for others without a word, or finds wrong only when it is too late."""
+    for name, otherwise in SWITCHES.items():
+        value = config.properties.get(name)
+        said = name == "cpu_launcher_enable"  # in check_switch
+        if value is not None and value.lower() not in ("true", "false") and not said:
+            blank = "; a blank at its end is part of it" if value != value.strip() else ""
+            yield Finding(
+                Severity.WARNING,
+                "config",
+                f"{config.path}: {name}={value!r}: TorchServe reads false{blank}",
+                "nothing but the word true switches it on",
+                f"{name}={'true' if value.strip().lower() in TRUE or not otherwise else 'false'}",
+            )
+    for name, why in LATER.items():
+        problem = INTEGERS[name].problem(config.get(name, "1"))
+        if problem:
+            change = f"{name}={INTEGERS[name].sample}"
+            yield Finding(
+                Severity.ERROR, "config", f"{config.path}: {name}={config.get(name)!r} {problem}", why, change
+            )
+    mode = config.get("metrics_mode", "log")
+    if "".join(mode.split()).lower() not in ("log", "prometheus", "legacy"):
+        what = f"{config.path}: metrics_mode={mode!r}"
+        yield Finding(Severity.WARNING, "config", what, "TorchServe takes log instead", "metrics_mode=prometheus")
+
+
+def _unknown(config: Config) -> Iterator[Finding]:
+    """Name the properties that TorchServe does not have; other plug-ins may have them."""
+    for name in sorted(config.properties.keys() - KNOWN):
+        meant = nearest(name)
+        yield Finding(
+            Severity.WARNING if meant else Severity.NOTE,
+            "config",
+            f"{config.path}: TorchServe has no property {name}" + (f"; did you mean {meant}?" if meant else ""),
+            "it overlooks the line",
+            f"{meant}={config.get(name)}, or take the line out" if meant else "",
+        )
+
+
+def check_plugin(seen: Inspection) -> Iterator[Finding]:
+    if not seen.jar:
+        yield Finding(
+            Severity.ERROR,
+            "plug-in",
+            f"{JAR} is missing in the installed package",
+            "without it TorchServe's frontend knows nothing of ts-cores",
+            "install a JDK, 11 or newer, then in the checkout: pip install --force-reinstall --no-deps .",
+        )
+    if seen.config is None or not seen.config.on("cpu_launcher_enable"):
+        return
+    path = seen.config.get("plugins_path")
+    change = f"plugins_path={PLUGIN}"
+    if not path:
+        yield Finding(
+            Severity.ERROR,
+            "plug-in",
+            f"{seen.config.path}: no plugins_path",
+            "TorchServe then uses its own launcher, which gives SMT siblings to different workers",
+            change,
+        )
+    elif seen.plugins is None or JAR not in seen.plugins:
+        what = "is no directory" if seen.plugins is None else f"has no {JAR}"
+        why = "TorchServe then uses its own launcher"
+        if not Path(path).is_absolute():
+            why += "; a relative path counts from the directory that torchserve is started in"
+        yield Finding(Severity.ERROR, "plug-in", f"plugins_path {path} {what}", why, change)
+
+
+def check_launcher_args(seen: Inspection) -> Iterator[Finding]:
+    try:
+        policy = policy_of(seen)
+    except LauncherArgsError as error:
+        yield Finding(Severity.ERROR, "cpu_launcher_args", str(error), "all workers serve unbound", "correct that word")
+        return
+    for note in policy.notes:
+        yield Finding(Severity.NOTE, "cpu_launcher_args", note)
+
+
+def check_plan(seen: Inspection) -> Iterator[Finding]:
+    """Plan what the server would start with, and say what comes of it."""
+    if seen.topology is None or seen.allowance is None or seen.config is None:
+        return
+    served = seen.startup.served
+    workers = sum(one.workers for one in served)
+    number, source = default_workers(seen.config.properties, seen.java_cpus, seen.gpus)
+    name = "default_workers_per_model"
+    unsaid = source == "one per CPU" and seen.java_cpus > 1
+    if unsaid and (not served or any(one.source == source for one in served)):
+        models = ", ".join(one.model for one in served if one.source == source)
+        yield Finding(
+            Severity.WARNING,
+            "workers",
+            f"{seen.config.path}: {name} says nothing{f' for {models}' if models else ''}",
+            f"TorchServe then starts {number} workers per model, one per CPU that its JVM counts",
+            f"{name}={max(1, min(4, seen.cores // 4))}",
+        )
+    if not served and number < 0:
+        what, why = f"{seen.config.path}: {number} workers for each model", "the server stops at the first model"
+        yield Finding(Severity.ERROR, "workers", what, why, f"{name}=1")
+    if not served and source == name and number > seen.cores:
+        workers, told = number, f"{name}={number}"
+    else:
+        told = ", ".join(describe(served))
+    if workers > seen.cores:
+        yield Finding(
+            Severity.WARNING,
+            "workers",
+            f"{told}: {workers} workers for {seen.cores} cores",
+            "workers then take turns on a core, with one thread each",
+            "fewer workers, or models on other machines",
+        )
+    if grows := [one.model for one in served if one.most > one.workers and one.source != "snapshot"]:
+        yield Finding(
+            Severity.NOTE,
+            "workers",
+            f"maxWorkers of {', '.join(grows)} is above minWorkers",
+            "TorchServe starts minWorkers and adds none by itself, however many requests wait: maxWorkers is where "
+            "scaling down ends",
+        )
+    if workers > MOST_WORKERS:  # no server starts that many; a plan for them would only take time
+        return
+    try:
+        cpus, quota, policy = seen.allowance.cpus, seen.allowance.quota, policy_of(seen)
+        demands = [Demand(cpus, policy, quota, one.cores, one.share) for one in served for _ in range(one.workers)]
+        demands = demands or [Demand(cpus, policy, quota)] * max(1, min(number, MOST_WORKERS))
+        for note in plan(seen.topology, demands).notes:
+            yield Finding(Severity.NOTE, "plan", note)
+    except LauncherArgsError:
+        return  # said already
+    except PlanError as error:
+        yield Finding(Severity.ERROR, "plan", str(error), "workers serve unbound", "correct cpu_launcher_args")
+
+
+def check_token(seen: Inspection) -> Iterator[Finding]:
+    if seen.config is None:
+        return
+    address = seen.config.get("management_address", "http://127.0.0.1:8081")
+    if not seen.config.on("disable_token_authorization"):
+        minutes = seen.config.get("token_expiration_min", "60")
+        yield Finding(
+            Severity.NOTE,
+            "token",
+            f"GET /cores needs the management key in key_file.json, which expires after {minutes} minutes",
+            "TorchServe 0.12 protects all its APIs with keys; `ts-cores show` needs none",
+        )
+    elif not _loopback(address):
+        yield Finding(
+            Severity.WARNING,
+            "token",
+            f"disable_token_authorization=true and management_address={address}",
+            "anyone who reaches that port can load models, and so run programs here",
+            "management_address=http://127.0.0.1:8081",
+        )
+
+
+def policy_of(seen: Inspection) -> Policy:
+    return parse_launcher_args(seen.config.get("cpu_launcher_args") if seen.config else "")
+
+
+def _loopback(address: str) -> bool:
+    try:
+        host = urlsplit(address).hostname or ""
+        return address.startswith("unix:") or host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,233 @@
+"""The core map drawn for a terminal with rich: `ts-cores show` and `ts-cores plan`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil
+
+from rich.box import ROUNDED, SIMPLE
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Group as Stack
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ts_plugin.machine.cpulist import short_cpulist
+from ts_plugin.machine.topology import Core
+from ts_plugin.view.svg import colour
+from ts_plugin.view.view import WORDS, Group, Use, View, tag
+
+__all__ = ["Map", "make_console", "reasons_table", "tell", "utilisation"]
+
+BARS = " ▁▂▃▄▅▆▇█"
+STYLES = {
+    Use.SHARED: ("~", "black on #a9cde5"),
+    Use.ELSEWHERE: ("…", "black on #b9c1ca"),
+    Use.IDLE: ("·", "dim"),
+    Use.RESERVED: ("R", "white on #5a6675"),
+    Use.BARRED: ("x", "dim strike"),
+}
+WIDEST = 160  # columns that the map takes at most, and every line that is piped
+DETAILED = 64  # cores up to which every tile carries its CPU numbers
+
+
+def make_console() -> Console:
+    """Return stdout, as wide as COLUMNS or the terminal say; piped, lines end at WIDEST."""
+    if sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return Console(highlight=False)  # follows a terminal that is resized
+    return Console(highlight=False, width=shutil.get_terminal_size((WIDEST, 24)).columns)  # COLUMNS=0 says nothing
+
+
+def tell(*shown: RenderableType) -> None:
+    """Print on stdout, without the blanks that fill up the lines of a table, unless it is a terminal."""
+    console = make_console()
+    with console.capture() as captured:
+        for drawn in shown:
+            console.print(drawn)
+    text = captured.get()
+    if not console.is_terminal:
+        text = "\n".join(line.rstrip() for line in text.split("\n"))
+    sys.stdout.write(text)
+
+
+def utilisation(before: Mapping[int, tuple[int, int]], after: Mapping[int, tuple[int, int]]) -> dict[int, float]:
+    """Return the busy share (0 to 1) of every CPU between two readings of `machine.cpu_time.ticks`."""
+    return {
+        cpu: (busy - before[cpu][0]) / (total - before[cpu][1])
+        for cpu, (busy, total) in after.items()
+        if cpu in before and total > before[cpu][1]
+    }
+
+
+class Map:
+    """The picture as something that rich prints; ``load`` adds a bar per CPU (busy share, 0 to 1)."""
+
+    def __init__(self, view: View, load: Mapping[int, float] | None = None) -> None:
+        self._view = view
+        self._load = load
+        self._detailed = len(view.topology.cores) <= DETAILED
+        self._digits = len(str(max(view.topology.online, default=0)))
+        self._mark = max((len(tag(index)) for index in range(len(view.workers))), default=1)
+        self._guest = self._mark + 1 if view.users is not None else 0  # columns for "←B", whether there is one or not
+
+        self._labels: dict[str, int] = {}
+        for package in view.packages():
+            for group in (*package.groups, *(part for node in package.groups for part in node.groups)):
+                kind = group.label.split()[0]
+                self._labels[kind] = max(len(group.label), self._labels.get(kind, 0))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text.assemble((self._view.title, "bold"), "  ", (self._view.summary(), "dim"))
+        for package in self._view.packages():
+            yield Panel(
+                self._group(package, min(options.max_width, WIDEST) - 6),
+                title=package.label,
+                title_align="left",
+                box=ROUNDED,
+                expand=False,
+            )
+        yield from self._key(console)
+        if self._view.workers:
+            yield self._workers()
+        for index, worker in enumerate(self._view.workers):
+            for note in worker.notes:
+                yield Text.assemble((f"note on {tag(index)} ", "bold"), note)
+        for pid, reason in self._view.unbound:
+            yield Text.assemble(("unbound ", "bold red"), f"pid {pid}: {reason}")
+        for note in self._view.notes:
+            yield Text.assemble(("note ", "bold"), note)
+        if self._view.ledger:
+            yield Text(f"ledger {self._view.ledger}", "dim")
+
+    def _group(self, group: Group, width: int) -> RenderableType:
+        if not group.groups:
+            return self._tiles(group.cores, width)
+        table = Table.grid(padding=(0, 2))
+        for part in group.groups:
+            label = part.label.ljust(self._labels[part.label.split()[0]])
+            table.add_row(Text(label, "dim"), self._group(part, width - len(label) - 4))
+        return table
+
+    def _tiles(self, cores: Sequence[Core], width: int) -> Text:
+        """Draw the cores in rows of equal length that fit into ``width`` columns; no tile is ever broken."""
+        tiles = [self._tile(core) for core in cores]
+        gap = " " if self._detailed else ""
+        width -= 0 if self._detailed else 30
+        fitting = max(1, width // (max(len(tile) for tile in tiles) + len(gap)))
+        per_row = ceil(len(tiles) / ceil(len(tiles) / fitting))
+        rows = [Text(gap).join(tiles[start : start + per_row]) for start in range(0, len(tiles), per_row)]
+        if not self._detailed:
+            for number, row in enumerate(rows):
+                part = cores[number * per_row : (number + 1) * per_row]
+                row.append(f"  {short_cpulist(cpu for core in part for cpu in core.cpus)}", "dim")
+        return Text("\n").join(rows)
+
+    def _tile(self, core: Core) -> Text:
+        owners, use = self._view.owners(core), self._view.use(core)
+        if owners:
+            fill, ink = colour(owners[0])
+            mark, style = tag(owners[0]) + ("+" if len(owners) > 1 else ""), f"{ink} on {fill}"
+        else:
+            mark, style = STYLES[use]
+        tile = Text(style=style, no_wrap=True)
+        if not self._detailed:
+            busiest = max((self._load or {}).get(cpu, 0.0) for cpu in core.cpus)
+            tile.append(mark.center(self._mark), self._borrower(core)[1])
+            return tile.append(_bar(busiest) if self._load is not None else "")
+        tile.append(f" {mark.ljust(self._mark)}")
+        if self._guest:
+            who, ground = self._borrower(core)
+            tile.append(who.ljust(self._guest), ground)
+        for cpu in core.cpus:
+            resting = bool(owners) and not self._view.in_slice(cpu)
+            tile.append(" " + str(cpu).rjust(self._digits), "dim" if resting else None)
+            if self._load is not None:
+                tile.append(_bar(self._load.get(cpu, 0.0)))
+        return tile.append(" ")
+
+    def _borrower(self, core: Core) -> tuple[str, str | None]:
+        """Return the mark of the worker that computes on a core without owning it, and its style."""
+        guest = self._view.borrower(core)
+        if guest is None:
+            return "", None
+        if isinstance(guest, Use):
+            mark, style = STYLES[guest]
+            return f"←{mark}", style
+        fill, ink = colour(guest)
+        return f"←{tag(guest)}", f"{ink} on {fill}"
+
+    def _key(self, console: Console) -> Iterable[Text]:
+        """Explain the marks that occur, those by colour or brightness only where there is any."""
+        seen = {self._view.use(core) for core in self._view.topology.cores}
+        key = Text()
+        for use in Use:
+            if use in seen and use is not Use.OWNED:
+                mark, style = STYLES[use]
+                key.append(f" {mark} ", style).append(f" {WORDS[use]}   ", "dim")
+        styled = console.color_system is not None
+        if (
+            self._detailed
+            and styled
+            and any(
+                self._view.owners(core) and not self._view.in_slice(cpu)
+                for core in self._view.topology.cores
+                for cpu in core.cpus
+            )
+        ):
+            key.append("dim number", "dim").append(" SMT sibling kept free   ", "dim")
+        coloured = styled and not console.no_color
+        if (self._detailed or coloured) and any(
+            self._view.borrower(core) is not None for core in self._view.topology.cores
+        ):
+            words = "B computes on A's core" if self._detailed else "the colour shows who computes there"
+            key.append(" A←B " if self._detailed else " A ", "reverse").append(f" borrowed: {words} now", "dim")
+        if key:
+            yield key
+
+    def _workers(self) -> Table:
+        named = any(worker.model for worker in self._view.workers)
+        running = any(worker.pid is not None for worker in self._view.workers)
+        table = Table(box=SIMPLE, pad_edge=False, header_style="dim")
+        heads = ["", *["model"] * named, "worker", *["pid"] * running, "CPUs", "threads", "NUMA", "L3"]
+        moved = any(worker.moves for worker in self._view.workers)
+        now = self._view.users is not None
+        for head in (*heads, *["moves"] * moved, *["now on"] * now):
+            right = head in ("pid", "threads", "moves")
+            table.add_column(head, justify="right" if right else "left", overflow="fold")
+        for index, worker in enumerate(self._view.workers):
+            piece, (fill, ink) = worker.slice, colour(index)
+            cells = [
+                *[f"{worker.model} {worker.version}".strip()] * named,
+                worker.worker_id,
+                *[str(worker.pid)] * running,
+            ]
+            cells.append(short_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)"))
+            cells += [str(piece.threads), short_cpulist(piece.numa_nodes), short_cpulist(piece.l3_domains)]
+            cells += [*[str(worker.moves or "")] * moved, *[self._now(index)] * now]
+            table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *cells)
+        return table
+
+    def _now(self, index: int) -> str:
+        """Return what a worker computes on now: ``0-3 + 4-7`` with borrowed CPUs behind the plus."""
+        now = self._view.computes_on(index)
+        if now is None:
+            return ""
+        own, borrowed = map(short_cpulist, now)
+        return (f"{own} + {borrowed}" if borrowed else own) or "idle"
+
+
+def reasons_table(who: str, reasons: Sequence[tuple[str, str]]) -> RenderableType:
+    """Draw what `explain` found: a heading stands once, before the first of its sentences."""
+    table = Table.grid(padding=(0, 2))
+    before = ""
+    for about, text in reasons:
+        table.add_row(Text(f"  {'' if about == before else about}", "dim"), text)
+        before = about
+    return Stack(Text(who, "bold"), table)
+
+
+def _bar(share: float) -> str:
+    return BARS[min(len(BARS) - 1, round(share * (len(BARS) - 1)))]
