@@ -120,7 +120,7 @@ def _plan(options: argparse.Namespace) -> int:
     said = (*told, *topology.notes, *allowance.notes, *policy.notes, *result.notes, *_uneven(models, policy, result))
     notes = tuple(dict.fromkeys(said))
     names = [model.name for model in models]
-    planned = view.of_plan(topology, result, allowance.cpus, notes, names)
+    planned = replace(view.of_plan(topology, result, allowance.cpus, notes, names), whole=options.all)
     if options.svg:
         from ts_plugin.operate.svg import svg
 
@@ -181,11 +181,11 @@ def _show(options: argparse.Namespace) -> int:
         idle = sorted(view.current_view(options.server).idle())
         print(json.dumps({**document, "idle_cpus": idle, "ledger": ledger.path}))
     elif options.watch and not drawn:
-        _watch(options.server)
+        _watch(options)
     elif not drawn:
         from ts_plugin.operate.terminal import Map, tell
 
-        tell(Map(view.current_view(options.server)))
+        tell(Map(view.current_view(options.server, whole=options.all)))
     return 0
 
 
@@ -216,7 +216,7 @@ def _write_pictures(options: argparse.Namespace, *, before: Ticks | None) -> Tic
     from ts_plugin.operate.html import html
     from ts_plugin.operate.svg import svg
 
-    now = view.current_view(options.server)
+    now = view.current_view(options.server, whole=options.all)
     ticks, reload = cpu_time.ticks(), LOOK_EVERY if options.watch else None
     if options.svg:
         _write("--svg", options.svg, svg(now))
@@ -258,17 +258,20 @@ def _write(option: str, file: Path, text: str) -> None:
         raise CommandError(f"{file}: {error.strerror}") from error
 
 
-def _watch(server_pid: int | None) -> None:
+def _watch(options: argparse.Namespace) -> None:
     from rich.live import Live
 
     from ts_plugin.operate.terminal import Map, make_console, utilisation
 
+    def now() -> view.View:
+        return view.current_view(options.server, whole=options.all)
+
     before = cpu_time.ticks()
-    with Live(Map(view.current_view(server_pid)), console=make_console(), screen=True, auto_refresh=False) as live:
+    with Live(Map(now()), console=make_console(), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(LOOK_EVERY)
             after = cpu_time.ticks()
-            live.update(Map(view.current_view(server_pid), utilisation(before, after)), refresh=True)
+            live.update(Map(now(), utilisation(before, after)), refresh=True)
             before = after
 
 
