@@ -24,8 +24,9 @@ from tests.machines import machine
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.topology import Topology
 from ts_plugin.operate.html import html
-from ts_plugin.operate.svg import PALETTE, svg
+from ts_plugin.operate.svg import svg
 from ts_plugin.operate.terminal import Map, utilisation
+from ts_plugin.operate.tiles import PALETTE
 from ts_plugin.operate.view import View, Worker, tag
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import Lend, Policy

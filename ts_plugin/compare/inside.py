@@ -13,7 +13,7 @@ from typing import Any
 from ts_plugin.compare import perf
 from ts_plugin.compare.comparison import Comparison
 from ts_plugin.machine import cpu_time, process
-from ts_plugin.operate.svg import text_at
+from ts_plugin.operate.tiles import text_at
 from ts_plugin.trial.spread import figure
 
 __all__ = ["SECONDS", "drawn", "look", "remote_share"]

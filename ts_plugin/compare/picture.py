@@ -8,7 +8,7 @@ from html import escape
 
 from ts_plugin.compare.comparison import Comparison
 from ts_plugin.compare.ways import ONE, UNEVEN, Way
-from ts_plugin.operate.svg import text_at
+from ts_plugin.operate.tiles import text_at
 from ts_plugin.trial.spread import Spread, figure
 from ts_plugin.trial.turns import FULL
 

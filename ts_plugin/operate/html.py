@@ -10,7 +10,8 @@ from html import escape
 from importlib import resources
 
 from ts_plugin.operate.rows import Row, all_notes, row, rows
-from ts_plugin.operate.svg import STYLE, Frame, Scale, key, machine, patterns, swatch, tile
+from ts_plugin.operate.svg import Frame, machine
+from ts_plugin.operate.tiles import STYLE, Scale, key, patterns, swatch, tile
 from ts_plugin.operate.view import Group, View
 
 __all__ = ["html"]

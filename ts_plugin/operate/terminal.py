@@ -20,7 +20,7 @@ from ts_plugin.machine.topology import Core
 from ts_plugin.machine.words import count
 from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.rows import Row, all_notes, rows
-from ts_plugin.operate.svg import colour
+from ts_plugin.operate.tiles import colour
 from ts_plugin.operate.view import WORDS, Group, Use, View
 
 __all__ = ["Map", "make_console", "reasons_table", "report", "tell", "utilisation"]
