@@ -7,9 +7,12 @@ from pathlib import Path
 from tests.machines import machine
 from ts_plugin.compare.comparison import Comparison
 from ts_plugin.compare.picture import picture
+from ts_plugin.operate.arguments import PlannedModel
+from ts_plugin.operate.cli import uneven
 from ts_plugin.operate.svg import svg
 from ts_plugin.operate.view import of_plan
 from ts_plugin.planning.planner import Demand, plan
+from ts_plugin.planning.policy import Policy
 
 __all__ = ["pictures"]
 
@@ -20,7 +23,8 @@ def pictures() -> dict[Path, str]:
     """Return every file and what it should hold."""
     topology = machine(packages=2, cores=28, smt=2)
     planned = plan(topology, [Demand(topology.online)] * 3)
-    drawn = {DOCS / "core-map.svg": svg(of_plan(topology, planned, topology.online, planned.notes))}
+    notes = (*planned.notes, *uneven([PlannedModel("", 3)] * 3, Policy(), planned))
+    drawn = {DOCS / "core-map.svg": svg(of_plan(topology, planned, topology.online, notes))}
     for file in (DOCS / "comparisons").glob("*.json"):
         drawn[file.with_suffix(".svg")] = picture(Comparison.from_json(file.read_text(encoding="utf-8")))
     return drawn

@@ -32,7 +32,7 @@ from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_
 if TYPE_CHECKING:
     from ts_plugin.operate.html import Ticks
 
-__all__ = ["main"]
+__all__ = ["main", "uneven"]
 
 APPROXIMATIONS = {"·": "-", "→": "->", "←": "<-", "…": "...", "×": "x", "✗": "x"} | dict(
     zip("▁▂▃▄▅▆▇█", "12345678", strict=True)
@@ -117,7 +117,7 @@ def _plan(options: argparse.Namespace) -> int:
     policy = parse_launcher_args(words if options.launcher_args is None else options.launcher_args)
     models = [model for model in wanted for _ in range(model.workers)]
     result = plan(topology, [Demand(allowance.cpus, policy, quota, model.cores, model.share) for model in models])
-    said = (*told, *topology.notes, *allowance.notes, *policy.notes, *result.notes, *_uneven(models, policy, result))
+    said = (*told, *topology.notes, *allowance.notes, *policy.notes, *result.notes, *uneven(models, policy, result))
     notes = tuple(dict.fromkeys(said))
     names = [model.name for model in models]
     planned = replace(view.of_plan(topology, result, allowance.cpus, notes, names), whole=options.all)
@@ -138,7 +138,7 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _uneven(models: Sequence[PlannedModel], policy: Policy, planned: Plan) -> Iterator[str]:
+def uneven(models: Sequence[PlannedModel], policy: Policy, planned: Plan) -> Iterator[str]:
     """Say that workers which ask for the same get slices of different sizes, and which option changes that."""
     threads: dict[float, list[int]] = {}
     for model, piece in zip(models, planned.slices, strict=True):
