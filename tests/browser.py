@@ -95,6 +95,38 @@ class Browser:
             assert time.monotonic() < deadline, f"still not: {script}"
             time.sleep(0.1)
 
+    def be_a_phone(self, width: int) -> None:
+        """Show pages as a phone of ``width`` CSS pixels does, with a finger for a mouse."""
+        self.tell("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=2, mobile=True)
+        self.tell("Emulation.setTouchEmulationEnabled", enabled=True)
+
+    def tap(self, selector: str) -> None:
+        """Touch the middle of the first element of ``selector``."""
+        middle = "(box => ({x: box.x + box.width / 2, y: box.y + box.height / 2}))(one.getBoundingClientRect())"
+        script = f"(one => {{ one.scrollIntoView({{block: 'center'}}); return {middle}; }})"
+        point = self.run(f"{script}(document.querySelector({json.dumps(selector)}))")
+        self.tell("Input.dispatchTouchEvent", type="touchStart", touchPoints=[point])
+        self.tell("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def overlapping_texts(self) -> list[list[str]]:
+        """Return the pairs of texts of an SVG document that lie on each other, or one alone that leaves the canvas.
+
+        Texts inside the tile of a core are left out.
+        """
+        found: list[list[str]] = self.run("""(() => {
+          const texts = [...document.querySelectorAll("text")].filter(text => !text.closest(".cell"))
+            .map(text => [text.textContent, text.getBoundingClientRect()]);
+          const page = document.documentElement.getBoundingClientRect(), found = [];
+          texts.forEach(([words, box], n) => {
+            if (box.left < page.left || box.right > page.right || box.bottom > page.bottom) found.push([words]);
+            for (const [others, other] of texts.slice(0, n))
+              if (Math.min(box.right, other.right) > Math.max(box.left, other.left) + 0.5 &&
+                  Math.min(box.bottom, other.bottom) > Math.max(box.top, other.top) + 2.5) found.push([words, others]);
+          });
+          return found;
+        })()""")
+        return found
+
     def screenshot(self, file: Path) -> bytes:
         """Write what the tab shows as PNG, and return it."""
         image = base64.b64decode(self.tell("Page.captureScreenshot")["data"])

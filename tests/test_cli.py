@@ -184,6 +184,18 @@ def test_plan_draws_the_machine(tree: Path) -> None:
     assert "2 workers on 8 of 8 cores" in (tree / "plan.svg").read_text(encoding="utf-8")
 
 
+def test_plan_has_a_line_per_model_where_workers_are_many(tree: Path) -> None:
+    words = ["plan", "--model", "bert=50", "--model", "tiny=4", "--sys-root", str(tree)]
+    short, long = (ts_cores(*words, *more)[0] for more in ([], ["--all"]))
+    rows = [line.split()[:4] for line in short.splitlines()]
+    assert ["A", "bert", "50", "workers"] in rows
+    assert ["B", "tiny", "4", "workers"] in rows
+    assert long.count("bert") == 50
+    assert len(short.splitlines()) < 25
+    drawn = [ts_cores(*words, "--svg", "-", *more)[0] for more in ([], ["--all"])]
+    assert [text.count(">bert · ") for text in drawn] == [1, 50]
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

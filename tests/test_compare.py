@@ -18,6 +18,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from tests.browser import Browser
 from tests.eventually import eventually
 from tests.test_tune import archive, run
 from ts_plugin.compare import inside, perf
@@ -257,6 +258,28 @@ def test_the_picture_shows_every_way_and_load_in_light_and_dark() -> None:
     assert "prefers-color-scheme:dark" in drawn
     assert "<script" not in drawn
     assert not re.search(r"\b(nan|inf)\b", drawn)
+
+
+def test_texts_of_the_picture_do_not_lie_on_each_other(tmp_path: Path) -> None:
+    found = whole()
+    late = (
+        replace(one, samples=tuple(replace(sample, saturated=True) for sample in one.samples))
+        for one in found.rounds
+        if one.contender != Way.OURS
+    )
+    found = replace(found, rounds=(*late, *(one for one in found.rounds if one.contender == Way.OURS)))
+    file = tmp_path / "compare.svg"
+    file.write_text(picture(found), encoding="utf-8")
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(file.as_uri())
+        assert "open: cannot keep up" in browser.run("document.documentElement.textContent")
+        assert browser.overlapping_texts() == []
+
+
+@pytest.mark.parametrize("latencies", [[0.1], [0.1, 0.15], [0.05, 20.0]])
+def test_an_axis_of_the_picture_has_numbers_enough_to_read_a_value(latencies: list[float]) -> None:
+    drawn = picture(made({Way.OURS: [8.0]}, {Way.OURS: latencies}))
+    assert 2 * 4 <= drawn.count('class="grid"') <= 2 * 12, "in two panels"
 
 
 def test_a_picture_of_little_is_drawn_too() -> None:

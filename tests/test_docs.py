@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from tests.machines import machine
+from tests.pictures import pictures
 from ts_plugin.cli.main import COMMANDS
 from ts_plugin.compare.comparison import Comparison
-from ts_plugin.compare.picture import picture
 from ts_plugin.compare.report import verdict
 from ts_plugin.ledger.model import Lease, State
 from ts_plugin.ledger.unbound import PAST_LAUNCHER
@@ -26,8 +26,7 @@ from ts_plugin.planning.planner import Demand, Plan, plan
 from ts_plugin.planning.policy import OPTIONS, option_reference, parse_launcher_args
 from ts_plugin.trial.torchserve import free_ports
 from ts_plugin.view.core_map import core_map
-from ts_plugin.view.svg import svg
-from ts_plugin.view.view import of_plan, tag
+from ts_plugin.view.view import tag
 from ts_plugin.worker.environment import COLLAPSING, THREAD_COUNTS
 from ts_plugin.worker.readback import METRICS
 
@@ -198,13 +197,12 @@ def test_environment_variables_exist(checkout: Path) -> None:
     assert not [name for name in names if f'"{name}"' not in source]
 
 
-def test_comparisons_can_be_drawn_and_say_what_the_page_says() -> None:
+def test_comparisons_say_what_the_page_says() -> None:
     text = (DOCS / "comparing.md").read_text(encoding="utf-8")
     files = sorted((DOCS / "comparisons").glob("*.json"))
     assert [file.name for file in files] == sorted(re.findall(r"\(comparisons/([\w-]+\.json)\)", text))
     for file in files:
         found = Comparison.from_json(file.read_text(encoding="utf-8"))
-        assert file.with_suffix(".svg").read_text(encoding="utf-8") == picture(found)
         assert verdict(found).removeprefix("ts-cores: ") in text
 
 
@@ -240,11 +238,9 @@ def planned(topology: Topology, workers: int, launcher_args: str = "") -> Plan:
     return plan(topology, [Demand(topology.online, parse_launcher_args(launcher_args))] * workers)
 
 
-def test_the_core_map_is_what_plan_draws() -> None:
-    topology = machine(packages=2, cores=28, smt=2)
-    result = planned(topology, 3)
-    drawn = svg(of_plan(topology, result, topology.online, result.notes))
-    assert (DOCS / "core-map.svg").read_text(encoding="utf-8") == drawn
+def test_pictures_are_what_the_code_draws() -> None:
+    old = [file.name for file, text in pictures().items() if file.read_text(encoding="utf-8") != text]
+    assert not old, "python -m tests.pictures makes them anew"
 
 
 def test_the_picture_of_how_it_works_shows_a_real_plan() -> None:

@@ -15,6 +15,7 @@ from ts_plugin.planning.planner import MOST_WORKERS
 __all__ = ["PlannedModel", "parse_arguments"]
 
 MOST_DIGITS = 18  # of a number: what is longer is a slip of the finger
+EVERY_WORKER = "list each worker, where there are so many that a model would have one line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sys-root", type=_file, metavar="DIR", help="read DIR/sys and DIR/proc instead of this machine's"
     )
     plan.add_argument("--svg", type=_file, metavar="FILE", help="write the picture to FILE; - is stdout")
+    plan.add_argument("--all", action="store_true", help=EVERY_WORKER)
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     show = command(
@@ -128,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--html", type=_file, metavar="FILE", help="write a web page to FILE; --watch keeps it up to date"
     )
+    show.add_argument("--all", action="store_true", help=EVERY_WORKER)
     show.add_argument("--json", action="store_true", help="print JSON")
 
     explain = command(

@@ -32,7 +32,7 @@ from ts_plugin.view.core_map import core_map, lease_document, slice_document
 if TYPE_CHECKING:
     from ts_plugin.view.html import Ticks
 
-__all__ = ["main"]
+__all__ = ["main", "uneven"]
 
 APPROXIMATIONS = {"·": "-", "→": "->", "←": "<-", "…": "...", "×": "x", "✗": "x"} | dict(
     zip("▁▂▃▄▅▆▇█", "12345678", strict=True)
@@ -117,10 +117,10 @@ def _plan(options: argparse.Namespace) -> int:
     policy = parse_launcher_args(words if options.launcher_args is None else options.launcher_args)
     models = [model for model in wanted for _ in range(model.workers)]
     result = plan(topology, [Demand(allowance.cpus, policy, quota, model.cores, model.share) for model in models])
-    said = (*told, *topology.notes, *allowance.notes, *policy.notes, *result.notes, *_uneven(models, policy, result))
+    said = (*told, *topology.notes, *allowance.notes, *policy.notes, *result.notes, *uneven(models, policy, result))
     notes = tuple(dict.fromkeys(said))
     names = [model.name for model in models]
-    planned = view.of_plan(topology, result, allowance.cpus, notes, names)
+    planned = replace(view.of_plan(topology, result, allowance.cpus, notes, names), whole=options.all)
     if options.svg:
         from ts_plugin.view.svg import svg
 
@@ -138,7 +138,7 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _uneven(models: Sequence[PlannedModel], policy: Policy, planned: Plan) -> Iterator[str]:
+def uneven(models: Sequence[PlannedModel], policy: Policy, planned: Plan) -> Iterator[str]:
     """Say that workers which ask for the same get slices of different sizes, and which option changes that."""
     threads: dict[float, list[int]] = {}
     for model, piece in zip(models, planned.slices, strict=True):
@@ -181,11 +181,11 @@ def _show(options: argparse.Namespace) -> int:
         idle = sorted(view.current_view(options.server).idle())
         print(json.dumps({**document, "idle_cpus": idle, "ledger": ledger.path}))
     elif options.watch and not drawn:
-        _watch(options.server)
+        _watch(options)
     elif not drawn:
         from ts_plugin.view.terminal import Map, tell
 
-        tell(Map(view.current_view(options.server)))
+        tell(Map(view.current_view(options.server, whole=options.all)))
     return 0
 
 
@@ -216,7 +216,7 @@ def _write_pictures(options: argparse.Namespace, *, before: Ticks | None) -> Tic
     from ts_plugin.view.html import html
     from ts_plugin.view.svg import svg
 
-    now = view.current_view(options.server)
+    now = view.current_view(options.server, whole=options.all)
     ticks, reload = cpu_time.ticks(), LOOK_EVERY if options.watch else None
     if options.svg:
         _write("--svg", options.svg, svg(now))
@@ -258,17 +258,20 @@ def _write(option: str, file: Path, text: str) -> None:
         raise CommandError(f"{file}: {error.strerror}") from error
 
 
-def _watch(server_pid: int | None) -> None:
+def _watch(options: argparse.Namespace) -> None:
     from rich.live import Live
 
     from ts_plugin.view.terminal import Map, make_console, utilisation
 
+    def now() -> view.View:
+        return view.current_view(options.server, whole=options.all)
+
     before = cpu_time.ticks()
-    with Live(Map(view.current_view(server_pid)), console=make_console(), screen=True, auto_refresh=False) as live:
+    with Live(Map(now()), console=make_console(), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(LOOK_EVERY)
             after = cpu_time.ticks()
-            live.update(Map(view.current_view(server_pid), utilisation(before, after)), refresh=True)
+            live.update(Map(now(), utilisation(before, after)), refresh=True)
             before = after
 
 

@@ -12,7 +12,7 @@ from ts_plugin.compare import perf
 from ts_plugin.compare.comparison import Comparison
 from ts_plugin.machine import cpu_time, process
 from ts_plugin.trial.spread import figure
-from ts_plugin.view.svg import text_at
+from ts_plugin.view.tiles import text_at
 
 __all__ = ["SECONDS", "drawn", "look", "remote_share"]
 

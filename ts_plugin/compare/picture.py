@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from ts_plugin.compare.comparison import Comparison
 from ts_plugin.compare.ways import ONE, UNEVEN, Way
 from ts_plugin.trial.spread import Spread, figure
 from ts_plugin.trial.turns import FULL
-from ts_plugin.view.svg import text_at
+from ts_plugin.view.tiles import text_at
 
 __all__ = ["picture"]
 
@@ -28,7 +28,8 @@ ROW = 26  # pixels of a bar
 STYLE = """
 .ts-compare{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 .ts-compare .page{fill:#fff}.ts-compare text{fill:#1c2430}.ts-compare .label{fill:#5a6675}
-.ts-compare .grid{stroke:#e3e6ea}.ts-compare .open{fill:#fff}.ts-compare .range{stroke:#1c2430}
+.ts-compare .grid{stroke:#e3e6ea;shape-rendering:crispEdges}
+.ts-compare .open{fill:#fff}.ts-compare .range{stroke:#1c2430}
 @media(prefers-color-scheme:dark){.ts-compare .page{fill:#12161c}.ts-compare text{fill:#e6e9ed}
 .ts-compare .label{fill:#9aa6b4}.ts-compare .grid{stroke:#343d49}.ts-compare .open{fill:#12161c}
 .ts-compare .range{stroke:#e6e9ed}}
@@ -54,7 +55,14 @@ def _legend(found: Comparison, y: float) -> str:
     x, drawn = float(PAD), []
     for way in found.ways:
         drawn.append(_mark(way, x + 6, y + 6, 6) + text_at(way, x + 18, y + 11, 13))
-        x += 40 + 7.2 * len(way)
+        x += 32 + 7.2 * len(way)
+    if any(
+        found.saturated(way, load.name, model)
+        for way in found.ways
+        for load in found.loads
+        for model in range(len(found.models))
+    ):
+        drawn.append(text_at("open: cannot keep up", x, y + 11, 13, 'class="label"'))
     return "".join(drawn)
 
 
@@ -102,7 +110,7 @@ def _curves(
     parts = []
     for tick in _ticks(math.exp(low), math.exp(high)):
         parts.append(f'<path class="grid" d="M{left:.1f} {at(tick):.1f}h{wide:.1f}"/>')
-        words = f"{1000 * tick:,.0f}" if tick >= 0.001 else f"{1000 * tick:g}"
+        words = f"{1000 * tick:,.0f}" if tick >= 0.01 else f"{1000 * tick:.3g}"
         parts.append(text_at(words, left - 8, at(tick) + 4, 11, 'class="label" text-anchor="end"'))
     for number, load in enumerate(places):
         rate = found.rate(load, model)
@@ -113,7 +121,7 @@ def _curves(
                 text_at(words, middle, top + HIGH + 18 + 15 * below, 11.5, 'class="label" text-anchor="middle"')
             )
     for order, way in enumerate(found.ways):
-        shift = 7 * (order - (len(found.ways) - 1) / 2)  # so that equal ways lie side by side
+        shift = 11 * (order - (len(found.ways) - 1) / 2)  # so that equal ways lie side by side
         points = [
             (left + (number + 0.5) * step + shift, seen[way, load], found.saturated(way, load, model))
             for number, load in enumerate(places)
@@ -128,10 +136,16 @@ def _curves(
     return "".join(parts)
 
 
-def _ticks(low: float, high: float) -> Iterator[float]:
-    """Yield 1, 2, 5, 10, ... within the bounds."""
-    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
-        yield from (tick for digit in (1, 2, 5) if low <= (tick := digit * 10.0**power) <= high)
+def _ticks(low: float, high: float) -> list[float]:
+    """Return powers of ten between the bounds, or 1, 2, 5, 10, ..., or other round numbers: at least four."""
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [tick for power in powers for digit in digits if low <= (tick := digit * 10.0**power) <= high]
+        if len(ticks) >= 4:
+            return ticks
+    most = (high - low) / 5
+    step = max(step for digit in (1, 2, 5) if (step := digit * 10.0 ** math.floor(math.log10(most))) <= most)
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _bars(found: Comparison, model: int, load: str, left: float, top: float, wide: float) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from html import escape
 from importlib import resources
 
-from ts_plugin.machine.cpulist import short_cpulist
-from ts_plugin.view.svg import colour, fill_of, svg, text_at
-from ts_plugin.view.view import View, tag
+from ts_plugin.view.rows import Row, all_notes, row, rows
+from ts_plugin.view.svg import Frame, machine
+from ts_plugin.view.tiles import STYLE, Scale, key, patterns, swatch, tile
+from ts_plugin.view.view import Group, View
 
 __all__ = ["html"]
 
@@ -28,14 +29,21 @@ def html(view: View, *, ticks: Ticks | None = None, before: Ticks | None = None,
     that is read from a file load itself again every so many seconds.
     """
     template = resources.files("ts_plugin.view").joinpath("page.html").read_text(encoding="utf-8")
+    scale = Scale.of(view.topology.cores)
     fields = {
+        "style": STYLE,
         "title": escape(view.title),
         "summary": escape(view.summary()),
         "place": escape(_place(view)),
-        "map": svg(view, legend=False),
-        "rows": "".join(_row(view, index) for index in range(len(view.workers))),
+        "patterns": patterns(view),
+        "width": f"{machine(view, scale).width:.0f}",
+        "map": "".join(_group(view, group, scale) for group in view.packages()),
+        "key": "".join(f"<li>{_svg('key', 16, 16, mark)} {escape(words)}</li>" for mark, words in key(view)),
+        "rows": "".join(_rows(view)),
         "unbound": "".join(f"<li><b>pid {pid}</b> {escape(why)}</li>" for pid, why in view.unbound),
-        "notes": "".join(f"<li>{escape(note)}</li>" for note in view.notes),
+        "notes": "".join(
+            f"<li>{f'<b>{tags}</b> ' if tags else ''}{escape(note)}</li>" for tags, note in all_notes(view)
+        ),
         "ticks": json.dumps(ticks or {}),
         "before": json.dumps(before or {}),
         "reload": json.dumps(reload),
@@ -50,36 +58,62 @@ def _place(view: View) -> str:
     return " · ".join(word for word in words if word)
 
 
-def _row(view: View, index: int) -> str:
-    worker = view.workers[index]
-    piece, (_, ink) = worker.slice, colour(index)
-    label = text_at(tag(index), 16, 15.5, 13, f'text-anchor="middle" font-weight="650" style="fill:{ink}"')
-    swatch = (
-        '<svg class="swatch ts-cores" viewBox="0 0 32 22" aria-hidden="true">'
-        f'<rect width="32" height="22" rx="5" fill="{fill_of(index)}"/>{label}</svg>'
+def _group(view: View, group: Group, scale: Scale) -> str:
+    """Draw a package, NUMA node or L3 domain as a box of the size that it has in `svg`; narrow pages break its rows."""
+    frame = Frame.of(view, group, scale)
+    tiles = (_svg("", scale.size, scale.size, tile(view, core, 0, 0, scale)) for core in group.cores)
+    inside = "".join([*(_group(view, part, scale) for part in group.groups), *tiles])
+    label = f"<h3>{escape(frame.label)}</h3>" if frame.label else ""
+    cpus = f"<p>{'<br>'.join(frame.lines)}</p>" if frame.lines else ""
+    return (
+        f'<div class="box {group.kind}" style="width:{frame.width + 2 * frame.pad}px">{label}'
+        f'<div class="{"boxes" if group.groups else "tiles"}">{inside}</div>{cpus}</div>'
     )
-    pinned = "" if piece.pinned else " <small>not pinned</small>"
-    cells = (
-        swatch,
-        f"<b>{escape(worker.model or worker.name)}</b> <small>{escape(worker.version)}</small>",
-        escape(worker.worker_id),
-        "" if worker.pid is None else str(worker.pid),
-        f"{short_cpulist(piece.cpus).replace(',', ',<wbr>')}{pinned}",
-        str(piece.threads),
-        short_cpulist(piece.numa_nodes),
-        short_cpulist(piece.l3_domains),
-        str(worker.moves or ""),
-        _now(view, index),
-        "<br>".join(escape(note) for note in worker.notes),
-    )
-    return f'<tr tabindex="0" data-tag="{tag(index)}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _now(view: View, index: int) -> str:
-    """Return what a worker computes on now, borrowed CPUs behind a plus."""
-    now = view.computes_on(index)
-    if now is None:
+def _svg(name: str, width: int, height: int, drawn: str) -> str:
+    return (
+        f'<svg class="{name} ts-cores" width="{width}" height="{height}" viewBox="0 0 {width} {height}">{drawn}</svg>'
+    )
+
+
+def _rows(view: View) -> Iterator[str]:
+    """Yield the table's rows; under that of a model with many workers those of its workers, which a click unfolds."""
+    for number, one in enumerate(rows(view)):
+        drawn = _svg("swatch", 28, 19, swatch(number))
+        if not view.summed_up:
+            yield _row(one, one.tag, drawn, escape(one.worker))
+            continue
+        yield _row(one, one.tag, drawn, f'<button aria-expanded="false">{escape(one.worker)}</button>')
+        for place, index in enumerate(one.members):
+            single = row(view, (index,))
+            yield _row(single, f"{one.tag}.{place}", "", escape(single.worker), "hidden")
+
+
+def _row(row: Row, tag: str, swatch: str, worker: str, state: str = "") -> str:
+    cells = {
+        "": swatch,
+        "model": f"<b>{escape(row.model)}</b> <small>{escape(row.version)}</small>" if row.model else "",
+        "worker": worker,
+        "pid": row.pid,
+        "CPUs": f"{_breakable(row.cpus)}{'' if row.pinned else ' <small>not pinned</small>'}",
+        "threads": row.threads,
+        "NUMA": row.numa_nodes,
+        "L3": row.l3_domains,
+        "moves": row.moves,
+        "computes on": _now(row),
+    }
+    drawn = "".join(f'<td data-head="{head}">{cell}</td>' for head, cell in cells.items())
+    return f'<tr tabindex="0" data-tag="{tag}" {state}>{drawn}</tr>'
+
+
+def _now(row: Row) -> str:
+    """Return what workers compute on now, borrowed CPUs behind a plus."""
+    if row.own is None:
         return ""
-    own, borrowed = (short_cpulist(cpus).replace(",", ",<wbr>") for cpus in now)
-    borrowed = f" <b>+ {borrowed}</b> <small>borrowed</small>" if borrowed else ""
-    return f"{own}{borrowed}" or "<small>idle</small>"
+    borrowed = f" <b>+ {_breakable(row.borrowed)}</b> <small>borrowed</small>" if row.borrowed else ""
+    return f"{_breakable(row.own)}{borrowed}" or "<small>idle</small>"
+
+
+def _breakable(cpus: str) -> str:
+    return cpus.replace(",", ",<wbr>")

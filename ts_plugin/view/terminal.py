@@ -17,8 +17,10 @@ from rich.text import Text
 
 from ts_plugin.machine.cpulist import short_cpulist
 from ts_plugin.machine.topology import Core
-from ts_plugin.view.svg import colour
-from ts_plugin.view.view import WORDS, Group, Use, View, tag
+from ts_plugin.machine.words import count
+from ts_plugin.view.rows import Row, all_notes, rows
+from ts_plugin.view.tiles import colour
+from ts_plugin.view.view import WORDS, Group, Use, View
 
 __all__ = ["Map", "make_console", "reasons_table", "tell", "utilisation"]
 
@@ -63,15 +65,20 @@ def utilisation(before: Mapping[int, tuple[int, int]], after: Mapping[int, tuple
 
 
 class Map:
-    """The picture as something that rich prints; ``load`` adds a bar per CPU (busy share, 0 to 1)."""
+    """The picture as something that rich prints; ``load`` adds a bar per CPU (busy share, 0 to 1).
+
+    What is wrong stands above the map, notes between the map and the workers, which may be many.
+    """
 
     def __init__(self, view: View, load: Mapping[int, float] | None = None) -> None:
         self._view = view
         self._load = load
         self._detailed = len(view.topology.cores) <= DETAILED
         self._digits = len(str(max(view.topology.online, default=0)))
-        self._mark = max((len(tag(index)) for index in range(len(view.workers))), default=1)
-        self._guest = self._mark + 1 if view.users is not None else 0  # columns for "←B", whether there is one or not
+        self._rows = rows(view)
+        letters = max((len(row.tag) for row in self._rows), default=1)
+        self._mark = letters + any(len(view.owners(core)) > 1 for core in view.topology.cores)
+        self._guest = letters + 1 if view.users is not None else 0  # columns for "←B", whether there is one or not
 
         self._labels: dict[str, int] = {}
         for package in view.packages():
@@ -81,6 +88,8 @@ class Map:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text.assemble((self._view.title, "bold"), "  ", (self._view.summary(), "dim"))
+        for pid, reason in self._view.unbound:
+            yield Text.assemble(("unbound ", "bold red"), f"pid {pid}: {reason}")
         for package in self._view.packages():
             yield Panel(
                 self._group(package, min(options.max_width, WIDEST) - 6),
@@ -90,15 +99,13 @@ class Map:
                 expand=False,
             )
         yield from self._key(console)
-        if self._view.workers:
+        for tags, note in all_notes(self._view):
+            yield Text.assemble((f"note on {tags} " if tags else "note ", "bold"), note)
+        if self._rows:
             yield self._workers()
-        for index, worker in enumerate(self._view.workers):
-            for note in worker.notes:
-                yield Text.assemble((f"note on {tag(index)} ", "bold"), note)
-        for pid, reason in self._view.unbound:
-            yield Text.assemble(("unbound ", "bold red"), f"pid {pid}: {reason}")
-        for note in self._view.notes:
-            yield Text.assemble(("note ", "bold"), note)
+        if self._view.summed_up:
+            words = "a line per model, in the map large and small letters in turn; --all lists each"
+            yield Text(f"{count(len(self._view.workers), 'worker')}: {words}", "dim")
         if self._view.ledger:
             yield Text(f"ledger {self._view.ledger}", "dim")
 
@@ -128,8 +135,8 @@ class Map:
     def _tile(self, core: Core) -> Text:
         owners, use = self._view.owners(core), self._view.use(core)
         if owners:
-            fill, ink = colour(owners[0])
-            mark, style = tag(owners[0]) + ("+" if len(owners) > 1 else ""), f"{ink} on {fill}"
+            mark, style = self._tagged(owners[0])
+            mark += "+" if len(owners) > 1 else ""
         else:
             mark, style = STYLES[use]
         tile = Text(style=style, no_wrap=True)
@@ -156,8 +163,15 @@ class Map:
         if isinstance(guest, Use):
             mark, style = STYLES[guest]
             return f"←{mark}", style
-        fill, ink = colour(guest)
-        return f"←{tag(guest)}", f"{ink} on {fill}"
+        mark, style = self._tagged(guest)
+        return f"←{mark}", style
+
+    def _tagged(self, index: int) -> tuple[str, str]:
+        """Return the tag of a worker and its style; every other one of a row is written small."""
+        row, member = self._view.rank(index)
+        fill, ink = colour(row)
+        mark = self._view.tag(index)
+        return mark.lower() if member % 2 else mark, f"{ink} on {fill}"
 
     def _key(self, console: Console) -> Iterable[Text]:
         """Explain the marks that occur, those by colour or brightness only where there is any."""
@@ -188,35 +202,34 @@ class Map:
             yield key
 
     def _workers(self) -> Table:
-        named = any(worker.model for worker in self._view.workers)
-        running = any(worker.pid is not None for worker in self._view.workers)
+        """List the workers; a column that would be empty is left out."""
+        columns = {
+            "model": [f"{row.model} {row.version}".strip() for row in self._rows],
+            "worker": [row.worker for row in self._rows],
+            "pid": [row.pid for row in self._rows],
+            "CPUs": [row.cpus + ("" if row.pinned else " (not pinned)") for row in self._rows],
+            "threads": [row.threads for row in self._rows],
+            "NUMA": [row.numa_nodes for row in self._rows],
+            "L3": [row.l3_domains for row in self._rows],
+            "moves": [row.moves for row in self._rows],
+            "now on": [_now(row) for row in self._rows],
+        }
+        shown = {head: cells for head, cells in columns.items() if any(cells) or head in ("NUMA", "L3")}
         table = Table(box=SIMPLE, pad_edge=False, header_style="dim")
-        heads = ["", *["model"] * named, "worker", *["pid"] * running, "CPUs", "threads", "NUMA", "L3"]
-        moved = any(worker.moves for worker in self._view.workers)
-        now = self._view.users is not None
-        for head in (*heads, *["moves"] * moved, *["now on"] * now):
+        for head in ("", *shown):
             right = head in ("pid", "threads", "moves")
             table.add_column(head, justify="right" if right else "left", overflow="fold")
-        for index, worker in enumerate(self._view.workers):
-            piece, (fill, ink) = worker.slice, colour(index)
-            cells = [
-                *[f"{worker.model} {worker.version}".strip()] * named,
-                worker.worker_id,
-                *[str(worker.pid)] * running,
-            ]
-            cells.append(short_cpulist(piece.cpus) + ("" if piece.pinned else " (not pinned)"))
-            cells += [str(piece.threads), short_cpulist(piece.numa_nodes), short_cpulist(piece.l3_domains)]
-            cells += [*[str(worker.moves or "")] * moved, *[self._now(index)] * now]
-            table.add_row(Text(f" {tag(index)} ", f"{ink} on {fill}"), *cells)
+        for row, *cells in zip(self._rows, *shown.values(), strict=True):
+            mark, style = self._tagged(row.members[0])
+            table.add_row(Text(f" {mark} ", style), *cells)
         return table
 
-    def _now(self, index: int) -> str:
-        """Return what a worker computes on now: ``0-3 + 4-7`` with borrowed CPUs behind the plus."""
-        now = self._view.computes_on(index)
-        if now is None:
-            return ""
-        own, borrowed = map(short_cpulist, now)
-        return (f"{own} + {borrowed}" if borrowed else own) or "idle"
+
+def _now(row: Row) -> str:
+    """Return what workers compute on now: ``0-3 + 4-7`` with borrowed CPUs behind the plus."""
+    if row.own is None:
+        return ""
+    return (f"{row.own} + {row.borrowed}" if row.borrowed else row.own) or "idle"
 
 
 def reasons_table(who: str, reasons: Sequence[tuple[str, str]]) -> RenderableType:

@@ -19,6 +19,7 @@ from ts_plugin.machine.words import count
 from ts_plugin.planning.planner import Plan, Slice
 
 __all__ = [
+    "LISTED",
     "WORDS",
     "Group",
     "Use",
@@ -30,6 +31,8 @@ __all__ = [
     "of_state",
     "tag",
 ]
+
+LISTED = 40  # workers that a picture lists one by one; more are summed up, a line per model
 
 
 class Use(StrEnum):
@@ -63,8 +66,12 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A package, NUMA node or L3 domain in the picture: ``groups`` inside it, or ``cores`` in the innermost one."""
+    """A package, NUMA node or L3 domain in the picture: ``groups`` inside it, or ``cores`` in the innermost one.
 
+    ``kind`` is package, node or l3.
+    """
+
+    kind: str
     label: str
     groups: tuple[Group, ...] = ()
     cores: tuple[Core, ...] = ()
@@ -76,7 +83,8 @@ class View:
 
     ``elsewhere`` are the CPUs in slices of workers that the picture leaves out, ``unbound`` the PIDs of workers without
     a slice, each with the reason. ``ledger`` is the file that was read, ``server_pid`` the one frontend that is shown.
-    ``users`` are the PIDs of the workers that compute now, by CPU; None where that is not known.
+    ``users`` are the PIDs of the workers that compute now, by CPU; None where that is not known. With ``whole`` the
+    workers are listed one by one however many they are.
     """
 
     topology: Topology
@@ -91,8 +99,10 @@ class View:
     host: str = ""
     server_pid: int | None = None
     users: Mapping[int, int] | None = None
+    whole: bool = False
     _owners: dict[int, list[int]] = field(init=False, repr=False, compare=False)
     _places: dict[int, int] = field(init=False, repr=False, compare=False)
+    _ranks: dict[int, tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         owners: dict[int, list[int]] = {}
@@ -102,6 +112,10 @@ class View:
         object.__setattr__(self, "_owners", owners)
         places = {worker.pid: index for index, worker in enumerate(self.workers) if worker.pid is not None}
         object.__setattr__(self, "_places", places)
+        ranks = {
+            index: (row, member) for row, members in enumerate(self.listed()) for member, index in enumerate(members)
+        }
+        object.__setattr__(self, "_ranks", ranks)
 
     def owners(self, core: Core) -> tuple[int, ...]:
         """Return the positions in ``workers`` of those whose slice has a CPU of ``core``."""
@@ -144,6 +158,34 @@ class View:
             return None
         return tuple(cpu for cpu in now if cpu in piece.cpus), tuple(cpu for cpu in now if cpu not in piece.cpus)
 
+    @property
+    def summed_up(self) -> bool:
+        """Whether the list has a line per model, since there are more than LISTED workers."""
+        return len(self.workers) > LISTED and not self.whole
+
+    def listed(self) -> tuple[tuple[int, ...], ...]:
+        """Return the positions in ``workers`` of those in each row of the list."""
+        if not self.summed_up:
+            return tuple((index,) for index in range(len(self.workers)))
+        models: dict[tuple[str, str], list[int]] = {}
+        for index, worker in enumerate(self.workers):
+            models.setdefault((worker.model, worker.version), []).append(index)
+        return tuple(map(tuple, models.values()))
+
+    def rank(self, index: int) -> tuple[int, int]:
+        """Return the number of the row that worker ``index`` stands in, and its place there."""
+        return self._ranks[index]
+
+    def tag(self, index: int) -> str:
+        """Return the letters of the row that worker ``index`` stands in."""
+        return tag(self.rank(index)[0])
+
+    def label(self, index: int) -> str:
+        """Return for example ``A (resnet18 1.0)``, and which of its model's workers it is if letters do not say so."""
+        worker = self.workers[index]
+        which = f", worker {worker.worker_id}" if self.summed_up and worker.model else ""
+        return f"{self.tag(index)} ({worker.name}{which})"
+
     def idle(self) -> frozenset[int]:
         """Return the allowed CPUs of the cores that no worker uses and no option keeps free."""
         idle = {cpu for core in self.topology.cores if self.use(core) is Use.IDLE for cpu in core.cpus}
@@ -161,21 +203,23 @@ class View:
             return f"NUMA node {number}" + (f" · {_gibibytes(size)}" if size else "")
 
         def domains(cores: tuple[Core, ...]) -> Group:
-            parts = tuple(Group(f"L3 {number}", cores=part) for number, part in _split(cores, lambda core: core.l3))
+            parts = tuple(
+                Group("l3", f"L3 {number}", cores=part) for number, part in _split(cores, lambda core: core.l3)
+            )
             telling = len(parts) > 1 and any(len(part.cores) > 1 for part in parts)
-            return Group("", groups=parts) if telling else Group("", cores=cores)
+            return Group("l3", "", groups=parts) if telling else Group("l3", "", cores=cores)
 
         packages = []
         for number, cores in _split(self.topology.cores, lambda core: core.package):
             nodes = []
             for node, part in _split(cores, lambda core: core.node):
                 inside = domains(part)
-                nodes.append(Group(node_label(node), inside.groups, inside.cores))
+                nodes.append(Group("node", node_label(node), inside.groups, inside.cores))
             label = f"package {number}"
             if len(nodes) == 1:
-                packages.append(Group(f"{label} · {nodes[0].label}", nodes[0].groups, nodes[0].cores))
+                packages.append(Group("package", f"{label} · {nodes[0].label}", nodes[0].groups, nodes[0].cores))
             else:
-                packages.append(Group(label, tuple(nodes)))
+                packages.append(Group("package", label, tuple(nodes)))
         return tuple(packages)
 
     def summary(self) -> str:
@@ -204,8 +248,10 @@ WORDS = {
 }
 
 
-def current_view(server_pid: int | None = None) -> View:
+def current_view(server_pid: int | None = None, *, whole: bool = False) -> View:
     """Return the picture of what is held now on this machine; only one frontend's workers if ``server_pid`` is given.
+
+    ``whole`` is that of View.
 
     Raises:
         LedgerError: the ledger is not this user's alone.
@@ -223,6 +269,7 @@ def current_view(server_pid: int | None = None) -> View:
         host=os.uname().nodename,
         server_pid=server_pid,
         users=computing(seen, state),
+        whole=whole,
         notes=(*picture.notes, *[told] * bool(told)),
     )
 
@@ -285,7 +332,7 @@ def of_plan(
 
 
 def tag(index: int) -> str:
-    """Return a worker's short name in the map: A to Z, then AA, AB, ..."""
+    """Return the short name of a row of workers in the map: A to Z, then AA, AB, ..."""
     return (tag(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
