@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.leases import lease_of
 from tests.machines import machine
 from ts_plugin.compare.comparison import Comparison
 from ts_plugin.compare.picture import picture
 from ts_plugin.compare.report import verdict
 from ts_plugin.leases.environment import COLLAPSING, THREAD_COUNTS
-from ts_plugin.leases.ledger import Lease, State
+from ts_plugin.leases.ledger import State
 from ts_plugin.leases.unbound import PAST_LAUNCHER
 from ts_plugin.machine.topology import Topology
 from ts_plugin.operate.cli import COMMANDS
@@ -51,6 +52,7 @@ def blocks(path: Path) -> Iterator[Block]:
         yield Block(language, info.removeprefix("file="), text)
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     "path",
     [path for path in FILES if any(block.language == "bash" for block in blocks(path))],
@@ -318,7 +320,7 @@ def test_what_a_model_asks_for_is_what_the_planner_gives(
 def test_the_sample_of_the_core_map_has_the_fields_of_the_code() -> None:
     (sample,) = (json.loads(block.text) for block in blocks(DOCS / "operating.md") if block.language == "json")
     (piece,) = planned(machine(cores=2), 1).slices
-    lease = Lease(4711, 1, "resnet18", "1.0", "9000", 4690, Demand(frozenset({0, 1})), piece)
+    lease = lease_of(piece, 4711, server_pid=4690)
     document = core_map(State(leases=(lease,)))
     assert [*sample] == ["enabled", *document]
     assert [*sample["slices"][0]] == [*document["slices"][0]]

@@ -9,10 +9,13 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 CODE = """
 import json, os
 from dataclasses import replace
 import torch
+from tests.leases import lease_of, slice_of
 from ts_plugin.leases.ledger import Lease, Ledger, State
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Demand, Slice
@@ -26,9 +29,9 @@ def policies():
 
 cpus = frozenset(os.sched_getaffinity(0))
 before = set(process.threads(os.getpid()))
-there = Slice(tuple(cpus), 2, (1,), (0,), (0,))
+there = slice_of(cpus, threads=2, numa_nodes=(1,))
 demand = Demand(cpus, Policy(memory=Memory.PREFERRED))
-lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, demand, there)
+lease = lease_of(there, demand=demand)
 own = Follower(Ledger(), lease)
 own.requests.hold()
 ones = torch.ones(512, 512)

@@ -18,6 +18,8 @@ from ts_plugin.leases.ledger import Ledger
 from ts_plugin.machine import discovery
 from ts_plugin.trial.torchserve import read_properties, write_properties
 
+pytestmark = pytest.mark.process
+
 JAR = "ts_plugin/frontend/ts-cores.jar"
 LAUNCHER = "/somewhere/bin/ts-cores-python"
 GOOD = f"""echo '{{"python": "{LAUNCHER}", "warnings": []}}'"""

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
+pytestmark = pytest.mark.process
+
 SETUP = """
 import asyncio, json, threading, types
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
@@ -156,12 +160,12 @@ def test_threads_of_micro_batching_follow_the_slice() -> None:
 import os, torch
 from dataclasses import replace
 from ts.handler_utils import micro_batching
-from ts_plugin.leases.ledger import Lease, Ledger, State
-from ts_plugin.planning.planner import Demand, Slice
+from tests.leases import lease_of, slice_of
+from ts_plugin.leases.ledger import Ledger, State
 from ts_plugin.worker.requests import Requests
 
 cpus = tuple(os.sched_getaffinity(0))
-lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus, 3, (0,), (0,), (0,)))
+lease = lease_of(slice_of(cpus, threads=3))
 requests = Requests(Ledger(), lease, print)
 hooks.install([requests])
 

@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
+from tests.leases import lease_of
 from ts_plugin.leases import directory
 from ts_plugin.leases.ledger import LEASE_VARIABLE, Lease, Ledger, LedgerError, Server, State, pack_lease, unpack_lease
 from ts_plugin.machine import process
-from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.planning.planner import Demand
 from ts_plugin.planning.policy import Allocator, Memory, OmpRuntime, Pin, Policy
 
 
@@ -38,11 +39,8 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def lease_for(pid: int, cpus: tuple[int, ...] = (0,), policy: Policy | None = None) -> Lease:
-    identity = process.identify(pid)
-    assert identity is not None
     demand = Demand(frozenset({0, 1, 2}), policy or Policy(), quota=2.5, cores=2, share=1.5, held=frozenset({1}))
-    cores = Slice(cpus, len(cpus), (0,), (0,), (0,), pinned=True)
-    return Lease(pid, identity.start_time, "resnet", "1.0", "9000", None, demand, cores, moves=1, notes=("a note",))
+    return lease_of(cpus, pid, model="resnet", demand=demand, moves=1, notes=("a note",))
 
 
 EVERYTHING = Policy(

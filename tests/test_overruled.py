@@ -11,19 +11,21 @@ import pytest
 
 from ts_plugin.worker.onnx_threads import OnnxThreads
 
+pytestmark = pytest.mark.process
+
 HANDLER = """
 import os, sys
 import torch
 from dataclasses import replace
-from ts_plugin.leases.ledger import Lease, Ledger, State
-from ts_plugin.planning.planner import Demand, Slice
+from tests.leases import lease_of, slice_of
+from ts_plugin.leases.ledger import Ledger, State
 from ts_plugin.worker.requests import Requests
 
 def step(name):
     torch.set_num_threads(1 if name in sys.argv else requests._plan.lease.slice.threads)
 
 cpus = tuple(os.sched_getaffinity(0))
-lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus, 2, (0,), (0,), (0,)))
+lease = lease_of(slice_of(cpus, threads=2))
 requests = Requests(Ledger(), lease, print)
 requests.hold()
 step("import")

@@ -346,6 +346,7 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
+@pytest.mark.process
 def test_the_page_follows_and_asks_for_a_new_token(server: Server, tmp_path: Path) -> None:
     status = "document.getElementById('status')"
     with Browser(tmp_path / "profile") as browser:
@@ -361,6 +362,7 @@ def test_the_page_follows_and_asks_for_a_new_token(server: Server, tmp_path: Pat
         assert browser.run("document.forms[0].className") == ""
 
 
+@pytest.mark.server
 def test_a_real_server_behind_its_token(tmp_path: Path, checkout: Path) -> None:
     """TorchServe's own token authorization, its management API, a real page in a real browser."""
     properties: dict[str, Property] = {
