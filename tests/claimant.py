@@ -1,11 +1,11 @@
 """A process that claims a slice as a worker does, without TorchServe around it: for tests of leases.
 
 Every line that it reads is answered with a JSON line of facts. "begin" and "end" are the boundaries of a request, and
-"compute" starts some parallel regions, for which the option "torch" loads torch: it borrows all that is idle then, as
-far as it goes, whether that makes its tiny requests faster or not. "full" and "free" let every write of this process
-fail as on a full disk, or succeed again; "forbid" lets the kernel refuse every mask that this process sets from then
-on, as the option "forbid" does from the start. These three, and an empty line, also apply the slice's threads, as a
-request would.
+"compute" starts some parallel regions, for which the option "torch" loads torch. Its archive says then, as one that
+`ts-cores tune` has profiled, that requests take ten seconds on any number of cores. So its tiny ones borrow all that is
+idle: they are faster than that. "full" and "free" let every write of this process fail as on a full disk, or succeed
+again; "forbid" lets the kernel refuse every mask that this process sets from then on, as the option "forbid" does from
+the start. These three, and an empty line, also load the model again: that applies the slice's threads.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import os
 import resource
 import sys
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 from tests.seccomp import forbid_affinity
 from ts_plugin.ledger import coordinator
 from ts_plugin.ledger.file import Ledger
-from ts_plugin.lending.gains import Gains
-from ts_plugin.planning.planner import PlanError
+from ts_plugin.planning.core_groups import PlanError
 from ts_plugin.worker import follower, openmp
 from ts_plugin.worker.archive import Wishes
 from ts_plugin.worker.start import claim
@@ -58,8 +59,6 @@ def main() -> None:
         import torch
 
         ones = torch.ones(1 << 18)
-        setattr(Gains, "most", lambda self, threads, now: threads)  # noqa: B010 - mypy knows its type
-        setattr(Gains, "alone", 0.0)  # noqa: B010
     try:
         lease = claim(ledger, wishes=wishes, worker=options.get("worker", "9000"))
     except (OSError, PlanError, coordinator.CannotBind) as error:
@@ -72,9 +71,7 @@ def main() -> None:
     own = follower.Follower(ledger, lease)  # not attach(): that needs TorchServe, and would import torch 64 times
     if options.get("follows", True):
         own.start()
-    own.requests.hold()
-    if not options.get("loads"):
-        own.requests.on_loaded()
+    load(own, options)
     tell(facts(own))
     for line in sys.stdin:
         order = line.strip()
@@ -90,10 +87,17 @@ def main() -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (LIMITS[order], resource.RLIM_INFINITY))
             elif order == "forbid":
                 forbid_affinity()
-            own.requests.hold()
-            if not options.get("loads"):
-                own.requests.on_loaded()
+            load(own, options)
         tell(facts(own))
+
+
+def load(own: follower.Follower, options: dict[str, Any]) -> None:
+    """Do what a worker does at its request boundaries when its model is loaded; with "loads" it still is."""
+    profile = dict.fromkeys(range(1, os.cpu_count() or 1), 10.0) if options.get("torch") else None
+    context = SimpleNamespace(system_properties={}, model_yaml_config={"cpu": {"profile": profile}})
+    own.requests.on_load(context)
+    if not options.get("loads"):
+        own.requests.on_loaded()
 
 
 main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -53,6 +54,15 @@ class Claimant:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+    def wakes(self) -> int:
+        """Return how often its threads have gone to sleep and woken: its follower does at each of its looks."""
+        found = 0
+        for tid in process.threads(self.pid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                status = Path(f"/proc/{self.pid}/task/{tid}/status").read_text()
+                found += int(status.partition("nonvoluntary_ctxt_switches")[0].rpartition("\t")[2])
+        return found
 
     def masks(self) -> set[frozenset[int]]:
         """Return the distinct masks of all threads, as the kernel has them."""

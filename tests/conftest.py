@@ -1,8 +1,10 @@
-"""What all tests share: a state directory of their own, the CPUs of this process, the checkout."""
+"""What all tests share: how they are marked, a state directory of their own, the CPUs of this process, the checkout."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,43 @@ from typing import Any
 import hypothesis
 import pytest
 
-from benchmarks.harness import CHECKOUT
+from benchmarks.harness import CHECKOUT, PLUGINS
 from tests.claimants import Claimant
+from tests.eventually import eventually
+from ts_plugin.trial.torchserve import TorchServe
 
 hypothesis.settings.register_profile("ts-cores", deadline=None)  # no test asserts how long something takes
 hypothesis.settings.load_profile("ts-cores")
+
+KINDS = ("pure", "process", "server")
+STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system")  # audit events
+started: list[str] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark a test that is not marked: with a fixture that starts a server or a process, as such; else as pure."""
+    for item in items:
+        if not any(item.get_closest_marker(kind) for kind in KINDS):
+            fixtures = set(getattr(item, "fixturenames", ()))
+            process = "process" if fixtures & {"start", "sleeper", "held"} else "pure"
+            item.add_marker("server" if "pinned" in fixtures else process)
+
+
+def remember(event: str, arguments: tuple[object, ...]) -> None:
+    if event in STARTS:
+        started.append(f"{event}: {arguments}")
+
+
+sys.addaudithook(remember)
+
+
+@pytest.fixture(autouse=True)
+def _pure_tests_start_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Name the test that is in the wrong group, so that `./dev test -m pure` stays quick."""
+    started.clear()
+    yield
+    if request.node.get_closest_marker("pure"):
+        assert started == [], "mark this test with pytest.mark.process or pytest.mark.server"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +67,28 @@ def _same_cpus_afterwards() -> Iterator[None]:
     after = os.sched_getaffinity(0)
     os.sched_setaffinity(0, before)
     assert after == before
+
+
+@pytest.fixture(scope="module")  # not longer: others must find no server on this machine
+def _pinned() -> Iterator[TorchServe]:
+    with TorchServe(properties={"plugins_path": PLUGINS, "cpu_launcher_enable": True}) as server:
+        yield server
+
+
+@pytest.fixture
+def pinned(_pinned: TorchServe) -> Iterator[TorchServe]:
+    """A server with ts-cores, the same for all tests of a module: they register models, which go when they end.
+
+    For tests that need no other config.properties, kill nothing but workers, and count nothing from the server's start.
+    """
+    yield _pinned
+    for model in json.loads(_pinned.management("GET", "/models"))["models"]:
+        name = model["modelName"]
+        versions = {one["modelVersion"] for one in json.loads(_pinned.management("GET", f"/models/{name}/all"))}
+        default = _pinned.describe(name)["modelVersion"]
+        for version in (*versions - {default}, default):  # TorchServe removes it last
+            _pinned.unregister(name, version=version)
+    assert eventually(lambda: not _pinned.workers())
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 PATIENCE = 30.0  # seconds: that the slices follow within 2 is measured by ./dev chaos, on a quiet machine
 
 
-def eventually(check: Callable[[], bool], patience: float = PATIENCE) -> bool:
+def eventually(check: Callable[[], object], patience: float = PATIENCE) -> bool:
     """Ask again and again until it is so, or patience ends; return whether it is so."""
     deadline = time.monotonic() + patience
     while not check():

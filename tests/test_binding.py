@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +14,8 @@ import pytest
 from ts_plugin.kernel import affinity, memory
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.policy import Memory
+
+pytestmark = pytest.mark.process
 
 ALLOWED = sorted(os.sched_getaffinity(0))
 needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
@@ -178,7 +179,7 @@ print(open("/proc/self/numa_maps").readline().split()[1])
 def test_pages_of_a_process_that_is_gone_stay_with_a_note() -> None:
     with subprocess.Popen(["true"]) as child:
         child.wait()
-        time.sleep(0)
+
         assert "stay where they are" in (memory.move_pages(child.pid, [0], [0]) or "")
 
 

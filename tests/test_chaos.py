@@ -23,6 +23,8 @@ from ts_plugin.lending import library
 from ts_plugin.lending.words import Words
 from ts_plugin.machine import process
 
+pytestmark = pytest.mark.process
+
 ALLOWED = frozenset(os.sched_getaffinity(0))
 CORES = sorted(watch.physical_cores(ALLOWED), key=min)
 PATIENCE = 20.0  # seconds: that everything is right again within 2 is measured, not tested
@@ -74,8 +76,9 @@ def words(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_a_minute_of_chaos_breaks_no_promise() -> None:
-    report = chaos.run(minutes=1, seed=2026, grace=PATIENCE)
+@pytest.mark.server
+def test_half_a_minute_of_chaos_breaks_no_promise() -> None:
+    report = chaos.run(minutes=0.5, seed=2026, grace=PATIENCE)
     assert report.violations == []
     assert report.failed_requests == []
     assert sum(report.actions.values()) >= 3

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +16,19 @@ import pytest
 
 from benchmarks.harness import archives
 from tests.eventually import eventually
+from tests.leases import lease_of
 from tests.test_verdict import write_archive
 from ts_plugin.ledger.file import Ledger
-from ts_plugin.ledger.model import Lease, State
+from ts_plugin.ledger.model import State
 from ts_plugin.lending.words import HEAD, SLOT, Status, Words
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import parse_launcher_args
-from ts_plugin.trial.torchserve import Property, TorchServe
+from ts_plugin.trial.properties import Property
+from ts_plugin.trial.torchserve import TorchServe
 from ts_plugin.view.core_map import core_map
+
+pytestmark = pytest.mark.process
 
 RUN = [sys.executable, "-c", "import sys; from ts_plugin.cli.main import main; sys.exit(main())"]
 HANGS = 120.0  # seconds; no command of these tests computes for more than two
@@ -79,11 +82,8 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
         slices = plan(discovery.read_topology(), [demand, demand]).slices
         leases = []
         for number, (sleeper, piece) in enumerate(zip(sleepers, slices, strict=True)):
-            identity = process.identify(sleeper.pid)
-            assert identity is not None
-            name = f"model{number}"
-            started = identity.start_time
-            leases.append(Lease(sleeper.pid, started, name, "1.0", str(9000 + number), 70 + number, demand, piece))
+            names = {"model": f"model{number}", "worker_id": str(9000 + number)}
+            leases.append(lease_of(piece, sleeper.pid, server_pid=70 + number, demand=demand, **names))
         ledger = Ledger()
         with ledger.locked():
             ledger.write(State(generation=1, leases=tuple(leases)))
@@ -501,14 +501,9 @@ def test_show_watch_keeps_a_page_up_to_date(held: list[int], tmp_path: Path) -> 
     page = tmp_path / "a.html"
     watch = subprocess.Popen([*RUN, "show", "--watch", "--html", str(page)])
     try:
-        seen = set()
-        for _ in range(300):
-            if page.exists():
-                seen.add(page.stat().st_ino)
-            if len(seen) > 1:
-                break
-            time.sleep(0.1)
-        assert len(seen) > 1
+        assert eventually(page.exists)
+        first = page.stat().st_ino
+        assert eventually(lambda: page.stat().st_ino != first), "it is written anew, and appears complete"
     finally:
         watch.terminate()
         watch.wait()
@@ -643,6 +638,7 @@ def test_only_our_own_workers_are_judged(
         started.communicate()
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("hooked", [True, False], ids=["with another ledger", "stock"])
 def test_a_real_server_of_somebody_elses_is_not_judged(checkout: Path, hooked: bool) -> None:
     plugin: dict[str, Property] = {"plugins_path": checkout / "ts_plugin" / "frontend", "cpu_launcher_enable": True}

@@ -498,6 +498,7 @@ def test_what_cannot_be_measured_is_said(
     assert not left_over(tmp_path)
 
 
+@pytest.mark.server
 def test_interrupted_it_gives_what_there_is_and_goes_on(
     tmp_path: Path, body: Path, command: Callable[..., subprocess.Popen[str]]
 ) -> None:

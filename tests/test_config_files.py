@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +19,10 @@ import pytest
 import yaml
 
 from benchmarks.harness import archives
+from tests.eventually import eventually
 from ts_plugin.machine.cpulist import parse_cpulist
-from ts_plugin.trial.torchserve import Property, TorchServe
+from ts_plugin.trial.properties import Property
+from ts_plugin.trial.torchserve import TorchServe
 from ts_plugin.worker.readback import METRICS
 
 KUBERNETES = "1.30"
@@ -206,6 +207,7 @@ def test_metrics_file_holds_torchserves_defaults_and_ours(checkout: Path) -> Non
         assert found == {"name": name, "unit": unit, "dimensions": ["ModelName", "WorkerName"]}
 
 
+@pytest.mark.server
 def test_metrics_are_visible_to_prometheus(checkout: Path) -> None:
     """A real server in Prometheus mode, with the metrics file as it is."""
     properties: dict[str, Property] = {
@@ -215,11 +217,7 @@ def test_metrics_are_visible_to_prometheus(checkout: Path) -> None:
         "metrics_config": checkout / "config" / "metrics.yaml",
     }
     with TorchServe(archives.facts(), workers=1, properties=properties) as server:
-        deadline = time.monotonic() + 60
-        while "SliceCores{" not in server.metrics():
-            server.predict("facts", b"{}")
-            assert time.monotonic() < deadline, server.metrics()
-            time.sleep(0.2)
+        assert eventually(lambda: server.predict("facts", b"{}") and "SliceCores{" in server.metrics())
         (piece,) = server.cores()["slices"]
         text = server.metrics()
         (value,) = re.findall(r'^SliceCores\{ModelName="facts",WorkerName="W-\S+".*\} (\S+)$', text, re.MULTILINE)
@@ -267,6 +265,7 @@ def test_dockerfile_copies_and_starts_what_exists(checkout: Path) -> None:
     assert all((checkout / name).exists() for name in copied)
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("tokens", [True, False])
 def test_the_images_health_check_tells_life_from_death(checkout: Path, tokens: bool) -> None:
     text = (checkout / "config" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -18,18 +17,22 @@ import pytest
 from benchmarks.harness.cpuset import Cpuset
 from tests.claimants import ALLOWED, CORES, TOPOLOGY, Claimant
 from tests.eventually import eventually
+from tests.leases import lease_of
 from ts_plugin.kernel import affinity
 from ts_plugin.ledger import coordinator, directory
 from ts_plugin.ledger.binding import bind_all
 from ts_plugin.ledger.file import Ledger
-from ts_plugin.ledger.model import Lease, Server, State
+from ts_plugin.ledger.model import Server, State
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.topology import Topology
-from ts_plugin.planning.planner import Demand, Slice, plan
+from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import Lend, Pin, Policy
 
 FIRST, LAST = (TOPOLOGY.cores_of(ALLOWED)[place].number for place in (0, -1))
-pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another"),
+]
 
 
 def divided(*claimants: Claimant) -> bool:
@@ -88,7 +91,7 @@ def test_what_fails_on_a_full_disk_is_done_when_there_is_room_again(
     survivor.follow("full")
     victim.kill()
     ledger = Ledger(str(state))
-    time.sleep(1.5)  # a few attempts
+    assert eventually(lambda: survivor.follow() and any("File too large" in line for line in survivor.log))
     assert {lease.pid for lease in ledger.read_all().leases} == {survivor.pid, victim.pid}, "the old content stands"
     survivor.follow("free")
     assert eventually(lambda: {lease.pid for lease in ledger.read_all().leases} == {survivor.pid})
@@ -254,7 +257,7 @@ def test_a_frontend_moves_aside_where_enough_is_left_for_it(
     monkeypatch.setattr(affinity, "bind_process", lambda pid, cpus, before: bound.append((pid, frozenset(cpus))))
     me, cpus = os.getpid(), tuple(held)
     demand = Demand(frozenset(allowed))
-    lease = Lease(me, 0, "m", "1.0", "9000", me, demand, Slice(cpus, len(cpus), (0,), (0,), (0,)))
+    lease = lease_of(cpus, me, server_pid=me, demand=demand)
     after = State(servers=(Server(me, 0, Policy(), demand.allowed),), leases=(lease,), reserved=frozenset(reserved))
     bind_all(State(), after)
     assert bound == [(me, frozenset(aside))]
@@ -312,7 +315,8 @@ def test_a_worker_that_cannot_follow_any_more_says_so_once_and_counts_its_thread
     ledger = Ledger(str(state))
     assert eventually(lambda: any("NOT BOUND" in note for lease in ledger.read().leases for note in lease.notes))
     assert eventually(lambda: stuck.follow()["threads"] == CORES), "as the ledger says"
-    time.sleep(1.5)  # a few rounds
+    before = stuck.wakes()
+    assert eventually(lambda: stuck.wakes() >= before + 4), "it looks again"
     stuck.follow()
     assert sum("NOT BOUND" in line for line in stuck.log) == 1
     again = start(worker="9002")
@@ -327,10 +331,7 @@ def asleep(state: Path, policy: Policy, cpu: int) -> subprocess.Popen[bytes]:
     """A process that follows nothing, in the ledger with a slice of one CPU, as if it were its own frontend."""
     sleeper = subprocess.Popen(["sleep", "600"])
     os.sched_setaffinity(sleeper.pid, {cpu})
-    me = process.identify(sleeper.pid)
-    assert me is not None
-    slice_of = Slice((cpu,), 1, (0,), (0,), (0,))
-    lease = Lease(me.pid, me.start_time, "m", "1.0", "8000", me.pid, Demand(ALLOWED, policy), slice_of)
+    lease = lease_of((cpu,), sleeper.pid, worker_id="8000", server_pid=sleeper.pid, demand=Demand(ALLOWED, policy))
     ledger = Ledger(str(state))
     with ledger.locked() as before:
         ledger.write(replace(before, leases=(*before.leases, lease)))
@@ -428,9 +429,6 @@ def test_the_machine_is_read_before_the_lock_that_all_workers_share(
     monkeypatch.setattr(discovery, "read_topology", read_while_the_lock_is_free)
     me = process.identify(os.getpid())
     assert me is not None
-    slice_here = Slice((FIRST,), 1, (0,), (0,), (0,))
-    coordinator.enter(
-        Ledger(str(state)), Lease(me.pid, me.start_time, "m", "1.0", "9", None, Demand(ALLOWED), slice_here)
-    )
+    coordinator.enter(Ledger(str(state)), lease_of((FIRST,), demand=Demand(ALLOWED)))
     coordinator.leave(Ledger(str(state)), os.getpid(), "a reason")
     assert len(reads) == 2

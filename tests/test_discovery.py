@@ -1,4 +1,4 @@
-"""Discovery: small trees with one peculiarity each, and every captured machine against what its record says."""
+"""Discovery: small trees with one peculiarity each, and whole machines against what is known about them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness import machines
 from benchmarks.harness.captures import unpacked
+from tests.captures import RECORDS, needs_captures
 from ts_plugin.machine.cpulist import parse_cpulist
 from ts_plugin.machine.discovery import DiscoveryError, read_allowance, read_bounds, read_mask, read_topology
 from ts_plugin.machine.topology import Allowance, Core, NumaNode, Topology
 
-CAPTURES = Path(__file__).resolve().parents[2] / "shared" / "topologies"
-RECORDS = sorted([*CAPTURES.glob("json/*.json"), *CAPTURES.glob("derived/json/*.json")])
+MACHINES = {facts.name: facts for facts in machines.read()}
 
 KNOWN_DIFFERENCES = {
     ("dv04-offline-random-ghw-i7-1270P", "class"): (
@@ -378,12 +379,43 @@ def partition(pairs: Iterable[tuple[int, Hashable]]) -> set[frozenset[int]]:
     return {frozenset(group) for group in groups.values()}
 
 
-@pytest.mark.skipif(not RECORDS, reason=f"no captured machines in {CAPTURES}")
+def facts_of(topology: Topology) -> dict[str, Any]:
+    """What is found about a machine, whatever the numbers of its packages and L3 domains are."""
+    distances = [node.distances for node in topology.nodes]
+    return {
+        "cores": [(core.cpus, core.node, core.kind, core.capacity) for core in topology.cores],
+        "packages": partition((core.number, core.package) for core in topology.cores),
+        "l3": partition((core.number, core.l3) for core in topology.cores),
+        "nodes": [(node.number, node.cpus) for node in topology.nodes],
+        "distances": distances if len(distances) > 1 else [],
+        "isolated": topology.isolated,
+    }
+
+
+@pytest.mark.parametrize("facts", MACHINES.values(), ids=MACHINES)
+def test_machine(facts: machines.Facts) -> None:
+    """Discovery finds in kernel files the facts that they are made from."""
+    with facts.tree() as root:
+        topology, allowance = read_topology(root), read_allowance(root)
+    assert facts_of(topology) == facts_of(facts.topology())
+    assert (allowance.cpus, allowance.quota) == (facts.allowed, facts.quota)
+
+
+@needs_captures
+def test_every_captured_machine_is_written_down() -> None:
+    assert {record.stem for record in RECORDS} == MACHINES.keys()
+
+
+@needs_captures
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.stem)
 def test_captured_machine(record: Path) -> None:
+    """The capture, what others say about it, and the facts that are written down agree."""
     truth: dict[str, Any] = json.loads(record.read_text())
     with unpacked(record.parent.parent / "sysfs" / f"{record.stem}.tar.xz") as root:
         topology, allowance = read_topology(root), read_allowance(root)
+    facts = MACHINES[record.stem]
+    assert facts_of(facts.topology()) == facts_of(topology)
+    assert (facts.allowed, facts.quota, facts.arch) == (allowance.cpus, allowance.quota, truth["arch"])
 
     def differs(aspect: str) -> bool:
         return (truth["name"], aspect) in KNOWN_DIFFERENCES

@@ -14,17 +14,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.leases import lease_of
 from tests.machines import machine
 from tests.pictures import pictures
 from ts_plugin.cli.main import COMMANDS
 from ts_plugin.compare.comparison import Comparison
 from ts_plugin.compare.report import verdict
-from ts_plugin.ledger.model import Lease, State
+from ts_plugin.ledger.model import State
 from ts_plugin.ledger.unbound import PAST_LAUNCHER
 from ts_plugin.machine.topology import Topology
 from ts_plugin.planning.planner import Demand, Plan, plan
 from ts_plugin.planning.policy import OPTIONS, option_reference, parse_launcher_args
-from ts_plugin.trial.torchserve import free_ports
+from ts_plugin.trial.properties import free_ports
 from ts_plugin.view.core_map import core_map
 from ts_plugin.view.view import tag
 from ts_plugin.worker.environment import COLLAPSING, THREAD_COUNTS
@@ -50,6 +51,7 @@ def blocks(path: Path) -> Iterator[Block]:
         yield Block(language, info.removeprefix("file="), text)
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     "path",
     [path for path in FILES if any(block.language == "bash" for block in blocks(path))],
@@ -314,7 +316,7 @@ def test_what_a_model_asks_for_is_what_the_planner_gives(
 def test_the_sample_of_the_core_map_has_the_fields_of_the_code() -> None:
     (sample,) = (json.loads(block.text) for block in blocks(DOCS / "operating.md") if block.language == "json")
     (piece,) = planned(machine(cores=2), 1).slices
-    lease = Lease(4711, 1, "resnet18", "1.0", "9000", 4690, Demand(frozenset({0, 1})), piece)
+    lease = lease_of(piece, 4711, server_pid=4690)
     document = core_map(State(leases=(lease,)))
     assert [*sample] == ["enabled", *document]
     assert [*sample["slices"][0]] == [*document["slices"][0]]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import hatch_build
+from tests.leases import lease_of
 from tests.machines import machine
 from ts_plugin.config.file import Config, default_config, read_config
 from ts_plugin.config.served import Stored
@@ -19,11 +20,10 @@ from ts_plugin.doctor.checks import JAVA_NEEDED, examine
 from ts_plugin.doctor.finding import Finding, Severity
 from ts_plugin.doctor.inspection import Inspection, Interpreter, inspect
 from ts_plugin.ledger.file import Ledger
-from ts_plugin.ledger.model import Lease, Server, State
+from ts_plugin.ledger.model import Server, State
 from ts_plugin.ledger.unbound import JAR, Unbound
-from ts_plugin.machine import process
 from ts_plugin.machine.topology import Allowance
-from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.planning.planner import Demand
 from ts_plugin.planning.policy import Policy
 
 EIGHT = frozenset(range(8))
@@ -46,7 +46,7 @@ HEALTHY = Inspection(
     topology=machine(cores=8),
     allowance=Allowance(EIGHT),
 )
-LEASE = Lease(41, 1, "resnet18", "1.0", "9000", 40, Demand(EIGHT), Slice((0, 1), 2, (0,), (0,), (0,)))
+LEASE = lease_of((0, 1), 41, start_time=1, model="resnet18", server_pid=40, demand=Demand(EIGHT))
 
 
 def config(**properties: str) -> Config:
@@ -396,10 +396,7 @@ def test_inspect_sees_threads_outside_their_slice(tmp_path: Path, monkeypatch: p
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         cpus = sorted(os.sched_getaffinity(0))
-        identity = process.identify(sleeper.pid)
-        assert identity is not None
-        held = Slice(tuple(cpus[:1]), 1, (0,), (0,), (0,))
-        lease = replace(LEASE, pid=sleeper.pid, start_time=identity.start_time, slice=held)
+        lease = lease_of(cpus[:1], sleeper.pid)
         ledger = Ledger()
         with ledger.locked():
             ledger.write(State(generation=1, leases=(lease,)))
@@ -408,7 +405,7 @@ def test_inspect_sees_threads_outside_their_slice(tmp_path: Path, monkeypatch: p
         os.sched_setaffinity(sleeper.pid, cpus)
         assert inspect(None).astray == (((sleeper.pid, 1),) if len(cpus) > 1 else ())
         with ledger.locked():
-            lends = replace(lease, slice=replace(held, reach=frozenset(cpus)))
+            lends = replace(lease, slice=replace(lease.slice, reach=frozenset(cpus)))
             ledger.write(State(generation=2, leases=(lends,)))
         assert inspect(None).astray == (), "it borrows"
     finally:

@@ -19,7 +19,8 @@ from benchmarks.harness import archives
 from tests.eventually import eventually
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine import discovery, process
-from ts_plugin.trial.torchserve import RequestError, TorchServe
+from ts_plugin.trial.client import RequestError
+from ts_plugin.trial.torchserve import TorchServe
 
 PINNED: dict[str, str | int | float | bool | Path | None] = {
     "plugins_path": Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend",
@@ -28,7 +29,10 @@ PINNED: dict[str, str | int | float | bool | Path | None] = {
 ALLOWED = frozenset(os.sched_getaffinity(0))
 CORES = len(discovery.read_topology().cores_of(ALLOWED))
 
-pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another"),
+]
 
 
 class Load:
@@ -151,17 +155,17 @@ def test_scaling_and_a_second_model_lose_no_request(server: TorchServe, archive:
     assert len(server.workers()) == 1
 
 
-def test_a_worker_that_is_scaled_away_answers_first(archive: Path) -> None:
+def test_a_worker_that_is_scaled_away_answers_first(server: TorchServe) -> None:
     """By itself: TorchServe alone has the request computed again by another worker, if it does not lose it."""
-    with TorchServe(archive, workers=2, properties=PINNED) as server:
-        both = set(server.workers())
-        with ThreadPoolExecutor() as clients:
-            answers = [clients.submit(server.predict, "facts", b'{"sleep": 3}') for _ in both]
-            assert eventually(lambda: server.log().count("Flushing req.cmd PREDICT") == 2), "each computes one"
-            server.scale("facts", 1)
-            assert {json.loads(answer.result())["pid"] for answer in answers} == both
-        assert eventually(lambda: len(server.workers()) == 1 and divided(server))
-        assert "lose its request" not in server.log()
+    server.scale("facts", 2)
+    both, before = set(server.workers()), len(server.log())
+    with ThreadPoolExecutor() as clients:
+        answers = [clients.submit(server.predict, "facts", b'{"sleep": 3}') for _ in both]
+        assert eventually(lambda: server.log()[before:].count("Flushing req.cmd PREDICT") == 2), "each computes one"
+        server.scale("facts", 1)
+        assert {json.loads(answer.result())["pid"] for answer in answers} == both
+    assert eventually(lambda: len(server.workers()) == 1 and divided(server))
+    assert "lose its request" not in server.log()
 
 
 def test_the_core_map_names_the_registered_model(server: TorchServe, archive: Path) -> None:
@@ -209,14 +213,13 @@ def test_children_and_threads_of_a_worker_stay_in_its_slice(server: TorchServe) 
     server.scale("facts", 1)
 
 
-def test_two_servers_share_the_machine_and_hard_death_frees_it(archive: Path) -> None:
-    with TorchServe(archive, workers=1, properties=PINNED) as first:
-        assert eventually(lambda: divided(first))
-        with TorchServe(archive, workers=1, properties=PINNED, state_directory=first.state_directory) as second:
-            assert eventually(lambda: divided(first, second))
-            assert len(first.cores()["slices"]) == 1, "each frontend tells of its own workers"
-            os.kill(second.pid, signal.SIGKILL)
-            ledger = Ledger(str(first.state_directory))
-            assert eventually(lambda: {lease.pid for lease in ledger.read().leases} == set(first.workers()), 10)
-            assert eventually(lambda: divided(first))
-        assert eventually(lambda: threads_follow(first, "facts"))
+def test_two_servers_share_the_machine_and_hard_death_frees_it(server: TorchServe, archive: Path) -> None:
+    assert eventually(lambda: divided(server))
+    with TorchServe(archive, workers=1, properties=PINNED, state_directory=server.state_directory) as second:
+        assert eventually(lambda: divided(server, second))
+        assert len(server.cores()["slices"]) == 1, "each frontend tells of its own workers"
+        os.kill(second.pid, signal.SIGKILL)
+        ledger = Ledger(str(server.state_directory))
+        assert eventually(lambda: {lease.pid for lease in ledger.read().leases} == set(server.workers()), 10)
+        assert eventually(lambda: divided(server))
+    assert eventually(lambda: threads_follow(server, "facts"))

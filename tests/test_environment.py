@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ts_plugin.planning.planner import Slice
+from tests.leases import slice_of
 from ts_plugin.planning.policy import Allocator, OmpRuntime, Policy
 from ts_plugin.worker.environment import COLLAPSING, collapsing, prepare_environment
 
-THREE = Slice((0, 1, 2), 3, (0,), (0,), (0,))
+THREE = slice_of(range(3))
 
 
 def test_the_environment_has_the_slices_threads() -> None:

@@ -12,6 +12,8 @@ from tests.machines import machine
 from tests.test_tune import BODY, archive
 from ts_plugin.trial.bare import Binding
 
+pytestmark = pytest.mark.process
+
 
 def test_they_say_why_they_are_missing() -> None:
     found = list(exercises.exercises(machine(packages=1, cores=2).cores))

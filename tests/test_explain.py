@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.leases import lease_of
 from tests.machines import machine
 from ts_plugin.ledger.model import Lease, State
 from ts_plugin.lending.words import Status
@@ -18,7 +19,9 @@ from ts_plugin.view.explain import explain, find
 def leases(topology: Topology, *demands: Demand) -> tuple[Lease, ...]:
     slices = plan(topology, demands).slices
     return tuple(
-        Lease(10 + n, 1, "ab"[n % 2], f"{n}.0", str(9000 + n), 1, demand, piece)
+        lease_of(
+            piece, 10 + n, model="ab"[n % 2], version=f"{n}.0", worker_id=str(9000 + n), server_pid=1, demand=demand
+        )
         for n, (demand, piece) in enumerate(zip(demands, slices, strict=True))
     )
 

@@ -9,12 +9,17 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 CODE = """
 import json, os
 from dataclasses import replace
 import torch
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import Lease, State
+from tests.leases import lease_of, slice_of
+from ts_plugin.ledger.model import Lease, State
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Memory, Policy
@@ -27,9 +32,9 @@ def policies():
 
 cpus = frozenset(os.sched_getaffinity(0))
 before = set(process.threads(os.getpid()))
-there = Slice(tuple(cpus), 2, (1,), (0,), (0,))
+there = slice_of(cpus, threads=2, numa_nodes=(1,))
 demand = Demand(cpus, Policy(memory=Memory.PREFERRED))
-lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, demand, there)
+lease = lease_of(there, demand=demand)
 own = Follower(Ledger(), lease)
 own.requests.hold()
 ones = torch.ones(512, 512)

@@ -16,7 +16,9 @@ import hatch_build
 from ts_plugin.frontend import server
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine import discovery
-from ts_plugin.trial.torchserve import read_properties, write_properties
+from ts_plugin.trial.properties import read_properties, write_properties
+
+pytestmark = pytest.mark.process
 
 JAR = "ts_plugin/frontend/ts-cores.jar"
 LAUNCHER = "/somewhere/bin/ts-cores-python"

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
+pytestmark = pytest.mark.process
+
 SETUP = """
 import asyncio, json, threading, types
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
@@ -159,10 +163,13 @@ from ts.handler_utils import micro_batching
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import Lease, State
 from ts_plugin.planning.planner import Demand, Slice
+from tests.leases import lease_of, slice_of
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import State
 from ts_plugin.worker.requests import Requests
 
 cpus = tuple(os.sched_getaffinity(0))
-lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus, 3, (0,), (0,), (0,)))
+lease = lease_of(slice_of(cpus, threads=3))
 requests = Requests(Ledger(), lease, print)
 hooks.install([requests])
 

@@ -14,6 +14,8 @@ from ts_plugin.ledger.codec import LEASE_VARIABLE
 from ts_plugin.ledger.unbound import UNBOUND_VARIABLE
 from ts_plugin.worker.launcher import INSIDE
 
+pytestmark = pytest.mark.process
+
 ONE_CORE_LATER = """
 import json, os, sys, threading, types
 from pathlib import Path

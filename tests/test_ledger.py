@@ -18,12 +18,13 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
+from tests.leases import lease_of
 from ts_plugin.ledger import directory
 from ts_plugin.ledger.codec import LEASE_VARIABLE, pack_lease, unpack_lease
 from ts_plugin.ledger.file import Ledger, LedgerError
 from ts_plugin.ledger.model import Lease, Server, State
 from ts_plugin.machine import process
-from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.planning.planner import Demand
 from ts_plugin.planning.policy import Allocator, Memory, OmpRuntime, Pin, Policy
 
 
@@ -40,11 +41,8 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def lease_for(pid: int, cpus: tuple[int, ...] = (0,), policy: Policy | None = None) -> Lease:
-    identity = process.identify(pid)
-    assert identity is not None
     demand = Demand(frozenset({0, 1, 2}), policy or Policy(), quota=2.5, cores=2, share=1.5, held=frozenset({1}))
-    cores = Slice(cpus, len(cpus), (0,), (0,), (0,), pinned=True)
-    return Lease(pid, identity.start_time, "resnet", "1.0", "9000", None, demand, cores, moves=1, notes=("a note",))
+    return lease_of(cpus, pid, model="resnet", demand=demand, moves=1, notes=("a note",))
 
 
 EVERYTHING = Policy(

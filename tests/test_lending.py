@@ -25,6 +25,8 @@ from ts_plugin.lending import library, words
 from ts_plugin.lending.words import BUSY, HEAD, SIZE, SLOT, Status, Words
 from ts_plugin.machine.process import Identity
 
+pytestmark = pytest.mark.process
+
 ALLOWED = sorted(os.sched_getaffinity(0))
 FREE, NOBODY_IDLE, LONG_REGIONS, OTHER_PLAN = range(4)
 Start = Callable[[], Borrower]
@@ -97,8 +99,16 @@ def lend(*workers: Borrower, cpus: list[int] | None = None) -> None:
 
 def begin_wide(worker: Borrower, threads: int, budget: float = 0.0) -> None:
     """Begin a request on ``threads`` threads; right after its owner's request a slice is not lent yet."""
-    while worker.ask("begin", threads, budget)["threads"] < threads:
-        worker.ask("end")
+    begun: int = 0
+
+    def begins() -> bool:
+        nonlocal begun
+        if begun:
+            worker.ask("end")
+        begun = worker.ask("begin", threads, budget)["threads"]
+        return begun == threads
+
+    assert eventually(begins), f"a request began on {begun} threads, not on {threads}: not all slices are lent"
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import pytest
 
 from ts_plugin.worker.onnx_threads import OnnxThreads
 
+pytestmark = pytest.mark.process
+
 HANDLER = """
 import os, sys
 import torch
@@ -18,13 +20,16 @@ from dataclasses import replace
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import Lease, State
 from ts_plugin.planning.planner import Demand, Slice
+from tests.leases import lease_of, slice_of
+from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import State
 from ts_plugin.worker.requests import Requests
 
 def step(name):
     torch.set_num_threads(1 if name in sys.argv else requests._plan.lease.slice.threads)
 
 cpus = tuple(os.sched_getaffinity(0))
-lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus, 2, (0,), (0,), (0,)))
+lease = lease_of(slice_of(cpus, threads=2))
 requests = Requests(Ledger(), lease, print)
 requests.hold()
 step("import")

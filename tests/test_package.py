@@ -18,7 +18,10 @@ import hatch_build
 from benchmarks.harness import archives
 from tests.eventually import eventually
 from ts_plugin import __version__
-from ts_plugin.trial.torchserve import Property, TorchServe
+from ts_plugin.trial.properties import Property
+from ts_plugin.trial.torchserve import TorchServe
+
+pytestmark = pytest.mark.process
 
 JAR = "ts_plugin/frontend/ts-cores.jar"
 BARE = re.compile(r"pip install (?:-\S+ )*[\"']?ts-cores\b")
@@ -177,6 +180,7 @@ def test_both_import_paths_lead_to_the_same_handlers(installed: Path) -> None:
     assert Path(path).is_relative_to(installed.parents[1])
 
 
+@pytest.mark.server
 def test_a_server_with_the_installed_wheel_is_pinned(installed: Path, tmp_path: Path) -> None:
     """Its archive has a module named handlers, which must not hide ours."""
     archive = tmp_path / "facts.mar"

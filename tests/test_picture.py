@@ -25,7 +25,8 @@ from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.topology import Topology
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import Lend, Policy
-from ts_plugin.trial.torchserve import Property, TorchServe
+from ts_plugin.trial.properties import Property
+from ts_plugin.trial.torchserve import TorchServe
 from ts_plugin.view.html import html
 from ts_plugin.view.svg import svg
 from ts_plugin.view.terminal import Map, utilisation
@@ -462,6 +463,7 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
+@pytest.mark.process
 def test_the_page_follows_and_asks_for_a_new_token(server: Server, tmp_path: Path) -> None:
     status = "document.getElementById('status')"
     with Browser(tmp_path / "profile") as browser:
@@ -493,6 +495,7 @@ def test_a_click_unfolds_the_workers_of_a_model(server: Server, tmp_path: Path) 
         assert browser.run(shown) == 2 + 266, "they stay unfolded when the page follows"
 
 
+@pytest.mark.server
 def test_a_real_server_behind_its_token(tmp_path: Path, checkout: Path) -> None:
     """TorchServe's own token authorization, its management API, a real page in a real browser."""
     properties: dict[str, Property] = {

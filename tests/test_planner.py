@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.harness import machines
 from tests.machines import machine
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.topology import Core, NumaNode, Topology
-from ts_plugin.planning.planner import Demand, Plan, PlanError, plan
+from ts_plugin.planning.core_groups import PlanError
+from ts_plugin.planning.planner import Demand, Plan, plan
 from ts_plugin.planning.policy import Lend, Pin, Policy
-
-CAPTURES = Path(__file__).resolve().parents[2] / "shared" / "topologies"
 
 Group = tuple[int, int, int, int, int]  # kind, NUMA node, package, L3 domain, cores
 
@@ -645,39 +643,11 @@ def test_whoever_leaves_moves_few(topology: Topology, workers: int, gone: int) -
 # Captured machines
 
 
-def captures() -> list[Path]:
-    return [*sorted(CAPTURES.glob("json/*.json")), *sorted(CAPTURES.glob("derived/json/*.json"))]
-
-
-def captured(file: Path) -> tuple[Topology, frozenset[int]]:
-    """Topology and allowed CPUs of a captured machine, read from its normalized JSON."""
-    document = json.loads(file.read_text())
-    l3: dict[object, int] = {}
-    siblings: dict[int, list[dict[str, Any]]] = {}
-    for cpu in document["cpus"]:
-        if cpu["online"]:
-            siblings.setdefault(cpu["core"], []).append(cpu)
-    cores = []
-    for threads in siblings.values():
-        first = threads[0]
-        node, package = first.get("node") or 0, first["pkg"]
-        domain = l3.setdefault(first.get("llc") or (node, package), len(l3))
-        cores.append(Core(tuple(sorted(cpu["cpu"] for cpu in threads)), package, node, domain))
-    cores.sort(key=lambda core: core.number)
-    nodes = [NumaNode(n, frozenset(), None) for n in sorted({core.node for core in cores})]
-    return Topology(tuple(cores), tuple(nodes)), parse_cpulist(document["allowed_cpus"])
-
-
-def test_there_are_captured_machines() -> None:
-    if not CAPTURES.is_dir():
-        pytest.skip(f"no captured machines in {CAPTURES}")
-    assert len(captures()) > 100
-
-
-@pytest.mark.parametrize("file", captures(), ids=lambda file: file.stem)
-def test_a_captured_machine(file: Path) -> None:
+@pytest.mark.parametrize("facts", machines.read(), ids=lambda facts: facts.name)
+def test_a_captured_machine(facts: machines.Facts) -> None:
     """With 1 to 16 workers: all cores are used once, about equally, and no division in a row crosses less."""
-    topology, allowed = captured(file)
+    alike = tuple(replace(core, kind=0, capacity=None) for core in facts.topology().cores)
+    topology, allowed = replace(facts.topology(), cores=alike, isolated=frozenset()), facts.allowed
     usable = topology.cores_of(allowed)
     for workers in range(1, 17):
         result = plan(topology, [Demand(allowed)] * workers)

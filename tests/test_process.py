@@ -8,8 +8,12 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from ts_plugin.machine import process
 from ts_plugin.machine.process import Identity
+
+pytestmark = pytest.mark.process
 
 
 def test_this_process_is_alive_and_a_later_one_with_its_pid_would_not_be_taken_for_it() -> None:

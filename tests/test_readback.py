@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.leases import lease_of, slice_of
 from ts_plugin.ledger.model import Lease
 from ts_plugin.lending.words import Status
 from ts_plugin.machine import discovery, process
-from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.worker import openmp
 from ts_plugin.worker.readback import METRICS, ReadBack, lending
+
+pytestmark = pytest.mark.process
 
 ALLOWED = tuple(sorted(os.sched_getaffinity(0)))
 needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
@@ -26,10 +28,12 @@ import json, os, sys, threading
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import Lease
 from ts_plugin.planning.planner import Demand, Slice
+from tests.leases import lease_of
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.worker.readback import ReadBack
 from ts_plugin.worker.requests import Requests
 cpus = tuple(sorted(os.sched_getaffinity(0)))
-lease = Lease(os.getpid(), 0, "m", "1.0", "9000", None, Demand(frozenset(cpus)), Slice(cpus[:1], 1, (0,), (0,), (0,)))
+lease = lease_of(cpus[:1])
 look, requests = ReadBack(), Requests(Ledger(), lease, print)
 """
 
@@ -38,13 +42,6 @@ def run(code: str) -> Any:
     """Run ``code`` after SETUP in a process of its own, which may change its masks, and return the JSON it prints."""
     done = subprocess.run([sys.executable, "-c", SETUP + code], capture_output=True, text=True, check=True, timeout=60)
     return json.loads(done.stdout)
-
-
-def lease_here(cpus: tuple[int, ...] = ALLOWED) -> Lease:
-    me = process.identify(os.getpid())
-    assert me is not None
-    demand, cores = Demand(frozenset(ALLOWED)), Slice(cpus, len(cpus), (0,), (0,), (0,))
-    return Lease(me.pid, me.start_time, "m", "1.0", "9000", None, demand, cores)
 
 
 @needs_two
@@ -63,8 +60,7 @@ print(json.dumps([first, second, sorted(os.sched_getaffinity(0)), cpus]))
 @needs_two
 def test_moves_between_cpus_are_counted_since_the_last_look() -> None:
     found = run("""
-wide = lease.__class__(*[getattr(lease, n) for n in ("pid", "start_time", "model", "version", "worker_id", "server_pid",
-    "demand")], Slice(cpus, len(cpus), (0,), (0,), (0,)))
+wide = lease_of(cpus)
 first = look.read(wide, 1, thorough=False).migrations
 for _ in range(10):
     for cpu in cpus[:2]:
@@ -85,9 +81,9 @@ def look_at(lease: Lease) -> tuple[Lease, int]:
 
 def test_a_thorough_look_finds_two_openmp_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openmp, "runtimes", lambda: {"libgomp.so.1": "", "libiomp5.so": ""})
-    problems = ReadBack().read(*look_at(lease_here()), thorough=True).problems
+    problems = ReadBack().read(*look_at(lease_of(ALLOWED)), thorough=True).problems
     assert any("libgomp.so.1, libiomp5.so" in problem for problem in problems)
-    assert ReadBack().read(*look_at(lease_here()), thorough=False).problems == ()
+    assert ReadBack().read(*look_at(lease_of(ALLOWED)), thorough=False).problems == ()
 
 
 def test_the_openmp_runtime_of_torch_is_seen_in_a_real_process() -> None:
@@ -98,13 +94,11 @@ def test_the_openmp_runtime_of_torch_is_seen_in_a_real_process() -> None:
 
 def test_pages_on_other_nodes_are_remote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "memory_nodes", lambda: frozenset({0, 1}))
-    here = ReadBack().read(*look_at(lease_here()), thorough=True)
+    here = ReadBack().read(*look_at(lease_of(ALLOWED)), thorough=True)
     if here.remote_pages is None:
         pytest.skip("this kernel has no numa_maps")
     assert here.remote_pages == 0 or len(os.listdir("/sys/devices/system/node")) > 1
-    elsewhere = Slice(ALLOWED, len(ALLOWED), (1023,), (0,), (0,))
-    me = lease_here()
-    lease = Lease(me.pid, me.start_time, "m", "1.0", "9000", None, me.demand, elsewhere)
+    lease = lease_of(slice_of(ALLOWED, numa_nodes=(1023,)))
     pages = ReadBack().read(*look_at(lease), thorough=True).remote_pages
     assert pages is not None
     assert pages > 100, "all of this process's memory is elsewhere then"
@@ -135,6 +129,6 @@ def test_a_crowd_is_reported_once_after_several_looks(monkeypatch: pytest.Monkey
     monkeypatch.setattr(process, "state", lambda pid, tid: "R")
     monkeypatch.setattr(process, "threads", lambda pid: list(range(100)))
     look = ReadBack()
-    problems = [look.read(*look_at(lease_here()), thorough=False).problems for _ in range(5)]
+    problems = [look.read(*look_at(lease_of(ALLOWED)), thorough=False).problems for _ in range(5)]
     assert [len(found) for found in problems] == [0, 0, 1, 0, 0]
     assert "100 runnable threads" in problems[2][0]

@@ -19,6 +19,7 @@ from ts_plugin.planning.policy import Lend, Policy
 
 NODES = len({core.node for core in TOPOLOGY.cores_of(ALLOWED)})
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.skipif(CORES < 2, reason="needs two cores to lend one"),
     pytest.mark.skipif(NODES > 1, reason="cores are lent inside one NUMA node"),
 ]
@@ -55,6 +56,14 @@ def request(worker: Claimant) -> dict[str, Any]:
     computes = worker.follow("compute")
     worker.follow("end")
     return computes
+
+
+def begins_wide(worker: Claimant) -> bool:
+    facts = worker.follow("begin")
+    wide: bool = facts["computes_with"] > len(facts["cpus"])
+    if not wide:
+        worker.follow("end")
+    return wide
 
 
 def becomes_wide(worker: Claimant) -> bool:
@@ -105,8 +114,7 @@ def test_a_worker_that_still_starts_does_not_lend(start: Start) -> None:
 def test_a_slice_that_changes_ends_what_is_borrowed(start: Start) -> None:
     first, second = pair(start)
     assert becomes_wide(first)
-    while (facts := first.follow("begin"))["computes_with"] == len(facts["cpus"]):
-        first.follow("end")
+    assert eventually(lambda: begins_wide(first))
     second.kill()
     assert eventually(lambda: first.follow("compute")["computes_with"] < CORES)
     first.follow("end")

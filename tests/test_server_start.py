@@ -22,7 +22,10 @@ from benchmarks.harness import archives
 from tests.eventually import eventually
 from ts_plugin.machine import discovery
 from ts_plugin.machine.cpulist import parse_cpulist
-from ts_plugin.trial.torchserve import PORTS, Property, TorchServe, free_ports
+from ts_plugin.trial.properties import PORTS, Property, free_ports
+from ts_plugin.trial.torchserve import TorchServe
+
+pytestmark = pytest.mark.server
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 PINNED: dict[str, Property] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
@@ -200,17 +203,7 @@ def test_typo_serves_unbound_and_says_so() -> None:
         assert "--node-id" in line.replace("--node-idd", "")  # the nearest match
 
 
-def test_unusable_state_directory_serves_unbound_and_says_so(tmp_path: Path) -> None:
-    blocked = tmp_path / "a file"
-    blocked.touch()
-    with TorchServe(archives.facts(), properties=PINNED, state_directory=blocked / "state") as server:
-        (answer,) = facts(server).values()
-        assert masks(answer) == {frozenset(os.sched_getaffinity(0))}
-        assert str(blocked) in server.cores()["unbound"][0]["reason"]
-        assert str(blocked) in next(line for line in server.log().splitlines() if "org.tscores" in line)
-
-
-def test_a_worker_that_started_unbound_is_bound_when_its_state_directory_can_be_used(tmp_path: Path) -> None:
+def test_an_unusable_state_directory_serves_unbound_and_says_so_until_it_can_be_used(tmp_path: Path) -> None:
     """As after a minute in which /dev/shm was full. The hook tries every half minute, the worker every minute."""
     blocked = tmp_path / "a file"
     blocked.touch()
@@ -219,6 +212,8 @@ def test_a_worker_that_started_unbound_is_bound_when_its_state_directory_can_be_
     with TorchServe(archives.facts(), properties=properties, state_directory=blocked / "state") as server:
         (before,) = facts(server).values()
         assert masks(before) == {frozenset(os.sched_getaffinity(0))}
+        assert str(blocked) in server.cores()["unbound"][0]["reason"]
+        assert str(blocked) in next(line for line in server.log().splitlines() if "org.tscores" in line)
         blocked.unlink()
         assert eventually(lambda: not server.cores()["unbound"], patience=180)
         (after,) = facts(server).values()
@@ -244,31 +239,51 @@ def test_a_server_whose_state_directory_was_deleted_keeps_its_policy() -> None:
         assert_pinned(server)
 
 
-@pytest.mark.parametrize(
-    ("first_line", "reason"),
-    [
-        pytest.param("#!/nowhere/bin/python", "is gone", id="interpreter-gone"),
-        pytest.param("#!/bin/false", "exit status 1", id="does-not-run"),
-        pytest.param("#!/bin/echo", "but TorchServe runs in", id="of-another-environment"),
-        pytest.param(None, "Permission denied", id="not-executable"),
-    ],
-)
-def test_a_launcher_that_does_not_run_is_left_alone(tmp_path: Path, first_line: str | None, reason: str) -> None:
-    """The environment was copied, its file system is mounted noexec, ...: workers start as TorchServe starts them."""
-    launcher = tmp_path / "ts-cores-python"
+def with_launcher(directory: Path, first_line: str | None) -> dict[str, str]:
+    """Put a launcher that does not run into ``directory``; return the environment in which it is the installed one."""
+    launcher = directory / "ts-cores-python"
     launcher.write_text(f"{first_line or '#!/bin/sh'}\n")
     launcher.chmod(0o755 if first_line else 0o644)
-    (tmp_path / "ts_cores-0.dist-info").mkdir()
-    (tmp_path / "ts_cores-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: ts-cores\nVersion: 0\n")
-    (tmp_path / "ts_cores-0.dist-info" / "RECORD").write_text("ts-cores-python,,\n")
-    environment = {"PYTHONPATH": str(tmp_path)}  # this distribution is found before the one that is installed
+    (directory / "ts_cores-0.dist-info").mkdir()
+    (directory / "ts_cores-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: ts-cores\nVersion: 0\n")
+    (directory / "ts_cores-0.dist-info" / "RECORD").write_text("ts-cores-python,,\n")
+    here = str(FRONTEND.parent.parent)  # a distribution that is found before the one that is installed
+    return {"PYTHONPATH": os.pathsep.join([str(directory), here])}
+
+
+GONE = "#!/nowhere/bin/python"
+
+
+def test_a_launcher_that_does_not_run_is_left_alone(tmp_path: Path) -> None:
+    """The environment was copied, its file system is mounted noexec, ...: workers start as TorchServe starts them."""
+    environment = with_launcher(tmp_path, GONE)
     with TorchServe(archives.facts(), properties=PINNED, environment=environment) as server:
         assert_stock(server)
         (line,) = [line for line in server.log().splitlines() if "org.tscores" in line]
         assert "ERROR" in line
         assert "unbound" in line
-        assert str(launcher) in line
-        assert reason in line
+        assert str(tmp_path / "ts-cores-python") in line
+        assert "is gone" in line
+
+
+@pytest.mark.parametrize(
+    ("first_line", "reason"),
+    [
+        pytest.param(GONE, "is gone", id="interpreter-gone"),
+        pytest.param("#!/bin/false", "exit status 1", id="does-not-run"),
+        pytest.param("#!/bin/echo", "but TorchServe runs in", id="of-another-environment"),
+        pytest.param(None, "Permission denied", id="not-executable"),
+    ],
+)
+def test_what_a_launcher_is_refused_for(tmp_path: Path, first_line: str | None, reason: str) -> None:
+    """As the hook asks, which shows the last line of what is said."""
+    environment = os.environ | with_launcher(tmp_path, first_line)
+    command = [sys.executable, "-P", "-m", "ts_plugin.frontend.server", "takeover"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    said = done.stderr.splitlines()[-1]
+    assert str(tmp_path / "ts-cores-python") in said
+    assert reason in said
 
 
 def test_relative_state_directory_serves_unbound_and_says_so() -> None:

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from rich.console import Console, RenderableType
 
+from tests.leases import slice_of
 from tests.machines import machine
 from ts_plugin.doctor.finding import Finding, Severity, report
 from ts_plugin.machine.cpulist import format_cpulist
-from ts_plugin.planning.planner import Demand, Plan, Slice, plan
+from ts_plugin.planning.planner import Demand, Plan, plan
 from ts_plugin.view.terminal import Map
 from ts_plugin.view.view import of_plan
 
@@ -47,7 +48,7 @@ def test_a_large_machine_has_a_letter_per_core() -> None:
 def test_cpus_of_a_worker_are_never_cut() -> None:
     topology = machine(packages=2, cores=18, smt=2)
     odd = tuple(cpu for cpu in range(36) if cpu % 3)
-    slices = Slice(tuple(range(0, 36, 2)), 18, (0,), (0,), (0,)), Slice(odd, len(odd), (0,), (0,), (0,))
+    slices = slice_of(range(0, 36, 2)), slice_of(odd)
     shown = text(Map(of_plan(topology, Plan(slices, frozenset(), frozenset(), ()), topology.online, ())), width=60)
     assert "…" not in shown
     rows = [line[15:38].strip() for line in shown.splitlines()]

@@ -6,6 +6,7 @@ import csv
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,17 +22,16 @@ from benchmarks.checks.topologies import (
     machines,
     score,
 )
+from benchmarks.harness.machines import FILE
+from tests.captures import CAPTURES, needs_captures
 from ts_plugin.machine.cpulist import parse_cpulist
-
-CAPTURES = Path(__file__).resolve().parents[2] / "shared" / "topologies"
-needs_captures = pytest.mark.skipif(not CAPTURES.is_dir(), reason=f"no captured machines in {CAPTURES}")
 
 # Two NUMA nodes of two L3 domains of two cores, SMT siblings apart; CPU 15 is offline, so CPU 7 is a core alone.
 ONLINE = range(15)
 MACHINE = Machine(
     name="2n2l2c2t",
     arch="x86_64",
-    archive=Path(),
+    tree=lambda: nullcontext(""),
     lscpu=None,
     possible=frozenset(range(16)),
     allowed=frozenset(ONLINE),
@@ -208,9 +208,32 @@ def test_an_l3_domain_per_core_tells_nothing() -> None:
     assert score(case("0-3 4-7", private))["l3"] == 0
 
 
+RUN_CPU = [
+    pytest.param("nri-server", 3, "0-17 18-35 36-53", id="siblings apart"),
+    pytest.param("ul-x86_64-64cpu-linux6.2", 2, "0-1 2-3", id="one node"),
+    pytest.param("ghw-i7-1270P", 4, "0-2 3-5 6-8 9-11", id="adjacent siblings of P-cores: CPU numbers for cores"),
+    pytest.param("hwloc-16amd64-8n2c", 3, "0-4 5-9 10-14", id="many nodes"),
+    pytest.param("dv13-housekeeping-off-libvirt-caps-resctrl-mba_MBps", 2, "0-11 12-23", id="it looks at no cpuset"),
+    pytest.param("ul-x86_64-64cpu-linux6.2", 8, "- - - - - - - -", id="more workers than cores die"),
+]
+
+
+@pytest.mark.parametrize(("name", "workers", "expected"), RUN_CPU)
+def test_run_cpu_is_driven_as_torchserve_drives_it(
+    name: str, workers: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="run_cpu is part of torch")
+    monkeypatch.setattr(topologies, "WORKERS", (workers,))
+    (machine,) = [machine for machine in machines() if machine.name == name]
+    assert machine.lscpu is not None
+    (played,) = topologies.contest(machine, "run_cpu", partial(topologies.run_cpu, machine.lscpu))
+    assert played.slices == case(expected, machine).slices
+
+
 @needs_captures
-def test_run_cpu_is_driven_as_it_was_when_the_captures_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare with the counts that came with the captures, on machines of which nothing is forbidden."""
+@pytest.mark.parametrize("place", [FILE, CAPTURES], ids=["facts", "captures"])
+def test_run_cpu_is_driven_as_it_was_when_the_captures_were_made(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with the counts that came with the captures, on x86 machines of which nothing is forbidden."""
     pytest.importorskip("torch", reason="run_cpu is part of torch")
     monkeypatch.setattr(topologies, "WORKERS", (2, 3, 4, 8))
     with open(CAPTURES / "native_score.csv", newline="") as file:
@@ -223,8 +246,8 @@ def test_run_cpu_is_driven_as_it_was_when_the_captures_were_made(monkeypatch: py
         "idle_avoidable": "idle_avoidable",
     }
     compared = 0
-    for machine in machines(CAPTURES):
-        odd = machine.name in ("hwloc-8ia64-2s2c2t", "hwloc-fakeheterocpunuma")  # an L3 per CPU; CPUs without node
+    for machine in machines(place):
+        odd = machine.name == "hwloc-fakeheterocpunuma" or machine.arch != "x86_64"  # CPUs without node; odd core ids
         if odd or machine.lscpu is None or machine.allowed - machine.isolated != machine.core_of.keys():
             continue
         for played in topologies.contest(machine, "run_cpu", partial(topologies.run_cpu, machine.lscpu)):
@@ -258,18 +281,24 @@ HARD = (
 PROMISES = ("numa_avoidable", "uneven", "unequal", "unmet", "idle_avoidable")
 
 
-@needs_captures
-@pytest.mark.parametrize("name", ["flux-ipa20", "nri-sample1", "hwloc-16amd64-8n2c-cpusets", "nri-server"])
-def test_the_command_scores_a_directory(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+SCORED = ["flux-ipa20", "nri-sample1", "hwloc-16amd64-8n2c-cpusets", "nri-server"]
+
+
+@pytest.fixture(params=[*SCORED, pytest.param("captures", marks=needs_captures)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """One machine: the line with its facts, or a directory with its capture."""
+    lines = FILE.read_text().splitlines()
+    if request.param != "captures":
+        (tmp_path / "machine").write_text(next(line for line in lines if line.startswith(f"{request.param} ")))
+        return tmp_path / "machine"
     for kind, suffix in (("json", "json"), ("sysfs", "tar.xz"), ("lscpu", "txt")):
         (tmp_path / kind).mkdir()
-        (tmp_path / kind / f"{name}.{suffix}").symlink_to(CAPTURES / kind / f"{name}.{suffix}")
-    assert topologies.main([str(tmp_path), "--json"]) == 0
+        (tmp_path / kind / f"{SCORED[0]}.{suffix}").symlink_to(CAPTURES / kind / f"{SCORED[0]}.{suffix}")
+    return tmp_path
+
+
+def test_the_command_scores_a_machine(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert topologies.main([str(place), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["machines"] == 1
     assert document["totals"]["ts-cores"]["cases"] == len(topologies.WORKERS)
@@ -279,11 +308,26 @@ def test_the_command_scores_a_directory(
     assert several["cases"] > 10
     promised = {*HARD, *PROMISES} - {"idle"}  # a fixed size may leave cores of its type idle
     assert {key: several.get(key, 0) for key in promised} == dict.fromkeys(promised, 0)
-    assert topologies.main([str(tmp_path), "--markdown"]) == 0
+    assert topologies.main([str(place), "--markdown"]) == 0
     assert f"| cases | 7 | {several['cases']} |" in capsys.readouterr().out
-    assert list(temporary.iterdir()) == []
+
+
+def test_a_tree_lies_in_memory_and_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with machines()[0].tree() as root:
+        assert Path(root, "sys/devices/system/cpu/online").exists()
+        assert list(tmp_path.iterdir()) == []
+    assert not Path(root).exists()
 
 
 def test_a_directory_without_captures_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert topologies.main([str(tmp_path)]) == 1
     assert f"{tmp_path}/json: no captured machine" in capsys.readouterr().err
+
+
+def test_a_line_that_says_nothing_sensible_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "machines"
+    for line in ("name", "name cores=0-1;2", "name cores=0-x", "name like=other", "name cores"):
+        file.write_text(f"# a comment\n{line}\n")
+        assert topologies.main([str(file)]) == 1
+        assert capsys.readouterr().err.startswith(f"{file}:2: "), line

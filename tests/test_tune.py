@@ -452,6 +452,7 @@ def test_cores_that_a_live_worker_holds_are_left_alone(
     assert "--anyway" in err
 
 
+@pytest.mark.server
 def test_from_end_to_end_and_again_after_being_killed(
     tmp_path: Path, body: Path, command: Callable[..., subprocess.Popen[str]]
 ) -> None:

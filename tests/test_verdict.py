@@ -380,6 +380,7 @@ def reasons(file: Path, jvm: Jvm) -> Iterator[str]:
     yield from unusable(config.properties).values()
 
 
+@pytest.mark.process
 def test_every_verdict_is_the_jvms(answers: dict[str, tuple[Path, str]], jvm: Jvm) -> None:
     assert len(answers) >= 200
     wrong = []
@@ -391,6 +392,7 @@ def test_every_verdict_is_the_jvms(answers: dict[str, tuple[Path, str]], jvm: Jv
     assert sum(said.startswith("no ") for _, said in answers.values()) >= 100, "and not because the probe is broken"
 
 
+@pytest.mark.process
 def test_the_number_of_workers_is_the_jvms(answers: dict[str, tuple[Path, str]]) -> None:
     allowance = discovery.read_allowance()
     cpus = java_cpus(len(allowance.cpus), allowance.quota, java_options(os.environ, None))
@@ -407,6 +409,7 @@ def test_the_number_of_workers_is_the_jvms(answers: dict[str, tuple[Path, str]])
     assert started >= 40
 
 
+@pytest.mark.process
 def test_every_property_and_every_variable_is_known(jvm: Jvm) -> None:
     constants = dict(line.split(" ", 1) for line in jvm.ask())
     assert {name: value for name, value in constants.items() if name.startswith("TS_")} == VARIABLES

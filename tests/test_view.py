@@ -8,20 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.leases import lease_of, slice_of
 from tests.machines import machine
 from ts_plugin.ledger.model import Lease, State
 from ts_plugin.ledger.unbound import Unbound
 from ts_plugin.machine import cpu_time, process
 from ts_plugin.machine.topology import Topology
-from ts_plugin.planning.planner import Demand, Slice, plan
+from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.view import view
 from ts_plugin.view.view import Use, View, tag
 
 
 def lease(pid: int, cpus: tuple[int, ...], *, server_pid: int = 1, pinned: bool = True) -> Lease:
-    piece = Slice(cpus, len(cpus), (0,), (0,), (0,), pinned)
-    allowed = frozenset(range(8))
-    return Lease(pid, 1, "resnet18", "1.0", str(9000 + pid), server_pid, Demand(allowed), piece)
+    names = {"model": "resnet18", "worker_id": str(9000 + pid)}
+    demand = Demand(frozenset(range(8)))
+    return lease_of(slice_of(cpus, pinned=pinned), pid, start_time=1, server_pid=server_pid, demand=demand, **names)
 
 
 def uses(picture: View) -> list[str]:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,9 @@ from tests.eventually import eventually
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import parse_cpulist
-from ts_plugin.trial.torchserve import Property, RequestError, TorchServe
+from ts_plugin.trial.client import RequestError
+from ts_plugin.trial.properties import Property
+from ts_plugin.trial.torchserve import TorchServe
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 PINNED: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
@@ -49,7 +51,10 @@ dag:
   first: [second]
 """
 
-pytestmark = pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another")
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(CORES < 2, reason="needs two cores to tell one slice from another"),
+]
 
 
 def ask(server: TorchServe, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -74,55 +79,57 @@ def assert_bound(server: TorchServe, answer: dict[str, Any]) -> None:
     assert len(cpus) == len(set(cpus)), "disjoint"
 
 
-@pytest.mark.parametrize("properties", [PINNED, NEVER], ids=["default", "never"])
-def test_a_lone_request_borrows_the_cores_of_idle_workers(properties: dict[str, Property]) -> None:
-    with TorchServe(archives.facts(), workers=2, properties=properties) as server:
-        own = leases(server)
-        wide = 0
-        for number in range(300):
-            answer = ask(server, "facts", {"work": 384, "rounds": 30})
-            assert_bound(server, answer)
-            wide += answer["threads"] > len(own[answer["pid"]])
-            if wide or (properties is NEVER and number == 30):
-                break
-        assert bool(wide) == (properties is PINNED)
-        assert eventually(lambda: all(idle(pid, cpus) for pid, cpus in own.items())), "and given back"
-        if properties is NEVER:
-            assert [piece["lending"] for piece in server.cores()["slices"]] == [None, None]
-            assert not list(server.state_directory.glob("lending-*"))
-        else:
-            assert eventually(
-                lambda: any((piece["lending"] or {}).get("wide_requests") for piece in server.cores()["slices"])
-            )
-            assert all(Path(f"/proc/{pid}/maps").read_text().count("/regions-") for pid in own)
+def wide_requests(server: TorchServe, most: int) -> Iterator[bool]:
+    """Yield of each request, one at a time, whether it computed on more than its worker's slice."""
+    own = leases(server)
+    for _ in range(most):
+        answer = ask(server, "facts", {"work": 384, "rounds": 30})
+        assert_bound(server, answer)
+        yield answer["threads"] > len(own[answer["pid"]])
+
+
+def test_a_lone_request_borrows_the_cores_of_idle_workers(pinned: TorchServe) -> None:
+    pinned.register(archives.facts(), workers=2)
+    own = leases(pinned)
+    assert any(wide_requests(pinned, 300))
+    assert eventually(lambda: all(idle(pid, cpus) for pid, cpus in own.items())), "and given back"
+    assert eventually(lambda: any((piece["lending"] or {}).get("wide_requests") for piece in pinned.cores()["slices"]))
+    assert all(Path(f"/proc/{pid}/maps").read_text().count("/regions-") for pid in own)
+
+
+def test_under_lend_never_a_lone_request_borrows_nothing() -> None:
+    with TorchServe(archives.facts(), workers=2, properties=NEVER) as server:
+        assert not any(wide_requests(server, 30))
+        assert [piece["lending"] for piece in server.cores()["slices"]] == [None, None]
+        assert not list(server.state_directory.glob("lending-*"))
 
 
 def idle(pid: int, cpus: tuple[int, ...]) -> bool:
     return all(os.sched_getaffinity(tid) == set(cpus) for tid in process.threads(pid))
 
 
-def test_sizes_from_the_archive_grpc_batches_and_versions() -> None:
-    """One server for what can share one: fixed cores, gRPC, batching, two versions of a model."""
+def test_sizes_from_the_archive_grpc_batches_and_versions(pinned: TorchServe) -> None:
+    """Fixed cores, gRPC, batching, two versions of a model."""
     fixed = archives.facts("fixed", config="cpu: {cores: 1}\nbatchSize: 2\nmaxBatchDelay: 200\n")
     plain = archives.facts("plain")
     later = archives.facts("later", version="2.0", handler=Handler.OURS)
-    with TorchServe(fixed, workers=1, properties=PINNED) as server:
-        assert ask(server, "fixed")["threads"] == 1
-        assert_bound(server, ask(server, "fixed"))
-        server.register(plain)
-        assert ask(server, "fixed")["threads"] == 1
-        assert ask(server, "plain")["threads"] == CORES - 1
-        assert_bound(server, ask(server, "plain"))
-        over_grpc = json.loads(grpc_predict(server, "plain"))
-        assert_bound(server, over_grpc)
-        server.unregister("plain")
-        server.register(later, name="fixed")  # version 2.0 beside version 1.0
-        answers = [json.loads(server.predict(f"fixed/{version}", b"{}")) for version in ("1.0", "2.0")]
-        assert [answer["threads"] for answer in answers] == [1, CORES - 1]
-        for answer in answers:
-            assert_bound(server, answer)
-        versions = {(entry["model"], entry["version"]) for entry in server.cores()["slices"]}
-        assert versions == {("fixed", "1.0"), ("fixed", "2.0")}
+    pinned.register(fixed)
+    assert ask(pinned, "fixed")["threads"] == 1
+    assert_bound(pinned, ask(pinned, "fixed"))
+    pinned.register(plain)
+    assert ask(pinned, "fixed")["threads"] == 1
+    assert ask(pinned, "plain")["threads"] == CORES - 1
+    assert_bound(pinned, ask(pinned, "plain"))
+    over_grpc = json.loads(grpc_predict(pinned, "plain"))
+    assert_bound(pinned, over_grpc)
+    pinned.unregister("plain")
+    pinned.register(later, name="fixed")  # version 2.0 beside version 1.0
+    answers = [json.loads(pinned.predict(f"fixed/{version}", b"{}")) for version in ("1.0", "2.0")]
+    assert [answer["threads"] for answer in answers] == [1, CORES - 1]
+    for answer in answers:
+        assert_bound(pinned, answer)
+    versions = {(entry["model"], entry["version"]) for entry in pinned.cores()["slices"]}
+    assert versions == {("fixed", "1.0"), ("fixed", "2.0")}
 
 
 def grpc_predict(server: TorchServe, model: str) -> bytes:
@@ -142,14 +149,14 @@ def grpc_predict(server: TorchServe, model: str) -> bytes:
     return answer[answer.index(b"{") :]
 
 
-def test_asynchronous_communication() -> None:
+def test_asynchronous_communication(pinned: TorchServe) -> None:
     archive = archives.facts("asynchronous", handler=Handler.ASYNC, config="asyncCommunication: true\n")
-    with TorchServe(archive, workers=1, properties=PINNED) as server:
-        answer = ask(server, "asynchronous")
-        assert_bound(server, answer)
-        assert answer["threads"] == CORES
-        server.register(archives.facts("plain"))
-        assert ask(server, "asynchronous")["threads"] == CORES - CORES // 2, "follows at its next request"
+    pinned.register(archive)
+    answer = ask(pinned, "asynchronous")
+    assert_bound(pinned, answer)
+    assert answer["threads"] == CORES
+    pinned.register(archives.facts("plain"))
+    assert ask(pinned, "asynchronous")["threads"] == CORES - CORES // 2, "follows at its next request"
 
 
 def test_a_server_without_the_plugin_the_handler_claims() -> None:
@@ -192,16 +199,16 @@ def test_a_model_with_its_own_virtual_environment() -> None:
         assert_bound(server, answer)
 
 
-def test_every_rank_of_torchrun_gets_its_own_slice() -> None:
+def test_every_rank_of_torchrun_gets_its_own_slice(pinned: TorchServe) -> None:
     config = "parallelType: tp\nparallelLevel: 2\ndeviceType: cpu\ntorchrun:\n  nproc-per-node: 2\n"
     archive = archives.facts("ranks", handler=Handler.OURS, config=config)
-    with TorchServe(archive, workers=1, properties=PINNED) as server:
-        # TorchServe calls it READY when rank 0 is: rank 1 may still be joining.
-        assert eventually(lambda: len(leases(server)) == 2 and ask(server, "ranks")["threads"] == CORES // 2)
-        assert_bound(server, ask(server, "ranks"))
-        held = leases(server)
-        assert len(held) == 2
-        assert all(len(cpus) == CORES // 2 for cpus in held.values())
+    pinned.register(archive)
+    # TorchServe calls it READY when rank 0 is: rank 1 may still be joining.
+    assert eventually(lambda: len(leases(pinned)) == 2 and ask(pinned, "ranks")["threads"] == CORES // 2)
+    assert_bound(pinned, ask(pinned, "ranks"))
+    held = leases(pinned)
+    assert len(held) == 2
+    assert all(len(cpus) == CORES // 2 for cpus in held.values())
 
 
 TRACE = """<?xml version="1.0"?>
@@ -271,7 +278,6 @@ def test_a_worker_that_is_scaled_away_while_it_takes_a_request_answers_it(tmp_pa
             assert eventually(log.full), "the request has left the queue"
             server.scale("taker", 1, synchronous=False, wait=False)
             assert eventually(lambda: len(server.describe("taker")["workers"]) == 1)
-            time.sleep(0.5)  # for whatever wakes the worker
             assert not answer.done()
             log.held = False
             assert answer.result(timeout=60)["pid"] == goes
@@ -318,31 +324,31 @@ def test_a_worker_that_is_scaled_away_before_its_restart_does_not_start() -> Non
         assert list(server.workers()) == list(leases(server)) == [stays]
 
 
-def test_a_section_that_cannot_be_granted_is_refused_with_a_note_and_serves() -> None:
+def test_a_section_that_cannot_be_granted_is_refused_with_a_note_and_serves(pinned: TorchServe) -> None:
     archive = archives.facts("greedy", config="cpu: {cores: 10000}\n")
     wrong = archives.facts("wrong", config="cpu: {corse: 1}\n")
-    with TorchServe(archive, workers=1, properties=PINNED) as server:
-        assert_bound(server, ask(server, "greedy"))
-        assert any("10000" in note for note in server.cores()["notes"])
-        server.register(wrong)
-        assert_bound(server, ask(server, "wrong"))
-        assert "'corse'" in server.log()
+    pinned.register(archive)
+    assert_bound(pinned, ask(pinned, "greedy"))
+    assert any("10000" in note for note in pinned.cores()["notes"])
+    pinned.register(wrong)
+    assert_bound(pinned, ask(pinned, "wrong"))
+    assert "'corse'" in pinned.log()
 
 
-def test_a_workers_children_stay_in_its_slice_and_do_not_keep_its_lease() -> None:
+def test_a_workers_children_stay_in_its_slice_and_do_not_keep_its_lease(pinned: TorchServe) -> None:
     archive = archives.facts("parent")
-    with TorchServe(archive, workers=1, properties=PINNED) as server:
-        answer = ask(server, "parent", {"child": 600})
-        child = answer["child"]
-        try:
-            server.register(archives.facts("plain"))
-            held = leases(server)[answer["pid"]]
-            assert sorted(os.sched_getaffinity(child)) == sorted(held), "the child followed its parent's slice"
-            server.unregister("parent")
-            assert eventually(lambda: answer["pid"] not in leases(server))
-            assert Path(f"/proc/{child}").exists()
-        finally:
-            os.kill(child, 9)
+    pinned.register(archive)
+    answer = ask(pinned, "parent", {"child": 600})
+    child = answer["child"]
+    try:
+        pinned.register(archives.facts("plain"))
+        held = leases(pinned)[answer["pid"]]
+        assert sorted(os.sched_getaffinity(child)) == sorted(held), "the child followed its parent's slice"
+        pinned.unregister("parent")
+        assert eventually(lambda: answer["pid"] not in leases(pinned))
+        assert Path(f"/proc/{child}").exists()
+    finally:
+        os.kill(child, 9)
 
 
 def pack_workflow(directory: Path, specification: str, functions: str = "") -> Path:
@@ -401,11 +407,11 @@ def test_the_steps_of_a_workflow_own_their_slices(tmp_path: Path) -> None:
         assert eventually(lambda: not leases(server))
 
 
-def test_workers_of_stock_handlers_under_torchrun_are_listed_as_unbound() -> None:
+def test_workers_of_stock_handlers_under_torchrun_are_listed_as_unbound(pinned: TorchServe) -> None:
     config = "parallelType: tp\nparallelLevel: 1\ndeviceType: cpu\ntorchrun:\n  nproc-per-node: 1\n"
     archive = archives.facts("stock_rank", config=config)
-    with TorchServe(archive, workers=1, properties=PINNED) as server:
-        ask(server, "stock_rank")
-        unbound = server.cores()["unbound"]
-        assert len(unbound) == 1
-        assert "CoreSliceMixin" in unbound[0]["reason"]
+    pinned.register(archive)
+    ask(pinned, "stock_rank")
+    unbound = pinned.cores()["unbound"]
+    assert len(unbound) == 1
+    assert "CoreSliceMixin" in unbound[0]["reason"]

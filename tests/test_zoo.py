@@ -11,6 +11,8 @@ import pytest
 from benchmarks.harness import CHECKOUT
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.process
+
 SECONDS = 1.0  # for each model; ten times that finds no more
 
 

@@ -20,7 +20,8 @@ from statistics import mean, median
 from benchmarks.checks.simulation import Model, run
 from benchmarks.harness import PLUGINS, archives
 from ts_plugin.trial.load import OpenLoop, percentile, poisson, take_turns
-from ts_plugin.trial.torchserve import Property, TorchServe
+from ts_plugin.trial.properties import Property
+from ts_plugin.trial.torchserve import TorchServe
 
 LOADS = (0.1, 0.3, 0.5, 0.7, 0.9)
 WARM_UP = 5  # seconds in which workers learn, all of them at once and again one at a time

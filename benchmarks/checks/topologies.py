@@ -1,9 +1,11 @@
-"""Score plans on captured machines: ts-cores next to TorchServe's own launcher, against what the captures say.
+"""Score plans on captured machines: ts-cores next to TorchServe's own launcher, against what is true there.
 
-``./dev topologies DIR [--json | --markdown]``: DIR has ``json/NAME.json`` (the truth about a machine),
-``sysfs/NAME.tar.xz`` (the kernel files that ts-cores reads) and ``lscpu/NAME.txt`` (what the other launcher reads);
-a directory ``derived`` of the same shape inside DIR is scored too. A case is one machine with one number of workers,
-which ask for the same; for ts-cores also workers of several models, some with a fixed size or a larger share.
+``./dev topologies [PLACE] [--json | --markdown]``: PLACE is a file like benchmarks/machines.txt, which is taken where
+none is given; kernel files are made from the facts in it. Or it is a directory of captures: ``json/NAME.json`` (the
+truth about a machine), ``sysfs/NAME.tar.xz`` (the kernel files that ts-cores reads) and ``lscpu/NAME.txt`` (what the
+other launcher reads); a directory ``derived`` of the same shape inside it is scored too. A case is one machine with one
+number of workers, which ask for the same; for ts-cores also workers of several models, some with a fixed size or a
+larger share.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
@@ -27,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.harness.captures import unpacked
+from benchmarks.harness.machines import FILE, Facts, read
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.planning.planner import Demand, Slice, plan
@@ -89,7 +93,7 @@ class Machine:
 
     name: str
     arch: str
-    archive: Path
+    tree: Callable[[], AbstractContextManager[str]]  # its kernel files, for as long as the context lasts
     lscpu: str | None
     possible: frozenset[int]
     allowed: frozenset[int]
@@ -120,18 +124,40 @@ class Case:
     equal: tuple[frozenset[int] | None, ...] = ()
 
 
-def machines(directory: Path) -> list[Machine]:
-    """Return all machines of ``directory`` and of ``derived`` below it, by name.
+def machines(place: Path = FILE) -> list[Machine]:
+    """Return all machines of a file like benchmarks/machines.txt, or of a directory and of ``derived`` below it.
 
     Raises:
-        FileNotFoundError: there is no machine.
+        OSError: there is no machine.
+        ValueError: a line of the file is malformed.
     """
-    files = [*sorted(directory.glob("json/*.json")), *sorted(directory.glob("derived/json/*.json"))]
+    if not place.is_dir():
+        return [_from_facts(facts) for facts in read(place)]
+    files = [*sorted(place.glob("json/*.json")), *sorted(place.glob("derived/json/*.json"))]
     if not files:
-        raise FileNotFoundError(f"{directory}/json: no captured machine; DIR must have json/*.json and sysfs/*.tar.xz")
+        raise FileNotFoundError(f"{place}/json: no captured machine; there must be json/*.json and sysfs/*.tar.xz")
     documents = [json.loads(file.read_text()) for file in files]
     kinds = {_source(document): _by_cpu(document, "class") for document in reversed(documents)}
     return [_machine(file, document, kinds) for file, document in zip(files, documents, strict=True)]
+
+
+def _from_facts(facts: Facts) -> Machine:
+    cores = {cpu: core for core in facts.topology().cores for cpu in core.cpus}
+    domain_of = {cpu: domain for domain in facts.l3 for cpu in domain}
+    return Machine(
+        name=facts.name,
+        arch=facts.arch,
+        tree=facts.tree,
+        lscpu=facts.lscpu(),
+        possible=facts.possible,
+        allowed=facts.allowed,
+        isolated=facts.isolated,
+        core_of={cpu: core.number for cpu, core in cores.items()},
+        node_of={cpu: core.node for cpu, core in cores.items()},
+        l3_of={cpu: domain_of.get(cpu) for cpu in cores},
+        package_of={cpu: core.package for cpu, core in cores.items()},
+        kind_of={cpu: core.kind for cpu, core in cores.items()},
+    )
 
 
 def _source(document: dict[str, Any]) -> tuple[str, str]:
@@ -153,7 +179,7 @@ def _machine(file: Path, document: dict[str, Any], kinds: dict[tuple[str, str], 
     return Machine(
         name=document["name"],
         arch=document["arch"],
-        archive=base / "sysfs" / f"{file.stem}.tar.xz",
+        tree=functools.partial(unpacked, base / "sysfs" / f"{file.stem}.tar.xz"),
         lscpu=_lscpu(base / "lscpu" / f"{file.stem}.txt", document),
         possible=present | parse_cpulist(document["masks"].get("possible") or ""),
         allowed=parse_cpulist(document["allowed_cpus"]),
@@ -261,7 +287,7 @@ def contest(
 
 def cases(machine: Machine, *, with_run_cpu: bool) -> Iterator[Case]:
     """Yield every case of a machine: ts-cores, and run_cpu as it is and with the option that TorchServe recommends."""
-    with unpacked(machine.archive) as root:
+    with machine.tree() as root:
         yield from contest(machine, "ts-cores", functools.cache(lambda: ts_cores(root)), chooses_kinds=True)
         yield from mixed_cases(machine, root)
     if with_run_cpu and machine.lscpu is not None:
@@ -444,7 +470,9 @@ def _table(totals: Mapping[str, Counter[str]], *, markdown: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./dev topologies", description=__doc__.split("\n")[0])
-    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument(
+        "place", type=Path, nargs="?", default=FILE, help="facts or captures, instead of benchmarks/machines.txt"
+    )
     parser.add_argument("--json", action="store_true", help="print every case with its slices and counts")
     parser.add_argument("--markdown", action="store_true", help="print the table of totals in Markdown")
     parser.add_argument("--arch", help="only machines of this architecture, such as x86_64")
@@ -455,8 +483,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     totals: dict[str, Counter[str]] = {}
     findings, documents = [], []
     try:
-        chosen = [machine for machine in machines(options.directory) if options.arch in (None, machine.arch)]
-    except FileNotFoundError as error:
+        chosen = [machine for machine in machines(options.place) if options.arch in (None, machine.arch)]
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     for machine in chosen:
