@@ -308,6 +308,7 @@ def test_remote_share(resident: dict[int, int], ran: dict[int, int], expected: f
     assert inside.remote_share(resident, ran) == expected
 
 
+@pytest.mark.process
 def test_a_look_inside_a_process_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inside, "SAMPLES", 4)
     monkeypatch.setattr(inside, "PROFILE", 0.5)
@@ -349,6 +350,7 @@ def test_core_bound() -> None:
 # ---- a busy machine
 
 
+@pytest.mark.process
 def test_a_busy_machine_is_refused_with_who_it_is() -> None:
     (cpu, *_) = os.sched_getaffinity(0)
     computes = f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nprint(os.getpid(), flush=True)\nwhile True: pass"
@@ -366,6 +368,7 @@ def test_a_busy_machine_is_refused_with_who_it_is() -> None:
             busy.kill()
 
 
+@pytest.mark.process
 def test_what_we_started_is_not_others() -> None:
     code = "import time\nwhile time.process_time() < 1: pass"
     everywhere = range(4096)
@@ -380,6 +383,7 @@ def test_what_we_started_is_not_others() -> None:
 # ---- TorchServe alone
 
 
+@pytest.mark.process
 def test_a_handler_of_ours_claims_nothing_where_it_is_told_so(tmp_path: Path) -> None:
     code = """
 import os, sys
@@ -467,6 +471,7 @@ def left_over(tmp_path: Path) -> list[object]:
     return found
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "status", "told"),
     [

@@ -345,6 +345,7 @@ ODDITIES = (
 )
 
 
+@pytest.mark.process
 def test_a_config_is_read_as_java_reads_it(tmp_path: Path) -> None:
     (tmp_path / "Dump.java").write_text(DUMP)
     (tmp_path / "odd.properties").write_bytes(ODDITIES)
@@ -372,6 +373,7 @@ def test_default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert default_config() == other
 
 
+@pytest.mark.process
 def test_inspect_here(tmp_path: Path, checkout: Path) -> None:
     """On this machine, with the demo's own config and an installation that works."""
     (tmp_path / "config.properties").write_text(
@@ -391,6 +393,7 @@ def test_inspect_here(tmp_path: Path, checkout: Path) -> None:
     assert [one for one in trouble(seen) if one.subject not in ("neighbours", "worker", "OpenMP")] == []
 
 
+@pytest.mark.process
 def test_inspect_sees_threads_outside_their_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "state"))
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -412,6 +415,7 @@ def test_inspect_sees_threads_outside_their_slice(tmp_path: Path, monkeypatch: p
         sleeper.communicate()
 
 
+@pytest.mark.process
 def test_inspect_reports_an_unusable_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "file"))
@@ -420,6 +424,7 @@ def test_inspect_reports_an_unusable_state_directory(tmp_path: Path, monkeypatch
     assert error.startswith(str(tmp_path / "file"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["a program", "a worker of another ledger"])
 def test_inspect_sees_a_busy_neighbour(tmp_path: Path, elsewhere: bool) -> None:
     """Nothing keeps the slices of two ledgers apart, so the other's worker is a neighbour like any other."""

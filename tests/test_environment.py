@@ -79,6 +79,7 @@ def test_variables_that_bind_nothing_are_left_alone(environment: dict[str, str],
     assert {name for name in COLLAPSING if name in left} == set(environment) - set(found)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU cannot be made fewer")
 @pytest.mark.parametrize(("environment", "found"), COLLAPSE)
 def test_torchs_own_runtime_agrees(environment: dict[str, str], found: list[str]) -> None:

@@ -88,6 +88,7 @@ def test_a_reused_pid_is_not_taken_for_its_owner(ledger: Ledger) -> None:
     assert ledger.read().leases == ()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "damage",
     [
@@ -245,6 +246,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["Python", "C"])
 def test_a_child_forked_under_the_lock_does_not_keep_it(ledger: Ledger, kind: str) -> None:
     code = """
@@ -261,6 +263,7 @@ stay()
             pass
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["Python", "C"])
 def test_a_child_does_not_keep_the_lock_of_a_parent_that_was_killed(ledger: Ledger, kind: str) -> None:
     code = """
@@ -277,6 +280,7 @@ with ledger.locked():
             pass
 
 
+@pytest.mark.process
 def test_a_child_that_leaves_the_block_takes_no_lock_from_its_parent(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +299,7 @@ os._exit(0)
             pass
 
 
+@pytest.mark.process
 def test_children_forked_at_any_moment_do_not_keep_the_lock(ledger: Ledger) -> None:
     """A thread locks all the time, as the follower's may, while the main one forks, as a DataLoader does."""
     code = """
@@ -323,6 +328,7 @@ stay()
         assert sorted(line_of(parent) for _ in range(11)) == ["child"] * 10 + ["parent"]
 
 
+@pytest.mark.process
 def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 with ledger.locked():
@@ -419,6 +425,7 @@ def plant(kind: str, path: str) -> str:
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run processes of other users")
 
 
+@pytest.mark.process
 @needs_root
 @pytest.mark.parametrize("kind", ["directory", "file", "link"])
 def test_a_place_that_another_user_took_is_refused_with_a_remedy_that_works(place: str, kind: str) -> None:
@@ -432,6 +439,7 @@ def test_a_place_that_another_user_took_is_refused_with_a_remedy_that_works(plac
         assert as_user(VICTIM, write_one_note) == f"{place}-mine"
 
 
+@pytest.mark.process
 @needs_root
 def test_another_user_cannot_take_the_place_away_once_it_is_used(place: str) -> None:
     assert as_user(VICTIM, write_one_note) == place
@@ -490,6 +498,7 @@ def test_where_the_machine_cannot_be_told_the_name_is_without_it(
 CLAIMANT = Path(__file__).with_name("claimant.py")
 
 
+@pytest.mark.process
 def test_a_relative_place_is_refused_in_every_working_directory(tmp_path: Path) -> None:
     """A worker runs in the directory of its model, so each model would have a ledger, and slices would overlap."""
     for name in ("first", "second"):

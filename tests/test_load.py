@@ -190,6 +190,7 @@ def test_a_failed_request_means_saturated() -> None:
 BODY = Body(b"x" * 1000)
 
 
+@pytest.mark.process
 def test_ab_counts_what_the_server_answered() -> None:
     answered = itertools.count()
 
@@ -206,6 +207,7 @@ def test_ab_counts_what_the_server_answered() -> None:
     assert list(found.latencies) == sorted(found.latencies)
 
 
+@pytest.mark.process
 def test_ab_counts_answers_other_than_2xx_as_failed() -> None:
     with answering(lambda request: 503) as url:
         found = ab(url, BODY, 3, 1.0)
@@ -213,6 +215,7 @@ def test_ab_counts_answers_other_than_2xx_as_failed() -> None:
     assert found.throughput == 0
 
 
+@pytest.mark.process
 def test_ab_that_gives_up_says_why() -> None:
     with pytest.raises(LoadError, match="invalid URL"):
         ab("127.0.0.1:1", BODY, 1, 1.0)

@@ -269,6 +269,7 @@ def rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
     page = tmp_path / "cores.html"
@@ -290,6 +291,7 @@ def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
         assert browser.run(mine)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_shows_borrowed_cores_with_their_borrower(tmp_path: Path, dark: bool) -> None:
     page = tmp_path / "cores.html"
@@ -305,6 +307,7 @@ def test_a_browser_shows_borrowed_cores_with_their_borrower(tmp_path: Path, dark
         assert browser.run(mine) == ["E"] * 3 + ["F"] * 3
 
 
+@pytest.mark.process
 def test_the_page_says_first_what_is_wrong_and_where_it_is(tmp_path: Path) -> None:
     page = tmp_path / "cores.html"
     view = replace(drawn(MACHINES["SMT"], 2), host="gpu<7>", server_pid=4711)
@@ -321,6 +324,7 @@ def test_the_page_says_first_what_is_wrong_and_where_it_is(tmp_path: Path) -> No
         assert re.match(r"gpu<7> · server 4711 · \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+$", place)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("age", [0, 3600], ids=["written now", "written an hour ago"])
 def test_a_page_that_is_read_from_a_file_shows_utilisation(tmp_path: Path, age: int) -> None:
     page = tmp_path / "cores.html"

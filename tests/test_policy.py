@@ -226,6 +226,7 @@ def test_the_reference_names_every_option() -> None:
     assert all(meaning for _, meaning, _ in rows)
 
 
+@pytest.mark.process
 def test_parsing_imports_nothing_heavy(checkout: Path) -> None:
     """It runs at every worker start."""
     program = (

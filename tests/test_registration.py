@@ -30,6 +30,7 @@ def server(pid: int) -> Server:
     return Server(pid, identity.start_time if identity else 0, Policy(), frozenset(os.sched_getaffinity(0)))
 
 
+@pytest.mark.process
 def test_a_registered_server_has_a_mark_and_one_that_ended_has_none(ledger: Ledger) -> None:
     with subprocess.Popen(["sleep", "60"]) as frontend:
         registration.register(ledger, server(frontend.pid))

@@ -68,6 +68,7 @@ def run(tmp_path: Path, fault: str) -> tuple[dict[str, Any], str]:
     return json.loads(facts), "\n".join(log) + done.stderr
 
 
+@pytest.mark.process
 def test_a_bound_worker_says_so_with_its_notes(tmp_path: Path) -> None:
     facts, log = run(tmp_path, "none")
     assert facts["lease"]
@@ -78,6 +79,7 @@ def test_a_bound_worker_says_so_with_its_notes(tmp_path: Path) -> None:
     assert "worker 9000: OMP_PROC_BIND removed" in log
 
 
+@pytest.mark.process
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a mask that can be narrowed")
 @pytest.mark.parametrize(
     ("fault", "reason"),
@@ -98,6 +100,7 @@ def test_a_start_that_fails_leaves_no_lease_and_the_mask_and_tells_the_reason(
     assert f"worker 9000 serves UNBOUND: {facts['reason']}" in log
 
 
+@pytest.mark.process
 def test_a_ledger_that_cannot_be_used_is_a_reason_too(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file, not a directory")
     script = "from ts_plugin.worker.start import start; print(start(worker='9', archive='/'))"

@@ -303,6 +303,7 @@ def test_an_asynchronous_handler_cannot_be_profiled(tmp_path: Path) -> None:
 # ---- one bare process
 
 
+@pytest.mark.process
 def test_a_bare_process_batches(tmp_path: Path) -> None:
     path = archive(tmp_path, handle="open('seen', 'a').write(f'{len(data)} ')")
     model = tmp_path / "model"
@@ -314,6 +315,7 @@ def test_a_bare_process_batches(tmp_path: Path) -> None:
     assert (model / "seen").read_text() == "3 3 1 "
 
 
+@pytest.mark.process
 def test_a_bare_process_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
@@ -323,6 +325,7 @@ def test_a_bare_process_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     assert not list((tmp_path / "tmp").iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("parts", "stage", "reason", "told"),
     [
@@ -376,6 +379,7 @@ def test_workers_without_a_slice_may_be_anywhere(monkeypatch: pytest.MonkeyPatch
 # ---- the command
 
 
+@pytest.mark.process
 def test_other_commands_do_not_load_it() -> None:
     code = "import sys, ts_plugin.cli.main; print([one for one in sys.modules if one.startswith('ts_plugin.tune')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -399,6 +403,7 @@ def test_a_target_that_cannot_be_met_is_no_success(
     assert not file.exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -427,6 +432,7 @@ def test_what_makes_no_sense_is_said(
     assert "Traceback" not in err
 
 
+@pytest.mark.process
 def test_no_memory_is_said_with_both_numbers(
     tmp_path: Path, body: Path, command: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -493,6 +499,7 @@ def test_from_end_to_end_and_again_after_being_killed(
     assert (tmp_path / "config.properties.before-tune").read_text() == "# mine\nload_models=all\n"
 
 
+@pytest.mark.process
 def test_a_handler_of_ours_leaves_a_bare_process_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TS_CORES_STATE_DIR", str(tmp_path / "state"))
     model = archive(tmp_path)
