@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,11 @@ def test_masks_are_set_in_one_file() -> None:
     }
     measure = {"trial/alone.py", "trial/bare.py", "tune/command.py", "compare/command.py"}
     assert setters - measure == {"kernel/affinity.py"}
+
+
+def test_the_architecture_page_names_files_and_functions_that_are_there() -> None:
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(rf"`((?:{'|'.join(ORDER)})/\w+\.\w+)`(?:, `(\w+)`)?", page)
+    assert len(named) > 30
+    for file, name in named:
+        assert name in (ROOT / file).read_text(encoding="utf-8"), (file, name)
