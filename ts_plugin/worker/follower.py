@@ -56,6 +56,7 @@ class Follower(hooks.Hook):
 
     def start(self) -> None:
         """Start to follow; the thread never keeps the process alive."""
+        self._onnx.patch()
         threading.Thread(target=self._watch, name="ts-cores", daemon=True).start()
 
     def on_load(self, context: Any) -> None:
@@ -73,7 +74,6 @@ class Follower(hooks.Hook):
             except Exception as error:  # noqa: BLE001 - the model loads all the same
                 self._report(str(error))
             self._metrics = context.metrics
-        self._onnx.patch()
 
     def _tell(self, lease: Lease) -> None:
         """Enter what has changed about this worker; remembered, so that a rebuilt ledger learns it again."""
