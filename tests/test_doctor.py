@@ -371,6 +371,22 @@ def test_default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert default_config() == other
 
 
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_a_file_that_torchserve_finds_itself_brings_no_plug_in(snapshot: bool) -> None:
+    seen = replace(HEALTHY, found=True, config=config(model_snapshot="{}") if snapshot else HEALTHY.config)
+    (found,) = [one for one in examine(seen) if "without --ts-config" in one.what]
+    assert found.severity == ("warning" if snapshot else "note")
+    assert ("newest snapshot" in found.what) is snapshot
+    assert "torchserve --ncs --ts-config" in found.change
+
+
+def test_a_variable_goes_before_the_file_that_is_named() -> None:
+    assert HEALTHY.config is not None
+    for named, there in ((str(HEALTHY.config.path), False), ("/etc/other", True)):
+        seen = replace(HEALTHY, environment={"TS_CONFIG_FILE": named})
+        assert any(one.what.startswith(f"TS_CONFIG_FILE={named} in") for one in examine(seen)) is there
+
+
 def test_inspect_here(tmp_path: Path, checkout: Path) -> None:
     """On this machine, with the demo's own config and an installation that works."""
     (tmp_path / "config.properties").write_text(

@@ -304,14 +304,18 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from ts_plugin.operate.config import default_config
+    from ts_plugin.operate.config import StrayFileError, default_config
     from ts_plugin.operate.doctor import examine
     from ts_plugin.operate.finding import Severity
     from ts_plugin.operate.inspection import inspect
 
-    path = options.config or default_config()
+    found = options.config is None and "TS_CONFIG_FILE" not in os.environ
     try:
-        findings = examine(inspect(path))
+        path = options.config or default_config()
+    except StrayFileError as error:
+        raise InputError(str(error)) from error
+    try:
+        findings = examine(inspect(path, found=found))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; `ts-cores init {path}` writes one") from error
     except IsADirectoryError as error:

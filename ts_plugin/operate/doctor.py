@@ -10,6 +10,7 @@ from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.words import count
 from ts_plugin.operate.config_checks import (
     check_config,
+    check_found,
     check_launcher_args,
     check_plan,
     check_plugin,
@@ -262,6 +263,7 @@ CHECKS: tuple[Callable[[Inspection], Iterable[Finding]], ...] = (
     _torchserve,
     _interpreter,
     check_switch,
+    check_found,
     check_config,
     check_plugin,
     check_launcher_args,
