@@ -17,7 +17,7 @@ from ts_plugin.leases.ledger import Lease, Ledger, Server, State
 from ts_plugin.leases.unbound import JAR, Unbound
 from ts_plugin.machine import process
 from ts_plugin.machine.topology import Allowance
-from ts_plugin.operate.config import Config, default_config, read_config
+from ts_plugin.operate.config import Config, read_config
 from ts_plugin.operate.doctor import JAVA_NEEDED, examine
 from ts_plugin.operate.finding import Finding, Severity
 from ts_plugin.operate.inspection import Inspection, Interpreter, inspect
@@ -357,18 +357,6 @@ def test_a_config_is_read_as_java_reads_it(tmp_path: Path) -> None:
 
 def _text(code: str) -> str:
     return bytes.fromhex(code.removeprefix("x")).decode("utf-16-be")
-
-
-def test_default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TS_CONFIG_FILE", raising=False)
-    assert default_config() is None
-    (tmp_path / "config.properties").write_text("")
-    assert default_config() == Path("config.properties")
-    other = tmp_path / "other"
-    other.write_text("")
-    monkeypatch.setenv("TS_CONFIG_FILE", str(other))
-    assert default_config() == other
 
 
 @pytest.mark.parametrize("snapshot", [False, True])

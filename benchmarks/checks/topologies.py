@@ -337,7 +337,7 @@ def score(case: Case) -> Counter[str]:
     elif one_kind:
         count["uneven"] = sum(
             not least <= size <= most
-            for size, (least, most), (fixed, _) in zip(sizes, limits, wishes, strict=True)
+            for size, (least, most), (fixed, _) in zip(sizes, limits, wishes, strict=False)
             if fixed is None
         )
     count["unmet"] = sum(fixed not in (None, size) for size, (fixed, _) in zip(sizes, wishes, strict=False))
@@ -380,9 +380,12 @@ def _limits(cores: int, wishes: Sequence[Wish]) -> list[tuple[int, int]]:
     """The fewest and the most cores of each worker.
 
     That is half to twice of its share of what fixed sizes leave; but nobody's upper limit is below twice the equal one.
+    Cores that nobody is to have count as workers.
     """
     fair = [Fraction(share) for fixed, share in wishes if not fixed]
     free = cores - sum(fixed or 0 for fixed, _ in wishes)
+    if not fair:
+        return [(fixed or 0, fixed or 0) for fixed, _ in wishes] + [(1, 1)] * free  # what is left over, core by core
     rest, weight = free, sum(fair)
     for share in sorted(fair):  # Whoever is due less than one core gets one, which the others have less.
         if rest * share < weight:

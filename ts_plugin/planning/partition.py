@@ -51,9 +51,10 @@ def cut(
        One part would have 12 cores.
     4. The machine takes three parts of one node and two of the other: 4 4 4 and 8 4. No part leaves its node.
     5. If nodes must be joined, for two or three workers on eight of them, their cores form a row, which is cut where
-       core groups end. What that misses, ``repair`` finds by exchanges.
+       core groups end. What that misses, ``repair`` finds by exchanges: fewer boundaries, or sizes that are more equal.
 
-    Of several claims a group says the same for each mix of them: one part of the first with two of the second, ...
+    Of several claims a group says the same for each mix of them: one part of the first with two of the second, ... It
+    is also tried to place the fixed sizes before all others, where whole core groups have just these.
 
     ``within_nodes`` leaves cores idle rather than have a part span two NUMA nodes; with ``equal`` too rather than have
     sizes differ. ``homes`` is the number of workers of each claim at home in each core group: among equals the division
