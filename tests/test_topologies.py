@@ -284,7 +284,10 @@ PROMISES = ("numa_avoidable", "package_avoidable", "l3_avoidable", "uneven", "un
 
 
 @needs_captures
-@pytest.mark.parametrize("name", ["flux-ipa20", "nri-sample1", "hwloc-16amd64-8n2c-cpusets", "nri-server"])
+@pytest.mark.parametrize(
+    "name",
+    ["flux-ipa20", "nri-sample1", "hwloc-16amd64-8n2c-cpusets", "nri-server", "flux-sierra", "hwloc-20s390-2g6s4c"],
+)
 def test_the_command_scores_a_directory(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
