@@ -22,7 +22,7 @@ import org.pytorch.serve.wlm.ModelManager;
 /**
  * Starts TorchServe's frontend with one config.properties after the other, as ModelServer.main does. For each it prints
  * "ok" and MODEL:VERSION=WORKERS of what it loaded, or "no" and why it stopped. The first argument is the model store;
- * without any it prints the names of all properties.
+ * with that alone it prints which file it goes by here; without any it prints the names of all properties.
  */
 public class StartProbe {
     public static void main(String[] words) throws Exception {
@@ -35,10 +35,23 @@ public class StartProbe {
                 out.println(field.getName() + " " + field.get(null));
             }
         }
+        if (words.length == 1) {
+            out.println(file(words[0]));
+        }
         for (int i = 1; i < words.length; i++) {
             out.println(start(words[0], words[i]).replace('\n', ' '));
         }
         System.exit(0);
+    }
+
+    private static String file(String store) throws Exception {
+        String[] words = {"-s", store, "--python", "/bin/true"};
+        try {
+            ConfigManager.init(new Arguments(new DefaultParser().parse(Arguments.getOptions(), words)));
+            return ConfigManager.getInstance().getProperty("tsConfigFile", "none");
+        } catch (NullPointerException error) {
+            return "no " + error;
+        }
     }
 
     private static String start(String store, String file) throws Exception {

@@ -14,7 +14,7 @@ import pytest
 import hatch_build
 from tests.leases import lease_of
 from tests.machines import machine
-from ts_plugin.config.file import Config, default_config, read_config
+from ts_plugin.config.file import Config, read_config
 from ts_plugin.config.served import Stored
 from ts_plugin.doctor.checks import JAVA_NEEDED, examine
 from ts_plugin.doctor.finding import Finding, Severity
@@ -361,16 +361,20 @@ def _text(code: str) -> str:
     return bytes.fromhex(code.removeprefix("x")).decode("utf-16-be")
 
 
-def test_default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TS_CONFIG_FILE", raising=False)
-    assert default_config() is None
-    (tmp_path / "config.properties").write_text("")
-    assert default_config() == Path("config.properties")
-    other = tmp_path / "other"
-    other.write_text("")
-    monkeypatch.setenv("TS_CONFIG_FILE", str(other))
-    assert default_config() == other
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_a_file_that_torchserve_finds_itself_brings_no_plug_in(snapshot: bool) -> None:
+    seen = replace(HEALTHY, found=True, config=config(model_snapshot="{}") if snapshot else HEALTHY.config)
+    (found,) = [one for one in examine(seen) if "without --ts-config" in one.what]
+    assert found.severity == ("warning" if snapshot else "note")
+    assert ("newest snapshot" in found.what) is snapshot
+    assert "torchserve --ncs --ts-config" in found.change
+
+
+def test_a_variable_goes_before_the_file_that_is_named() -> None:
+    assert HEALTHY.config is not None
+    for named, there in ((str(HEALTHY.config.path), False), ("/etc/other", True)):
+        seen = replace(HEALTHY, environment={"TS_CONFIG_FILE": named})
+        assert any(one.what.startswith(f"TS_CONFIG_FILE={named} in") for one in examine(seen)) is there
 
 
 @pytest.mark.process

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,7 +96,29 @@ def test_onnx_sessions_get_the_slices_threads(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-def test_without_onnx_nothing_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
-    OnnxThreads(lambda: 3, pytest.fail).patch()
-    assert "onnxruntime" not in sys.modules
+@pytest.mark.parametrize("asked", ["", "from importlib.util import find_spec; find_spec('onnxruntime')"])
+def test_onnx_is_patched_whenever_it_is_imported(asked: str, tmp_path: Path) -> None:
+    """A handler may import it in `initialize`; a library that only asks whether it is there changes nothing."""
+    classes = "".join(inspect.getsource(one) for one in (SessionOptions, InferenceSession))
+    (tmp_path / "onnxruntime.py").write_text(f"from typing import Any\n{classes}")
+    lines = [
+        "import sys",
+        "from ts_plugin.worker.onnx_threads import OnnxThreads",
+        "before = list(sys.meta_path)",
+        "OnnxThreads(lambda: 3, print).patch()",
+        asked,
+        "import onnxruntime",
+        "print(onnxruntime.InferenceSession('x').kept, sys.meta_path == before)",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}"}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[0].startswith("a session of ONNX Runtime gets 3 threads")
+    assert done.stdout.splitlines()[1:] == ["(3, None) True"]
+
+
+def test_without_onnx_the_import_fails_as_ever() -> None:
+    lines = ["from ts_plugin.worker.onnx_threads import OnnxThreads", "OnnxThreads(lambda: 3, print).patch()"]
+    lines += ["import sys; sys.path.clear(); import onnxruntime"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert "ModuleNotFoundError: No module named 'onnxruntime'" in done.stderr

@@ -214,6 +214,7 @@ PACKED = [
     pytest.param([8, 4], [4], ["1:4"], id="the tightest fit"),
     pytest.param([6, 6], [4, 4, 4], ["0:4", "1:4", "0:2 1:2"], id="what is left over"),
     pytest.param([6, 6, 3], [9], ["0:6 2:3"], id="few groups, filled exactly"),
+    pytest.param([3, 3, 4, 4, 1], [5], ["2:4 4:1"], id="... though the largest would not"),
     pytest.param([4], [], [], id="nothing"),
 ]
 
@@ -270,6 +271,44 @@ EVEN = [
 def test_sizes_are_as_equal_as_boundaries_allow(domains: list[int], workers: int, expected: list[int]) -> None:
     groups = [CoreGroup(0, 0, 0, l3, size) for l3, size in enumerate(domains)]
     assert sorted(sizes(cut_alike(groups, workers)), reverse=True) == expected
+
+
+MODELS = [  # where boundaries leave a choice between sizes, or the right ones must be found
+    pytest.param(
+        [[2] * 34], [Claim(2, 12, 45, 3.0), Claim(3, 4, 27)], [22, 22, 8, 8, 8], 29, id="in proportion to the shares"
+    ),
+    pytest.param(
+        [[3, 4, 3, 3, 2, 1, 1, 3]], [Claim(2, 5, 17), Claim(1, 3, 3, 0)], [9, 8, 3], 5, id="as equal as can be"
+    ),
+    pytest.param(
+        [[2] * 11, [2, 2, 1, 2, 2, 2, 2, 1, 2, 2, 2, 2]],
+        [Claim(2, 9, 34), Claim(2, 5, 5, 0)],
+        [22, 12, 5, 5],
+        19,
+        id="fixed sizes fill domains",
+    ),
+    pytest.param(
+        [[4, 4], [4, 4], [4, 4], [4, 4], [4, 4], [4], [4, 4], [4, 4]],
+        [Claim(6, 1, 1, 0), Claim(5, 2, 10), Claim(5, 4, 15, 2.5)],
+        [8, 8, 8, 8, 4, 4, 4, 4, 4, 2, 1, 1, 1, 1, 1, 1],
+        4,
+        id="four single cores in one domain",
+    ),
+]
+
+
+@pytest.mark.parametrize(("nodes", "claims", "expected", "boundaries"), MODELS)
+def test_sizes_of_several_models(
+    nodes: list[list[int]], claims: list[Claim], expected: list[int], boundaries: int
+) -> None:
+    groups = [
+        CoreGroup(0, node, node, 100 * node + l3, size)
+        for node, domains in enumerate(nodes)
+        for l3, size in enumerate(domains)
+    ]
+    parts = cut(groups, claims, distance=far)
+    assert sorted(sizes(parts), reverse=True) == expected
+    assert crossed(groups, parts) == (0, 0, 0, boundaries)
 
 
 @given(

@@ -156,6 +156,10 @@ TABLE = [
         "0-23 24-31 32-39 40-47 48-55", id="weights, exact with equal",
     ),
     pytest.param(
+        XEON, [replace(wants(XEON, equal=True)[0], share=share) for share in (3, 1, 1, 1)],
+        "0-27 28-37 38-46 47-55", id="... within one core, where that crosses nothing",
+    ),
+    pytest.param(
         XEON, [replace(wants(XEON, skip_cross_node_cores=True)[0], share=share) for share in (3, 1, 1, 1, 1)],
         "0-27 28-34 35-41 42-48 49-55", id="skip: by weight",
     ),

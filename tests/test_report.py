@@ -9,6 +9,7 @@ import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import javaproperties
 import pytest
@@ -212,9 +213,27 @@ def test_cores_of_several_models_are_their_archives() -> None:
     assert {yaml.safe_load(text)["cpu"]["cores"] for text in made.archives.values()} == {1}
 
 
-@pytest.mark.parametrize("models", ["{", "[]", '{"m": 3}', '{"m": {"1.0": 3}}'])
+@pytest.mark.parametrize(
+    ("models", "others"),
+    [
+        pytest.param("", {}, id="empty"),
+        pytest.param("{'m': null}", {}, id="null"),
+        pytest.param(
+            "{ /* ours */ 'n': {1.0: {batchSize: 3, 'x': '4', y: [1.5, true]}}}",
+            {"n": {"1.0": {"batchSize": 3, "x": "4", "y": [1.5, True]}}},
+            id="quotes are single or left out",
+        ),
+    ],
+)
+def test_models_are_read_as_torchserve_reads_them(models: str, others: dict[str, Any]) -> None:
+    made = json.loads(lines([answer()], {"models": models}).properties["models"])
+    assert made.pop("m")["1.0"]["batchSize"] == 4
+    assert made == others
+
+
+@pytest.mark.parametrize("models", ["{", "[1]", '{"m": 3}', '{"m": {"1.0": 3}}'])
 def test_models_that_are_no_object_are_an_error(models: str) -> None:
-    with pytest.raises(ValueError, match="models: not the JSON object"):
+    with pytest.raises(ValueError, match="models: not the JSON that TorchServe reads"):
         lines([answer()], {"models": models})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -18,6 +18,7 @@ from benchmarks.checks.topologies import (
     COLUMNS,
     Case,
     Machine,
+    Place,
     fewest_boundaries,
     machines,
     score,
@@ -74,7 +75,7 @@ def test_counts(slices: str, expected: dict[str, int]) -> None:
     counts = score(case(slices))
     assert {key: counts[key] for key in expected} == expected
     if not expected:
-        assert not any(counts[key] for key in COLUMNS if key not in ("numa", "l3", "mixed"))
+        assert not any(counts[key] for key in COLUMNS if key not in ("mixed", "numa", "package", "l3"))
 
 
 def test_what_is_not_allowed_is_counted_and_then_cut_away() -> None:
@@ -144,63 +145,87 @@ def alike(cores: int, workers: int) -> list[tuple[int, int]]:
     return [(-(-cores // (2 * workers)), 2 * cores // workers)] * workers
 
 
-def fewest_by_trying(groups: tuple[int, ...], limits: list[tuple[int, int]]) -> int:
+def fewest_by_trying(groups: Mapping[Place, int], limits: list[tuple[int, int]]) -> tuple[int, ...] | None:
     """Try every division of every group among the workers."""
-    cores = sum(groups)
+    places = list(groups)
+    levels = range(len(places[0]))
+
+    def boundaries(held: Iterable[tuple[tuple[int, int], int, frozenset[Place]]]) -> tuple[int, ...]:
+        return tuple(sum(len({place[level] for place in touched}) - 1 for *_, touched in held) for level in levels)
 
     @cache
-    def best(group: int, held: tuple[tuple[tuple[int, int], int, int], ...]) -> int:
+    def best(group: int, held: tuple[tuple[tuple[int, int], int, frozenset[Place]], ...]) -> tuple[int, ...] | None:
         if group == len(groups):
             fits = all(least <= size <= most for (least, most), size, _ in held)
-            return sum(touched - 1 for _, _, touched in held) if fits else cores
-        return min(
-            best(
-                group + 1,
-                tuple(sorted((w, s + more, t + (more > 0)) for (w, s, t), more in zip(held, shares, strict=True))),
-            )
-            for shares in compositions(groups[group], len(limits), 0)
-        )
+            return boundaries(held) if fits else None
+        found = set()
+        for shares in compositions(groups[places[group]], len(limits), 0):
+            more = [
+                (limit, size + share, touched | {places[group]} if share else touched)
+                for (limit, size, touched), share in zip(held, shares, strict=True)
+            ]
+            found.add(best(group + 1, tuple(sorted(more, key=repr))))
+        return min((one for one in found if one is not None), default=None)
 
-    return best(0, tuple(sorted((limit, 0, 0) for limit in limits)))
+    return best(0, tuple(sorted((limit, 0, frozenset()) for limit in limits)))
+
+
+def one_level(*sizes: int) -> dict[Place, int]:
+    return {(place,): size for place, size in enumerate(sizes)}
 
 
 GROUPS = [(2, 2, 2, 2), (4, 4), (3, 5), (1, 1, 1, 5), (1, 2, 3), (7,), (1, 1, 1, 1, 1), (6, 1), (2, 1, 2, 1), (5, 1, 1)]
 
 
-@pytest.mark.parametrize("groups", GROUPS, ids=str)
-def test_the_fewest_boundaries_of_small_machines_are_exact(groups: tuple[int, ...]) -> None:
-    for workers in range(1, min(5, sum(groups)) + 1):
-        limits = alike(sum(groups), workers)
+@pytest.mark.parametrize("sizes", GROUPS, ids=str)
+def test_the_fewest_boundaries_of_small_machines_are_exact(sizes: tuple[int, ...]) -> None:
+    groups = one_level(*sizes)
+    for workers in range(1, min(5, sum(sizes)) + 1):
+        limits = alike(sum(sizes), workers)
         assert fewest_boundaries(groups, limits) == fewest_by_trying(groups, limits), workers
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "a bound"])
-@pytest.mark.parametrize("groups", [(4, 4), (3, 5), (2, 2, 3), (1, 1, 5), (6, 2)], ids=str)
-def test_the_fewest_boundaries_of_several_models(
-    groups: tuple[int, ...], exact: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(topologies, "FEW", 400 if exact else 0)
-    for limits in ([(3, 3), (1, 5)], [(1, 1), (1, 1), (2, 8)], [(3, 3), (2, 2), (1, 4)], [(4, 8), (1, 3), (1, 3)]):
-        fewest = fewest_by_trying(groups, limits)
-        if fewest < sum(groups):  # else nobody can divide the cores like this
-            found = fewest_boundaries(groups, limits)
-            assert found == fewest if exact else found <= fewest, limits
+MIXED = [[(3, 3), (1, 5)], [(1, 1), (1, 1), (2, 8)], [(3, 3), (2, 2), (1, 4)], [(4, 8), (1, 3), (1, 3)]]
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 5), (2, 2, 3), (1, 1, 5), (6, 2)], ids=str)
+def test_the_fewest_boundaries_of_several_models(sizes: tuple[int, ...]) -> None:
+    groups = one_level(*sizes)
+    for limits in MIXED:
+        assert fewest_boundaries(groups, limits) == fewest_by_trying(groups, limits), limits
+
+
+@pytest.mark.parametrize("inner", [(2, 2, 2, 2), (1, 3, 2, 2), (1, 2, 3, 1), (3, 1, 1, 2)], ids=str)
+def test_the_fewest_boundaries_on_two_levels(inner: tuple[int, ...]) -> None:
+    """Two nodes of two L3 domains: a node is not crossed for the sake of an L3 domain."""
+    groups = {(place // 2, place): size for place, size in enumerate(inner)}
+    exact = 0
+    for limits in (*MIXED, *(alike(sum(inner), workers) for workers in (2, 3, 4))):
+        found, tried = fewest_boundaries(groups, limits), fewest_by_trying(groups, limits)
+        if found is None or found[0] == 0:
+            assert found == tried, limits
+            exact += found is not None
+        else:
+            assert tried is not None
+            assert found <= tried, limits
+    assert exact > 1
 
 
 @pytest.mark.parametrize(
-    ("groups", "workers", "expected"),
+    ("sizes", "workers", "expected"),
     [
-        pytest.param([28, 28], 2, 0, id="a node each"),
-        pytest.param([28, 28], 3, 0, id="28 + 14 + 14"),
-        pytest.param([2, 2, 2, 2], 3, 1, id="four nodes of two cores"),
-        pytest.param([8, 8, 8], 2, 1, id="fewer workers than nodes"),
-        pytest.param([20, 4], 2, 1, id="a node too small for a worker"),
-        pytest.param([3, 3, 3, 3], 5, 1, id="three and three hold three of two, apart only two"),
-        pytest.param([4, 4], 16, 0, id="more workers than cores"),
+        pytest.param([28, 28], 2, (0,), id="a node each"),
+        pytest.param([28, 28], 3, (0,), id="28 + 14 + 14"),
+        pytest.param([2, 2, 2, 2], 3, (1,), id="four nodes of two cores"),
+        pytest.param([8, 8, 8], 2, (1,), id="fewer workers than nodes"),
+        pytest.param([20, 4], 2, (1,), id="a node too small for a worker"),
+        pytest.param([3, 3, 3, 3], 5, (1,), id="three and three hold three of two, apart only two"),
+        pytest.param([8], 2, (0,), id="one node"),
+        pytest.param([4, 4], 16, None, id="more workers than cores"),
     ],
 )
-def test_the_fewest_boundaries(groups: list[int], workers: int, expected: int) -> None:
-    assert fewest_boundaries(groups, alike(sum(groups), workers)) == expected
+def test_the_fewest_boundaries(sizes: list[int], workers: int, expected: tuple[int, ...] | None) -> None:
+    assert fewest_boundaries(one_level(*sizes), alike(sum(sizes), workers)) == expected
 
 
 def test_an_l3_domain_per_core_tells_nothing() -> None:
@@ -278,10 +303,10 @@ HARD = (
     "dead",
 )
 
-PROMISES = ("numa_avoidable", "uneven", "unequal", "unmet", "idle_avoidable")
+PROMISES = ("numa_avoidable", "package_avoidable", "l3_avoidable", "uneven", "unequal", "unmet", "idle_avoidable")
 
 
-SCORED = ["flux-ipa20", "nri-sample1", "hwloc-16amd64-8n2c-cpusets", "nri-server"]
+SCORED = ["flux-ipa20", "nri-sample1", "hwloc-16amd64-8n2c-cpusets", "nri-server", "flux-sierra", "hwloc-20s390-2g6s4c"]
 
 
 @pytest.fixture(params=[*SCORED, pytest.param("captures", marks=needs_captures)])

@@ -6,8 +6,9 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any
 import pytest
 
 import hatch_build
-from ts_plugin.config.file import parse_config, read_config
+from ts_plugin.config.file import StrayFileError, default_config, parse_config, read_config
 from ts_plugin.config.properties import KNOWN, VARIABLES, refused
 from ts_plugin.config.served import default_workers, java_cpus, read_store, startup
 from ts_plugin.doctor.inspection import java_options, unusable
-from ts_plugin.machine import discovery
+from ts_plugin.machine import discovery, process
 
 # What lies in the model store: the content of model-config.yaml by archive, None for an archive without one.
 ARCHIVES: Mapping[str, str | None] = {
@@ -301,15 +302,15 @@ class Jvm:
     store: Path
     common: Mapping[str, str]
 
-    def ask(self, *words: object) -> list[str]:
-        """Run the probe, which writes its logs into the current directory."""
+    def ask(self, *words: object, cwd: Path | None = None, without: Sequence[str] = ()) -> list[str]:
+        """Run the probe, which writes its logs into the current directory; ``without`` is a command that starts it."""
         home = hatch_build.find_model_server().parents[2]
         path = f"{self.directory}:{hatch_build.find_model_server()}"
         options = [f"-Djava.io.tmpdir={self.directory}", f"-Dmodel_server_home={home}", "-Xmx512m", "-cp", path]
-        command = ["java", *options, "StartProbe", *map(str, words)]
+        command = [*without, "java", *options, "StartProbe", *map(str, words)]
         done = subprocess.run(
             command,
-            cwd=self.directory,
+            cwd=cwd or self.directory,
             capture_output=True,
             text=True,
             check=True,
@@ -407,6 +408,76 @@ def test_the_number_of_workers_is_the_jvms(answers: dict[str, tuple[Path, str]])
                 wrong.append((text, said, ours))
     assert wrong == []
     assert started >= 40
+
+
+OLD, NEW = "logs/config/20261127170405123-startup.cfg", "logs/config/20261128170405123-shutdown.cfg"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("files", "environment", "expected"),
+    [
+        pytest.param([], {}, None, id="nothing"),
+        pytest.param(["config.properties"], {}, "config.properties", id="no snapshot"),
+        pytest.param(["config.properties", NEW, OLD], {}, NEW, id="the newest snapshot"),
+        pytest.param(["config.properties", "logs/config/x/y"], {}, "config.properties", id="a directory"),
+        pytest.param(["logs/config/mine.properties"], {}, "logs/config/mine.properties", id="one file of any name"),
+        pytest.param([NEW, "logs/config/mine.properties"], {}, StrayFileError, id="a file among snapshots"),
+        pytest.param([NEW, "l/config/1.cfg"], {"LOG_LOCATION": "l"}, "l/config/1.cfg", id="logs elsewhere"),
+        pytest.param([NEW, "other"], {"TS_CONFIG_FILE": "other"}, "other", id="named by a variable"),
+        pytest.param([NEW, "config.properties"], {"TS_CONFIG_FILE": ""}, None, id="named empty"),
+    ],
+)
+def test_the_file_that_nobody_names_is_the_jvms(
+    files: list[str],
+    environment: dict[str, str],
+    expected: str | type[Exception] | None,
+    jvm: Jvm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    for name in ("LOG_LOCATION", "TS_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    said = jvm.ask(jvm.store, cwd=tmp_path)[-1]
+    if isinstance(expected, type):
+        assert said.startswith("no java.lang.NullPointerException")
+        with pytest.raises(expected, match=r"mine\.properties"):
+            default_config()
+        return
+    assert said == (expected or "none")
+    assert default_config() == (Path(expected) if expected else None)
+
+
+PRIVILEGED = ["inference_address=http://127.0.0.1", "management_address=http://127.0.0.1:81", "grpc_inference_port=82"]
+
+
+@pytest.mark.process
+@pytest.mark.skipif(os.geteuid() != 0 or process.first_open_port() <= 82, reason="needs root, and ports of its own")
+def test_a_port_of_the_privileged_keeps_the_server_from_starting(jvm: Jvm) -> None:
+    """The JVM and we, both without the right to it; and then with it, as CI's root has."""
+    files = []
+    for number, text in enumerate(PRIVILEGED):
+        own = text.partition("=")[0]
+        lines = [f"{name}={value}" for name, value in jvm.common.items() if name != own]
+        files.append(jvm.directory / f"privileged{number}.properties")
+        files[-1].write_text("\n".join([*lines, text]))
+    drop = ["setpriv", "--bounding-set", "-net_bind_service", "--inh-caps", "-net_bind_service"]
+    code = (
+        "import sys; from ts_plugin.doctor.inspection import unusable; print(unusable(dict([sys.argv[1].split('=')])))"
+    )
+    for text, said in zip(PRIVILEGED, jvm.ask(jvm.store, *files, without=drop), strict=True):
+        assert said.startswith("no "), text
+        done = subprocess.run([*drop, sys.executable, "-c", code, text], capture_output=True, text=True, check=True)
+        name, port = text.partition("=")[0], {"i": 80, "m": 81, "g": 82}[text[0]]
+        assert f"{name!r}: 'user 0 may not listen on port {port}; take one from " in done.stdout
+        assert unusable(dict([text.split("=")])) == {}
+    assert [said[:2] for said in jvm.ask(jvm.store, *files)] == ["ok"] * len(files)
 
 
 @pytest.mark.process

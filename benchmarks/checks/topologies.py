@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import itertools
 import json
-import math
+import operator
 import os
 import sys
 from collections import Counter
@@ -41,6 +41,7 @@ __all__ = [
     "WORKERS",
     "Case",
     "Machine",
+    "Place",
     "Wish",
     "fewest_boundaries",
     "mixes",
@@ -55,7 +56,7 @@ __all__ = [
 
 WORKERS = (1, 2, 3, 4, 5, 8, 16)
 SEVERAL = "ts-cores, several models"
-FEW = 2000  # for so many ways to take from groups and workers the fewest boundaries are exact
+BITS = 16  # of each number in a mix of workers, and of each level in a cost
 
 COLUMNS = {
     "smt_inside": "cores with several siblings in one slice",
@@ -64,12 +65,14 @@ COLUMNS = {
     "offline": "CPUs offline",
     "nonexistent": "CPUs that do not exist",
     "not_allowed": "CPUs not allowed",
-    "numa": "boundaries between NUMA nodes inside slices",
-    "numa_avoidable": "… more than a lower bound",
-    "l3": "boundaries between L3 domains inside slices",
-    "l3_avoidable": "… more than a lower bound",
     "mixed": "boundaries between core types inside slices",
-    "mixed_avoidable": "… more than a lower bound",
+    "mixed_avoidable": "… more than necessary",
+    "numa": "boundaries between NUMA nodes inside slices",
+    "numa_avoidable": "… more than necessary",
+    "package": "boundaries between packages inside slices",
+    "package_avoidable": "… more than necessary",
+    "l3": "boundaries between L3 domains inside slices",
+    "l3_avoidable": "… more than necessary",
     "uneven": "slices below half or above twice of the equal share",
     "unequal": "divisions worse than one into equal sizes",
     "unmet": "slices that have not the fixed size asked for",
@@ -78,7 +81,10 @@ COLUMNS = {
     "dead": "workers that get no CPUs",
 }
 _TOTALS = {"cases": "cases", "slices": "slices", "unpinned": "slices without pinning (CFS quota)"}
-_WRONG = [key for key in COLUMNS if key not in ("numa", "l3", "mixed", "idle")]
+_WRONG = [key for key in COLUMNS if key not in ("mixed", "numa", "package", "l3", "idle")]
+
+Place = tuple[Any, ...]
+"""Where a core is: its group on each level, the outermost first."""
 
 Wish = tuple[int | None, float]
 """What a worker asks for: a fixed number of cores, or its share."""
@@ -186,10 +192,17 @@ def _machine(file: Path, document: dict[str, Any], kinds: dict[tuple[str, str], 
         isolated=parse_cpulist(document["masks"].get("isolated") or ""),
         core_of=_by_cpu(document, "core"),
         node_of=_by_cpu(document, "node"),
-        l3_of=_by_cpu(document, "llc"),
+        l3_of=_l3_domains(document),
         package_of=_by_cpu(document, "pkg"),
         kind_of=kind_of,
     )
+
+
+def _l3_domains(document: dict[str, Any]) -> dict[int, Any]:
+    """The last cache of every CPU; where the record has none at all, the cluster, else the package, counts as one."""
+    found = _by_cpu(document, "llc")
+    clusters, packages = _by_cpu(document, "cluster_cpus"), _by_cpu(document, "pkg")
+    return found if any(found.values()) else {cpu: clusters[cpu] or packages[cpu] for cpu in found}
 
 
 def _lscpu(file: Path, document: dict[str, Any]) -> str | None:
@@ -314,8 +327,8 @@ def score(case: Case) -> Counter[str]:
     slices = [cpus & machine.allowed for cpus in pinned]
     held = [frozenset(machine.core_of[cpu] for cpu in cpus) for cpus in slices]
     usable = {machine.core_of[cpu] for cpu in machine.allowed - machine.isolated}
+    kind_of = {machine.core_of[cpu]: kind for cpu, kind in machine.kind_of.items()}
     if case.chooses_kinds:
-        kind_of = {machine.core_of[cpu]: kind for cpu, kind in machine.kind_of.items()}
         touched = {kind_of[core] for cores in held for core in cores}
         usable = {core for core in usable if kind_of[core] in touched}
     count["smt_inside"] = sum(len(cpus) - len(cores) for cpus, cores in zip(slices, held, strict=True))
@@ -333,31 +346,50 @@ def score(case: Case) -> Counter[str]:
     limits = _limits(len(usable), wishes)
     if case.wishes:  # A core type that only fixed sizes use may have cores left.
         count["idle_avoidable"] = count["idle"] if one_kind else 0
-    places = {"numa": machine.node_of, "l3": machine.l3_of, "mixed": machine.kind_of}
-    if max(Counter({machine.core_of[cpu]: l3 for cpu, l3 in machine.l3_of.items()}.values()).values()) == 1:
-        places["l3"] = dict.fromkeys(machine.l3_of)  # a domain per core tells nothing
-    for column, place_of in places.items():
-        groups = Counter(
-            {machine.core_of[cpu]: place for cpu, place in place_of.items() if machine.core_of[cpu] in usable}.values()
-        )
+    places = _places(machine)
+    home = {machine.core_of[cpu]: tuple(place_of[cpu] for place_of in places.values()) for cpu in machine.core_of}
+    teams: list[tuple[set[Any], Sequence[Wish]]] = [(usable, wishes)]
+    if len(slices) == workers and all(len(chosen) == 1 for chosen in kinds):  # Capacity decides who is on which type.
+        teams[:] = [_team(usable, kind_of, chosen, zip(wishes, kinds, strict=True)) for chosen in dict.fromkeys(kinds)]
+    fewest = [
+        fewest_boundaries(Counter(home[core] for core in cores), _limits(len(cores), mine)) for cores, mine in teams
+    ]
+    for level, (column, place_of) in enumerate(places.items()):
         count[column] = _boundaries(place_of, slices)
-        if one_kind or not case.wishes:  # Else nobody says which worker had to be on which type.
-            count[f"{column}_avoidable"] = max(0, count[column] - fewest_boundaries(list(groups.values()), limits))
+        if None not in fewest:  # Where nobody can, nobody is to blame.
+            count[f"{column}_avoidable"] = max(0, count[column] - sum(numbers[level] for numbers in fewest if numbers))
     if not case.wishes:
         count["uneven"] = _uneven(kinds, sizes)
     elif one_kind:
         count["uneven"] = sum(
             not least <= size <= most
-            for size, (least, most), (fixed, _) in zip(sizes, limits, wishes, strict=True)
+            for size, (least, most), (fixed, _) in zip(sizes, limits, wishes, strict=False)
             if fixed is None
         )
     count["unmet"] = sum(fixed not in (None, size) for size, (fixed, _) in zip(sizes, wishes, strict=False))
     if case.equal and None not in case.equal:
-        levels = [machine.kind_of, machine.node_of, machine.package_of, places["l3"]]
         equal = [cpus for cpus in case.equal if cpus is not None]
-        rivals = [([_boundaries(level, made) for level in levels], _spread(made, wishes)) for made in (equal, slices)]
+        rivals = [
+            ([_boundaries(place_of, made) for place_of in places.values()], _spread(made, wishes))
+            for made in (equal, slices)
+        ]
         count["unequal"] = int(one_kind and sum(map(len, equal)) == sum(sizes) and rivals[0] < rivals[1])
     return count
+
+
+def _places(machine: Machine) -> dict[str, Mapping[int, Any]]:
+    """By column, the group that every CPU belongs to; the level that matters most comes first."""
+    places = {"mixed": machine.kind_of, "numa": machine.node_of, "package": machine.package_of, "l3": machine.l3_of}
+    if max(Counter({machine.core_of[cpu]: l3 for cpu, l3 in machine.l3_of.items()}.values()).values()) == 1:
+        places["l3"] = dict.fromkeys(machine.l3_of)  # a domain per core tells nothing
+    return places
+
+
+def _team(
+    usable: Iterable[Any], kind_of: Mapping[Any, Any], chosen: frozenset[Any], workers: Iterable[tuple[Wish, Any]]
+) -> tuple[set[Any], list[Wish]]:
+    """The cores of one type, and what the workers on it ask for."""
+    return {core for core in usable if kind_of[core] in chosen}, [wish for wish, kinds in workers if kinds == chosen]
 
 
 def _boundaries(place_of: Mapping[int, Any], slices: Iterable[frozenset[int]]) -> int:
@@ -374,9 +406,12 @@ def _limits(cores: int, wishes: Sequence[Wish]) -> list[tuple[int, int]]:
     """The fewest and the most cores of each worker.
 
     That is half to twice of its share of what fixed sizes leave; but nobody's upper limit is below twice the equal one.
+    Cores that nobody is to have count as workers.
     """
     fair = [Fraction(share) for fixed, share in wishes if not fixed]
     free = cores - sum(fixed or 0 for fixed, _ in wishes)
+    if not fair:
+        return [(fixed or 0, fixed or 0) for fixed, _ in wishes] + [(1, 1)] * free  # what is left over, core by core
     rest, weight = free, sum(fair)
     for share in sorted(fair):  # Whoever is due less than one core gets one, which the others have less.
         if rest * share < weight:
@@ -399,57 +434,103 @@ def _uneven(kinds: Sequence[frozenset[Any]], sizes: Sequence[int]) -> int:
     return sum(not shares[chosen] <= 2 * size <= 4 * shares[chosen] for size, chosen in zip(sizes, kinds, strict=True))
 
 
-def fewest_boundaries(groups: Sequence[int], limits: Sequence[tuple[int, int]]) -> int:
-    """Return a number of boundaries that slices within ``limits``, a worker's fewest and most cores, cannot do without.
+def fewest_boundaries(groups: Mapping[Place, int], limits: Sequence[tuple[int, int]]) -> tuple[int, ...] | None:
+    """Return how many boundaries of each level slices within ``limits`` cannot do without; None if nobody can.
 
-    A lower bound: it looks at one level alone. Nothing is idle. Slices and groups that touch each other form
-    components, and one of k groups crosses k - 1 boundaries. With few groups and workers all ways to form components
-    are tried. With many the bound is what must be joined at least: joining two groups makes room for one more slice at
-    most, or for one less; groups that are too small for a slice are joined with each other or with a larger one.
+    ``groups`` are the numbers of cores by place, ``limits`` each worker's fewest and most cores. Nothing is idle. First
+    comes the outermost level; the other numbers are those that it leaves possible.
+
+    Slices and groups that touch each other form components, and one of k groups crosses k - 1 boundaries at least. All
+    ways to form components are tried, level by level within those of the level before: so fewer cannot be, and where
+    no component of an outer level has more than one group, so many can.
     """
-    cores, workers = sum(groups), len(limits)
-    if cores < workers:
-        return 0
-    sizes, kinds = sorted(Counter(groups).items()), sorted(Counter(limits).items())
-    if math.prod(number + 1 for _, number in (*sizes, *kinds)) <= FEW:
-        components = _most_components(tuple(sizes), tuple(kinds))
-        return cores if components is None else len(groups) - components  # Where nobody can, nobody is to blame.
-    least, most = min(low for low, _ in limits), max(high for _, high in limits)
-    small = [group for group in groups if group < least]
-    return max(
-        0,
-        workers - sum(group // least for group in groups),
-        sum(-(-group // most) for group in groups) - workers,
-        len(small) - sum(small) // least,
-        sum(-(-low // max(groups)) - 1 for low, _ in limits),
+    depth = len(next(iter(groups)))
+    cost = _Fewest(groups, limits).of_all()
+    return (
+        None if cost is None else tuple(cost >> BITS * (depth - 1 - level) & (1 << BITS) - 1 for level in range(depth))
     )
 
 
-@functools.cache
-def _most_components(
-    groups: tuple[tuple[int, int], ...], workers: tuple[tuple[tuple[int, int], int], ...]
-) -> int | None:
-    """The most components of groups (sizes, how many) and workers (limits, how many); None if they do not fit."""
+class _Fewest:
+    """Tables of what it costs at least to divide a set of groups among a mix of workers.
 
-    def packed(numbers: Sequence[int]) -> int:
-        return sum(number << 16 * place for place, number in enumerate(numbers))
+    A mix is how many workers there are with each of the limits, a cost how many boundaries are crossed on each level;
+    both are numbers with some bits for each.
+    """
 
-    ways = [range(number + 1) for _, number in (*groups, *workers)]
-    states, components = {}, []  # some of the groups and workers in one number, as in a positional system
-    for numbers in itertools.product(*ways):
-        some, users = numbers[: len(groups)], numbers[len(groups) :]
-        states[packed(numbers)] = sum(some)
-        cores = sum(number * size for number, (size, _) in zip(some, groups, strict=True))
-        least = sum(number * low for number, ((low, _), _) in zip(users, workers, strict=True))
-        most = sum(number * high for number, ((_, high), _) in zip(users, workers, strict=True))
-        if cores and least <= cores <= most:
-            components.append(packed(numbers))
-    best = {0: 0}
-    for state in sorted(states, key=lambda state: states[state]):
-        for more in components if state in best else ():
-            if state + more in states:
-                best[state + more] = max(best.get(state + more, 0), best[state] + 1)
-    return best.get(packed([way.stop - 1 for way in ways]))
+    def __init__(self, groups: Mapping[Place, int], limits: Sequence[tuple[int, int]]) -> None:
+        self.places, self.sizes = list(groups), list(groups.values())
+        self.depth = len(self.places[0])
+        kinds = sorted(Counter(limits).items())
+        self.everybody = sum(number << BITS * k for k, (_, number) in enumerate(kinds))
+        self.spans: dict[int, tuple[int, int]] = {}  # the fewest and the most cores of a mix
+        for numbers in itertools.product(*(range(number + 1) for _, number in kinds)):
+            mix = sum(number << BITS * k for k, number in enumerate(numbers))
+            each = [(n * low, n * high) for n, ((low, high), _) in zip(numbers, kinds, strict=True)]
+            self.spans[mix] = sum(low for low, _ in each), sum(high for _, high in each)
+        self.known: dict[Any, dict[int, int]] = {}
+
+    def of_all(self) -> int | None:
+        """The least cost for all workers on all groups: larger components are tried until they cost more."""
+        members = tuple(range(len(self.places)))
+        level = next((i for i in range(self.depth) if len(self._children(members, i)) > 1), self.depth - 1)
+        for joins in range(len(members)):
+            cost = self._table(members, level, joins).get(self.everybody)
+            if cost is not None and cost >> BITS * (self.depth - 1 - level) <= joins:
+                return cost
+        return None
+
+    def _children(self, members: Iterable[int], level: int) -> list[tuple[int, ...]]:
+        found: dict[Any, list[int]] = {}
+        for i in members:
+            found.setdefault(self.places[i][level], []).append(i)
+        return list(map(tuple, found.values()))
+
+    def _look(self, members: tuple[int, ...], level: int) -> Any:
+        """What is the same for sets of groups that differ in nothing that matters from this level on."""
+        if level == self.depth:
+            return sum(self.sizes[i] for i in members)
+        return tuple(sorted((self._look(child, level + 1) for child in self._children(members, level)), key=repr))
+
+    def _table(self, members: tuple[int, ...], level: int, joins: int | None = None) -> dict[int, int]:
+        """The least cost of each mix that can have just these groups, no more than ``joins`` + 1 in a component."""
+        key = level, joins, self._look(members, level)
+        if key not in self.known:
+            if level == self.depth:
+                size = sum(self.sizes[i] for i in members)
+                self.known[key] = {mix: 0 for mix, (low, high) in self.spans.items() if mix and low <= size <= high}
+            else:
+                self.known[key] = self._joined(members, level, joins)
+        return self.known[key]
+
+    def _joined(self, members: tuple[int, ...], level: int, joins: int | None) -> dict[int, int]:
+        alike: dict[Any, list[tuple[int, ...]]] = {}
+        for child in self._children(members, level):
+            alike.setdefault(self._look(child, level + 1), []).append(child)
+        children, unit = list(alike.values()), 1 << BITS * (self.depth - 1 - level)
+        some = list(itertools.product(*(range(len(same) + 1) for same in children)))
+        components: dict[tuple[int, ...], dict[int, int]] = {}
+        for numbers in some[1:]:
+            crossed = sum(numbers) - 1
+            if joins is None or crossed <= joins:
+                inside = itertools.chain(*(same[:n] for same, n in zip(children, numbers, strict=True)))
+                table = self._table(tuple(sorted(itertools.chain(*inside))), level + 1)
+                components[numbers] = {mix: cost + crossed * unit for mix, cost in table.items()}
+        best = {some[0]: {0: 0}}
+        for numbers in some[1:]:
+            first = next(k for k, number in enumerate(numbers) if number)  # is in one of the components
+            best[numbers] = {}
+            for more, table in components.items():
+                rest = tuple(map(operator.sub, numbers, more))
+                if more[first] and min(rest) >= 0:
+                    self._improve(best[numbers], best[rest], table)
+        return best[some[-1]]
+
+    def _improve(self, found: dict[int, int], some: Mapping[int, int], more: Mapping[int, int]) -> None:
+        for mix, cost in some.items():
+            for other, further in more.items():
+                if mix + other in self.spans:
+                    found[mix + other] = min(found.get(mix + other, cost + further), cost + further)
 
 
 def _table(totals: Mapping[str, Counter[str]], *, markdown: bool) -> str:

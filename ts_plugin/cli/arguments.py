@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         type=_file,
         metavar="FILE",
-        help="the file to examine; default: the one that a torchserve started here would read",
+        help="the file to examine; default: the one that a torchserve started here without --ts-config goes by",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
 

@@ -24,7 +24,8 @@ from ts_plugin.lending import status, words
 from ts_plugin.machine import cpu_time, discovery
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.machine.topology import Allowance, Topology
-from ts_plugin.planning.planner import Demand, Plan, PlanError, plan
+from ts_plugin.planning.core_groups import PlanError
+from ts_plugin.planning.planner import Demand, Plan, plan
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 from ts_plugin.view import view
 from ts_plugin.view.core_map import core_map, lease_document, slice_document
@@ -307,14 +308,18 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from ts_plugin.config.file import default_config
+    from ts_plugin.config.file import StrayFileError, default_config
     from ts_plugin.doctor.checks import examine
     from ts_plugin.doctor.finding import Severity, report
     from ts_plugin.doctor.inspection import inspect
 
-    path = options.config or default_config()
+    found = options.config is None and "TS_CONFIG_FILE" not in os.environ
     try:
-        findings = examine(inspect(path))
+        path = options.config or default_config()
+    except StrayFileError as error:
+        raise InputError(str(error)) from error
+    try:
+        findings = examine(inspect(path, found=found))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; `ts-cores init {path}` writes one") from error
     except IsADirectoryError as error:

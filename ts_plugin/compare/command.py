@@ -31,11 +31,11 @@ from ts_plugin.trial.ab import ab
 from ts_plugin.trial.alone import alone, require_quiet
 from ts_plugin.trial.asked import Model, TrialError, asked_config, asked_models
 from ts_plugin.trial.bare import Bare, BareError, Binding, explained
+from ts_plugin.trial.client import TorchServeError
 from ts_plugin.trial.load import LoadError
 from ts_plugin.trial.progress import Show
 from ts_plugin.trial.room import Room, RoomError, find_room
 from ts_plugin.trial.store import Store, key, where
-from ts_plugin.trial.torchserve import TorchServeError
 from ts_plugin.trial.turns import FRONTEND, LEAD_IN, USABLE_MEMORY, Contender, Load, Tell, Turns, packed, rounds_of
 
 __all__ = ["compare"]

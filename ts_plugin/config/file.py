@@ -19,12 +19,13 @@ from ts_plugin.config.gson import java_int
 from ts_plugin.config.properties import VARIABLES, on
 from ts_plugin.ledger.unbound import JAR
 
-__all__ = ["PLUGIN", "Config", "built_plugin", "default_config", "parse_config", "read_config"]
+__all__ = ["PLUGIN", "Config", "StrayFileError", "built_plugin", "default_config", "parse_config", "read_config"]
 
 PLUGIN = Path(__file__).resolve().parents[1] / "frontend"  # for plugins_path
 
 OF_THE_COMMAND = ("plugins_path", "model_store", "vmargs")  # the Python side reads these, the Java side does not
 BOM = "\u00ef\u00bb\u00bf"  # UTF-8's byte order mark as Java sees it
+DATED = re.compile(r"\d{17}")  # 20261128170405123-startup.cfg
 VARIABLE = re.compile(r"\$\$([^$]+[^$])\$\$")
 
 
@@ -60,15 +61,36 @@ class Config:
 
 
 def default_config() -> Path | None:
-    """Return the config.properties that a torchserve started here would read, if there is one.
+    """Return the file that a torchserve started here without --ts-config goes by, if there is one.
 
-    Source: org.pytorch.serve.util.ConfigManager; TS_CONFIG_FILE wins over --ts-config, that over the working directory.
+    TS_CONFIG_FILE wins, over --ts-config too; then the newest snapshot; then config.properties.
+    Source: org.pytorch.serve.util.ConfigManager (its constructor); tests/test_verdict.py asks it.
+
+    Raises:
+        StrayFileError: TorchServe ends at a file that lies among its snapshots.
     """
     named = os.environ.get("TS_CONFIG_FILE")
-    if named:
-        return Path(named)
-    path = Path("config.properties")
+    if named is not None:
+        return Path(named) if named else None
+    path = _newest_snapshot() or Path("config.properties")
     return path if path.is_file() else None
+
+
+class StrayFileError(ValueError):
+    """A file lies among snapshots that has no date in its name."""
+
+
+def _newest_snapshot() -> Path | None:
+    """Return what has the latest date in its name. Source: FSSnapshotSerializer (getLastSnapshot, getSnapshotTime)."""
+    directory = Path(f"{os.environ.get('LOG_LOCATION', 'logs')}/config")
+    files = sorted(file for file in directory.iterdir() if not file.is_dir()) if directory.is_dir() else []
+    for file in files if len(files) > 1 else ():
+        if not DATED.match(file.name):
+            raise StrayFileError(
+                f"{file}: its name begins with no date as those of snapshots do, so a torchserve started here without "
+                f"--ts-config ends with a NullPointerException; move the file elsewhere"
+            )
+    return max(files, key=lambda file: file.name[:17], default=None)
 
 
 def read_config(path: Path, environment: Mapping[str, str]) -> Config:

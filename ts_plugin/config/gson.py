@@ -5,11 +5,12 @@ Source: com.google.gson.stream.JsonReader (lenient), com.google.gson.Gson (fromJ
 
 from __future__ import annotations
 
+import json
 import re
 from decimal import Decimal
 from typing import Any
 
-__all__ = ["GsonError", "Number", "Pairs", "as_int", "java_int", "model_map", "parse"]
+__all__ = ["GsonError", "Number", "Pairs", "as_int", "java_int", "model_map", "parse", "strict"]
 
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 WORD = re.compile(r"[^/\\;#=\t\n\f\r {}\[\]:,]+")
@@ -148,6 +149,17 @@ class _Reader:
         if letter not in ESCAPES:
             raise GsonError(f"\\{letter} means nothing")
         return ESCAPES[letter]
+
+
+def strict(value: Any) -> Any:
+    """Return a parsed value as Python's json has it; of names that are there twice the last counts."""
+    if isinstance(value, Number):
+        return json.loads(value)
+    if isinstance(value, Pairs):
+        return {name: strict(inner) for name, inner in value}
+    if isinstance(value, dict):
+        return {name: strict(inner) for name, inner in value.items()}
+    return [strict(inner) for inner in value] if isinstance(value, list) else value
 
 
 def model_map(value: Any) -> dict[str, dict[str, dict[str, Any]] | None] | None:

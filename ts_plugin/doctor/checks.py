@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from ts_plugin.doctor.config_checks import (
     check_config,
+    check_found,
     check_launcher_args,
     check_plan,
     check_plugin,
@@ -262,6 +263,7 @@ CHECKS: tuple[Callable[[Inspection], Iterable[Finding]], ...] = (
     _torchserve,
     _interpreter,
     check_switch,
+    check_found,
     check_config,
     check_plugin,
     check_launcher_args,

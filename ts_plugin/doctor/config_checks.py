@@ -13,11 +13,13 @@ from ts_plugin.config.served import default_workers, describe
 from ts_plugin.doctor.finding import Finding, Severity
 from ts_plugin.doctor.inspection import Inspection
 from ts_plugin.ledger.unbound import JAR
-from ts_plugin.planning.planner import MOST_WORKERS, Demand, PlanError, plan
+from ts_plugin.planning.core_groups import PlanError
+from ts_plugin.planning.planner import MOST_WORKERS, Demand, plan
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 
 __all__ = [
     "check_config",
+    "check_found",
     "check_launcher_args",
     "check_plan",
     "check_plugin",
@@ -60,6 +62,33 @@ def check_switch(seen: Inspection) -> Iterator[Finding]:
             f"{config.path}: {what}",
             "ts-cores stays out of the way: every worker serves unbound, on all cores",
             "cpu_launcher_enable=true",
+        )
+
+
+def check_found(seen: Inspection) -> Iterator[Finding]:
+    """Say when this is not the file that a server goes by, or not wholly."""
+    if seen.config is None:
+        return
+    path, named = seen.config.path, seen.environment.get("TS_CONFIG_FILE", str(seen.config.path))
+    if seen.found:
+        snapshot = "model_snapshot" in seen.config.properties
+        yield Finding(
+            Severity.WARNING if snapshot else Severity.NOTE,
+            "config",
+            f"{path}: torchserve finds it without --ts-config"
+            + (", the newest snapshot, and does not read config.properties" if snapshot else ""),
+            "it does not load the plug-in then: it looks for plugins_path only in a file that --ts-config names",
+            "torchserve --ncs --ts-config config.properties; and so: ts-cores doctor --config config.properties"
+            if snapshot
+            else f"torchserve --ncs --ts-config {path}",
+        )
+    elif named != str(path):
+        yield Finding(
+            Severity.WARNING,
+            "config",
+            f"TS_CONFIG_FILE={named} in the environment of this command goes before --ts-config {path}",
+            "a server that is started in it does not read this file",
+            "unset TS_CONFIG_FILE",
         )
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import psutil
 
 from ts_plugin.config.file import PLUGIN, Config, read_config
-from ts_plugin.config.properties import ADDRESSES, address, on
+from ts_plugin.config.gson import java_int
+from ts_plugin.config.properties import ADDRESSES, INTEGERS, address, on
 from ts_plugin.config.served import Startup, Stored, java_cpus, read_store, startup, wanted
 from ts_plugin.kernel import affinity
 from ts_plugin.ledger.file import Ledger, LedgerError
@@ -53,9 +54,10 @@ class Interpreter:
 class Inspection:
     """All that the checks look at; None where there is nothing, or where it cannot be read.
 
-    ``plugins`` are the jars in plugins_path, ``store`` the archives that the file names, by address, ``absent`` the
-    properties that name files which are not there, with these files, ``unusable`` the properties that name an address
-    or a key which TorchServe cannot use here, with the reason, ``gpus`` the number of GPUs that it finds,
+    ``found``: torchserve itself would find ``config``, without being told where. ``plugins`` are the jars in
+    plugins_path, ``store`` the archives that the file names, by address, ``absent`` the properties that name files
+    which are not there, with these files, ``unusable`` the properties that name an address, a port or a key which
+    TorchServe cannot use here, with the reason, ``gpus`` the number of GPUs that it finds,
     ``preload_notes`` what the launcher would say of libraries, ``ledger`` the file of ``state``, ``unbound`` the
     workers without a lease in it, ``astray`` the workers (PID, number of threads) with threads whose mask reaches
     outside their slice, ``busy`` other processes (PID, name, mask, used share of one CPU), ``no_lending`` why the
@@ -67,6 +69,7 @@ class Inspection:
     torchserve: str | None = None
     interpreter: Interpreter | None = None
     config: Config | None = None
+    found: bool = False
     jar: bool = True
     plugins: frozenset[str] | None = None
     store: Mapping[str, Stored] = field(default_factory=dict)
@@ -111,8 +114,10 @@ def java_options(environment: Mapping[str, str], config: Config | None) -> str:
     return " ".join(words)
 
 
-def inspect(path: Path | None) -> Inspection:
+def inspect(path: Path | None, *, found: bool = False) -> Inspection:
     """Look at this machine and at the config.properties at ``path``; takes about a second.
+
+    ``found``: torchserve would find the file without being told where it is.
 
     Raises:
         OSError: the file cannot be read.
@@ -142,6 +147,7 @@ def inspect(path: Path | None) -> Inspection:
         torchserve=_version("torchserve"),
         interpreter=_find_interpreter(),
         config=config,
+        found=found,
         jar=zipfile.is_zipfile(PLUGIN / JAR),
         plugins=_jars(config.get("plugins_path")) if config else None,
         store=store,
@@ -225,24 +231,45 @@ def _absent(config: Config, archives: Mapping[str, Stored]) -> dict[str, str]:
 
 
 def unusable(properties: Mapping[str, str]) -> dict[str, str]:
-    """Return the properties that name an address where nothing can listen here, or a key that cannot be read."""
-    hosts, reasons, tls = {}, {}, on(properties, "enable_grpc_ssl")
+    """Return the properties that name a place where nothing can listen here, or a key that cannot be read."""
+    hosts, ports, reasons, tls = {}, {}, {}, on(properties, "enable_grpc_ssl")
     for name in ADDRESSES:
-        found = address(name, properties.get(name, "http://127.0.0.1"))
+        found = address(name, properties.get(name, "http://127.0.0.1:8080"))
         if found is None or (name == "metrics_address" and not on(properties, "enable_metrics_api")):
             continue
         tls = tls or found.tls
         if not found.path:
-            hosts[name] = found.host
+            hosts[name], ports[name] = found.host, found.port
         elif not os.path.isdir(os.path.dirname(found.path)):
             reasons[name] = f"there is no directory {os.path.dirname(found.path)}"
     hosts |= {name: properties.get(name, "127.0.0.1") for name in ("grpc_inference_address", "grpc_management_address")}
+    for name in ("grpc_inference_port", "grpc_management_port"):
+        ports[name] = java_int(properties.get(name, str(INTEGERS[name].sample))) or 0
+    reasons |= {name: problem for name, port in ports.items() if (problem := _port_problem(port))}
     reasons |= {name: problem for name, host in hosts.items() if (problem := _listening_problem(host))}
     keys = ("keystore",) if "keystore" in properties and not on(properties, "enable_grpc_ssl") else KEYS
     for name in keys if tls else ():
         if name in properties and not os.access(properties[name], os.R_OK):
             reasons[name] = f"{properties[name]} is not there, or not to be read"
     return reasons
+
+
+def _port_problem(port: int) -> str:
+    """Return why this user may not listen on a port, empty if it may; whether somebody else does is not asked."""
+    first = process.first_open_port()
+    if not 0 < port < first:
+        return ""
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+    except PermissionError:
+        return (
+            f"user {os.geteuid()} may not listen on port {port}; take one from {first} on, or lower "
+            f"net.ipv4.ip_unprivileged_port_start to {port}, or start the server with CAP_NET_BIND_SERVICE"
+        )
+    except OSError:
+        pass  # it is taken, perhaps by the very server
+    return ""
 
 
 def _listening_problem(host: str) -> str:

@@ -17,7 +17,8 @@ from ts_plugin.log import debug
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Allowance, Topology
-from ts_plugin.planning.planner import Demand, PlanError, Slice, plan
+from ts_plugin.planning.core_groups import PlanError
+from ts_plugin.planning.planner import Demand, Slice, plan
 from ts_plugin.planning.policy import Policy
 
 __all__ = [

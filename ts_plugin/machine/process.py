@@ -12,6 +12,7 @@ __all__ = [
     "boot",
     "command_line",
     "environment",
+    "first_open_port",
     "identify",
     "last_cpu",
     "memory",
@@ -51,6 +52,11 @@ def boot() -> str:
     Source: man 4 random, /proc/sys/kernel/random/boot_id.
     """
     return (_read("sys/kernel/random/boot_id") or b"").decode().replace("-", "")[:12]
+
+
+def first_open_port() -> int:
+    """Return the port from which on anybody may listen. Source: man 7 ip, ip_unprivileged_port_start."""
+    return int(_read("sys/net/ipv4/ip_unprivileged_port_start") or b"1024")
 
 
 def identify(pid: int) -> Identity | None:

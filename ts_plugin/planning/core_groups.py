@@ -71,6 +71,7 @@ class Costs:
 
     weight: ClassVar = {name: 1 << (BITS * place) for place, name in enumerate(FIELDS)}
     boundaries: ClassVar = BITS * FIELDS.index("l3")  # shift that leaves the boundaries only
+    outer: ClassVar = BITS * FIELDS.index("package")  # shift that leaves those that are more than L3 domains'
 
     def __init__(self, groups: Sequence[CoreGroup], distance: Distance, weights: Sequence[float]) -> None:
         """``weights`` are those of the claims."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from itertools import islice, permutations
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, islice, permutations
 
 from ts_plugin.planning.allotment import apportion
 from ts_plugin.planning.core_groups import LEVELS, Claim, CoreGroup, Costs, Part, Parts, PlanError, by_level
@@ -51,10 +51,10 @@ def _take(
         fitting = [child for child in rooms if rooms[child] >= size]
         if fitting:
             found = [(*_take(groups, room, child, size, inner), rooms[child], child) for child in fitting]
-            below, more, _, child = min(found, key=lambda f: (f[0], f[2], f[3]))
+            below, more, _, child = min(found, key=lambda f: (f[0], f[2], _splits(room, f[1]), f[3]))
             taken = size
         else:
-            child = max(rooms, key=lambda child: (rooms[child], [-i for i in child]))
+            child = _largest(rooms, size)
             taken = rooms[child]
             below, more = _take(groups, room, child, taken, inner)
         crossed = [crossed[0] + bool(part), *(a + b for a, b in zip(crossed[1:], below, strict=True))]
@@ -62,6 +62,22 @@ def _take(
         size -= taken
         del rooms[child]
     return tuple(crossed), tuple(sorted(part))
+
+
+def _splits(room: Sequence[int], part: Part) -> int:
+    return sum(count < room[i] for i, count in part)
+
+
+def _largest(rooms: Mapping[tuple[int, ...], int], size: int) -> tuple[int, ...]:
+    """Where no child has room for ``size``, the one to begin with: of the fewest with just that, or the largest."""
+    fewest: dict[int, tuple[tuple[int, ...], ...]] = {0: ()}  # the children that have so many cores in all
+    for child, room in sorted(rooms.items(), key=lambda item: (-item[1], item[0])):
+        for cores, some in list(fewest.items()):
+            if cores + room <= size and len(fewest.get(cores + room, rooms)) > len(some) + 1:
+                fewest[cores + room] = (*some, child)
+    largest = sorted(rooms, key=lambda child: (-rooms[child], child))
+    needed = sum(before < size for before in accumulate((rooms[child] for child in largest), initial=0))
+    return fewest[size][0] if len(fewest.get(size, rooms)) <= needed and size in fewest else largest[0]
 
 
 def pack_within_nodes(groups: Sequence[CoreGroup], claims: Sequence[Claim]) -> Parts:
@@ -93,46 +109,70 @@ def pack_within_nodes(groups: Sequence[CoreGroup], claims: Sequence[Claim]) -> P
 
 
 def repair(groups: Sequence[CoreGroup], parts: Parts, claims: Sequence[Claim], costs: Costs) -> Parts:
-    """Let parts exchange cores, or give some away, as long as fewer boundaries are crossed."""
+    """Let parts exchange cores, or give some away, as long as that makes the division cheaper."""
     owners = [claim for claim, _ in parts]
     mine = [dict(part) for _, part in parts]
     cost = [costs.part(*own) for own in parts]
+    sizes = [sum(part.values()) for part in mine]
     tried = 0
     improved = True
     while improved:
         improved = False
         for a, b in permutations(range(len(mine)), 2):
-            if len(mine[a]) == 1:
+            if len(mine[a]) == 1 and mine[a].keys().isdisjoint(mine[b]):
                 continue
-            spare = min(sum(mine[a].values()) - claims[owners[a]].least, claims[owners[b]].most - sum(mine[b].values()))
-            for give, take, count in islice(_exchanges(mine[a], mine[b], spare), _EXCHANGES - tried):
+            least_a, most_a = claims[owners[a]].least, claims[owners[a]].most
+            least_b, most_b = claims[owners[b]].least, claims[owners[b]].most
+            room = range(max(least_b - sizes[b], sizes[a] - most_a), min(sizes[a] - least_a, most_b - sizes[b]) + 1)
+            units = costs.units[owners[a]], costs.units[owners[b]]
+            level, outer = _levelling(sizes[a], sizes[b], *units), bool((cost[a] | cost[b]) >> Costs.outer)
+            worthwhile = _exchanges(mine[a], mine[b], room, level, outer=outer)
+            for give, given, take, taken in islice(worthwhile, _EXCHANGES - tried):
                 tried += 1
                 new_a, new_b = dict(mine[a]), dict(mine[b])
-                _move(new_a, new_b, give, count)
-                if take is not None:
-                    _move(new_b, new_a, take, count)
-                cost_a, cost_b = (
-                    costs.part(owners[a], tuple(new_a.items())),
-                    costs.part(owners[b], tuple(new_b.items())),
-                )
-                if (cost_a + cost_b) >> Costs.boundaries < (cost[a] + cost[b]) >> Costs.boundaries:
-                    mine[a], mine[b], cost[a], cost[b] = new_a, new_b, cost_a, cost_b
+                _move(new_a, new_b, give, given)
+                _move(new_b, new_a, take, taken)
+                new = costs.part(owners[a], tuple(new_a.items())), costs.part(owners[b], tuple(new_b.items()))
+                if sum(new) < cost[a] + cost[b]:
+                    mine[a], mine[b], (cost[a], cost[b]) = new_a, new_b, new
+                    sizes[a], sizes[b] = sizes[a] - given + taken, sizes[b] + given - taken
                     improved = True
                     break
     return [(owner, tuple(sorted(part.items()))) for owner, part in zip(owners, mine, strict=True)]
 
 
-def _exchanges(mine: dict[int, int], other: dict[int, int], spare: int) -> Iterator[tuple[int, int | None, int]]:
-    """The core group one part could give of, the one it would take of for that, and how many cores."""
-    for give, count in mine.items():
-        if count <= spare:
-            yield give, None, count
+def _levelling(a: int, b: int, unit_a: int, unit_b: int) -> float:
+    """How many cores the first part would have to give to the second so that the sum of their squares is least."""
+    return (unit_a * a - unit_b * b) / (unit_a + unit_b) if unit_a + unit_b else 0.0
+
+
+def _exchanges(
+    mine: dict[int, int], other: dict[int, int], room: range, level: float, *, outer: bool
+) -> Iterator[tuple[int, int, int, int]]:
+    """What one part could give of a core group, and take of another for that: exchanges that may be worth it.
+
+    More cores may be given than taken, within ``room``. That is worth it where it brings the sizes nearer to each
+    other, ``level`` cores being best, where a part has cores of the group already, or where ``outer`` boundaries are
+    crossed, between NUMA nodes for example.
+    """
+    for give, count in sorted(mine.items(), key=lambda own: own[1]):
+        if give in other and (shift := min(round(level), count - 1, room.stop - 1)) > 0:
+            yield give, shift, give, 0
+        if count in room and (outer or give in other or 0 < count < 2 * level):
+            yield give, count, give, 0
         for take, offered in other.items():
-            if take != give:
-                yield give, take, min(count, offered)
+            if take == give:
+                continue
+            near, net = outer or give in other or take in mine, count - offered
+            if near:
+                yield give, min(count, offered), take, min(count, offered)
+            if net and net in room and (near or 0 < net < 2 * level):
+                yield give, count, take, offered
 
 
 def _move(giver: dict[int, int], taker: dict[int, int], group: int, count: int) -> None:
+    if not count:
+        return
     giver[group] -= count
     taker[group] = taker.get(group, 0) + count
     if not giver[group]:

@@ -51,9 +51,10 @@ def cut(
        One part would have 12 cores.
     4. The machine takes three parts of one node and two of the other: 4 4 4 and 8 4. No part leaves its node.
     5. If nodes must be joined, for two or three workers on eight of them, their cores form a row, which is cut where
-       core groups end. What that misses, ``repair`` finds by exchanges.
+       core groups end. What that misses, ``repair`` finds by exchanges: fewer boundaries, or sizes that are more equal.
 
-    Of several claims a group says the same for each mix of them: one part of the first with two of the second, ...
+    Of several claims a group says the same for each mix of them: one part of the first with two of the second, ... It
+    is also tried to place the fixed sizes before all others, where whole core groups have just these.
 
     ``within_nodes`` leaves cores idle rather than have a part span two NUMA nodes; with ``equal`` too rather than have
     sizes differ. ``homes`` is the number of workers of each claim at home in each core group: among equals the division
@@ -79,13 +80,39 @@ def _cut_anywhere(
     else:
         owners = [c for c, claim in enumerate(claims) for _ in range(claim.workers)]
         parts = list(zip(owners, pack(groups, [claims[c].least for c in owners]), strict=True))
+    even = costs.parts(parts) - costs.crossed(parts)  # what the most equal sizes cost where they cross nothing
     orders = _ORDERS if workers <= _MANY else _ORDERS[:1]
     for levels in orders if len(groups) <= _MANY or not search.slack else ():
         found = search.run(levels)
         parts = min(parts, found or parts, key=costs.parts)
         if costs.crossed(parts) < costs.weight["package"]:
             break  # Only L3 domains are crossed.
-    return min(parts, repair(groups, parts, claims, costs), key=costs.parts)
+    if costs.parts(parts) <= even:
+        return parts
+    drafts = [parts, *_packed_first(groups, claims, costs, homes)]
+    return min((repair(groups, draft, claims, costs) for draft in drafts), key=costs.parts)
+
+
+def _packed_first(
+    groups: Sequence[CoreGroup], claims: Sequence[Claim], costs: Costs, homes: Sequence[Sequence[int]]
+) -> Iterator[Parts]:
+    """The fixed sizes where whole core groups have just these, and the rest of the cores divided among the others."""
+    fixed = [c for c, claim in enumerate(claims) if not claim.weight for _ in range(claim.workers)]
+    fair = [c for c, claim in enumerate(claims) if claim.weight]
+    if not fixed or not fair:
+        return
+    packed = pack(groups, [claims[c].least for c in fixed])
+    room = [group.size for group in groups]
+    for i, count in chain(*packed):
+        room[i] -= count
+    left = [i for i, cores in enumerate(room) if cores]
+    rest, mine = [replace(groups[i], size=room[i]) for i in left], [claims[c] for c in fair]
+    inner = Costs(rest, costs.distance, [claim.weight for claim in mine])
+    others = _cut_anywhere(rest, mine, inner, [[homes[i][c] for c in fair] for i in left])
+    yield [
+        *zip(fixed, packed, strict=True),
+        *((fair[c], tuple((left[i], count) for i, count in part)) for c, part in others),
+    ]
 
 
 def _cut_within_nodes(

@@ -197,10 +197,10 @@ def _claims(cores: int, workers: Sequence[Worker], classes: Sequence[Sequence[in
             claims.append(Claim(number, worker.fixed, worker.fixed, weight=0))
             continue
         share = Fraction(sum(whole[w] for w in members), number)  # of whole cores, at least one for everybody
+        exact = free * Fraction(worker.weight) / sum(map(Fraction, weights))
         if equal:
-            claims.append(Claim(number, floor(share), ceil(share), worker.weight))
+            claims.append(Claim(number, max(1, floor(min(share, exact))), ceil(max(share, exact)), worker.weight))
         else:
-            exact = free * Fraction(worker.weight) / sum(map(Fraction, weights))
             least, most = ceil(min(share, exact) / 2), floor(2 * max(share, exact, Fraction(free, len(fair))))
             claims.append(Claim(number, least, most, worker.weight))
     return claims

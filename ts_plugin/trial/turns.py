@@ -24,10 +24,11 @@ from ts_plugin.config.file import built_plugin
 from ts_plugin.trial.alone import others_seconds
 from ts_plugin.trial.archive import copy_with
 from ts_plugin.trial.asked import Model
+from ts_plugin.trial.client import RequestError, TorchServeError
 from ts_plugin.trial.load import Answer, Body, LoadError, OpenLoop, in_threads, percentile, poisson, take_turns
 from ts_plugin.trial.properties import Property
 from ts_plugin.trial.store import Store
-from ts_plugin.trial.torchserve import RequestError, TorchServe, TorchServeError
+from ts_plugin.trial.torchserve import TorchServe
 from ts_plugin.worker.start import OFF_VARIABLE
 
 __all__ = [

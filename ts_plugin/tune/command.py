@@ -16,11 +16,11 @@ from ts_plugin.trial.alone import alone
 from ts_plugin.trial.archive import copy_with
 from ts_plugin.trial.asked import KEPT, TrialError, asked_config
 from ts_plugin.trial.bare import BareError, explained
+from ts_plugin.trial.client import TorchServeError
 from ts_plugin.trial.progress import Show
 from ts_plugin.trial.properties import Property
 from ts_plugin.trial.room import Room, RoomError, find_room
 from ts_plugin.trial.store import Store, key, where
-from ts_plugin.trial.torchserve import TorchServeError
 from ts_plugin.trial.turns import CPUS_ONLY, FRONTEND, STOCK, Contender, ours
 from ts_plugin.tune.advise import advise
 from ts_plugin.tune.asked import Wanted, wanted_models

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ts_plugin.trial.client import TorchServeError
 from ts_plugin.trial.load import percentile
 from ts_plugin.trial.store import Store
-from ts_plugin.trial.torchserve import TorchServeError
 from ts_plugin.trial.turns import FULL, Contender, Load, Round, Tell, Turns, packed, rounds_of
 from ts_plugin.tune.asked import Wanted
 from ts_plugin.tune.values import LOAD, Choice, Confirmed, Target

@@ -16,6 +16,7 @@ from typing import Any
 import javaproperties
 import yaml
 
+from ts_plugin.config.gson import GsonError, model_map, parse, strict
 from ts_plugin.tune.values import Choice, Result
 
 __all__ = ["BEFORE", "Lines", "archive_settings", "lines", "write"]
@@ -39,15 +40,16 @@ def lines(answers: Sequence[Result], present: Mapping[str, str] = MappingProxyTy
     of several models can be told apart by their archives alone.
 
     Raises:
-        ValueError: ``models`` in the file is no JSON object.
+        ValueError: ``models`` in the file is not the JSON that TorchServe reads.
     """
     try:
-        models = json.loads(present.get("models", "{}"))
-        for answer in answers:
-            version = models.setdefault(answer.name, {}).setdefault(answer.version, {})
-            version |= {"marName": answer.profile.archive} | _settings(answer.choice)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"models: not the JSON object that TorchServe reads: {error}; correct that line") from error
+        models = strict(model_map(parse(present.get("models", ""))) or {})
+    except GsonError as error:
+        raise ValueError(f"models: not the JSON that TorchServe reads: {error}; correct that line") from error
+    for answer in answers:
+        versions = models[answer.name] = models.get(answer.name) or {}
+        version = versions.setdefault(answer.version, {})
+        version |= {"marName": answer.profile.archive} | _settings(answer.choice)
     arguments = OWN_CORES.sub("", present.get("cpu_launcher_args", ""))
     if len(answers) == 1:
         arguments += f" --ncores-per-instance {answers[0].choice.threads}"

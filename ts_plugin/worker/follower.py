@@ -64,6 +64,7 @@ class Follower(hooks.Hook):
 
     def start(self) -> None:
         """Start to follow; the thread never keeps the process alive."""
+        self._onnx.patch()
         threading.Thread(target=self._watch, name="ts-cores", daemon=True).start()
 
     def on_load(self, context: Any) -> None:
@@ -83,7 +84,6 @@ class Follower(hooks.Hook):
             except Exception as error:  # noqa: BLE001 - the model loads all the same, and the next pass may succeed
                 self._report(str(error))
             self._metrics = context.metrics
-        self._onnx.patch()
 
     def _watch(self) -> None:
         poll = select.poll()

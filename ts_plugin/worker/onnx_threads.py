@@ -10,11 +10,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 from ts_plugin.machine.words import count
 
 __all__ = ["OnnxThreads"]
+
+LIBRARY = "onnxruntime"
 
 
 class OnnxThreads:
@@ -25,11 +28,33 @@ class OnnxThreads:
         self._patched = False
 
     def patch(self) -> None:
-        """Patch the library if the handler, which is imported by now, has imported it."""
-        library: Any = sys.modules.get("onnxruntime")
+        """Patch the library now if it is imported already, else as soon as a handler imports it."""
+        if LIBRARY in sys.modules:
+            self._patch()
+        elif self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find the library as Python does, and patch it when its code has run. Source: importlib, sys.meta_path."""
+        found = PathFinder.find_spec(name) if name == LIBRARY else None
+        if found is None or found.loader is None:
+            return None
+        run = found.loader.exec_module
+
+        def run_and_patch(module: Any) -> None:
+            run(module)
+            self._patch()
+
+        found.loader.exec_module = run_and_patch  # type: ignore[method-assign]  # this loader is this module's alone
+        return found
+
+    def _patch(self) -> None:
+        library: Any = sys.modules[LIBRARY]
         if self._patched or not hasattr(library, "InferenceSession"):
             return
         self._patched = True
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
         construct = library.InferenceSession.__init__
 
         @functools.wraps(construct)
