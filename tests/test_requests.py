@@ -119,7 +119,7 @@ def test_a_slice_that_changes_ends_what_is_borrowed(start: Start) -> None:
     assert eventually(lambda: first.follow("compute")["computes_with"] < CORES)
     first.follow("end")
     assert eventually(lambda: first.follow()["cpus"] == ALL)
-    assert first.masks() == {frozenset(ALL)}
+    assert eventually(lambda: first.masks() == {frozenset(ALL)})
 
 
 def test_a_deleted_state_directory_ends_no_lending(start: Start, state: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the kernel is told of a plan: every worker on its slice, every frontend aside."""
+"""A plan told to the kernel: every worker bound to its slice, every frontend moved off the slices."""
 
 from __future__ import annotations
 

@@ -163,7 +163,8 @@ def leave(ledger: Ledger, pid: int, reason: str | None = None) -> None:
 def register_server(ledger: Ledger, server: Server) -> None:
     """Enter a TorchServe frontend with what its config.properties asks for.
 
-    One that is entered again keeps what it was allowed at first: it may have been moved aside since.
+    One that is entered again keeps its first ``allowed`` and ``limit``: its mask may be narrower by now, because
+    frontends are moved off the slices.
     """
     with ledger.locked() as state:
         for known in state.servers:

@@ -70,7 +70,7 @@ class Server(_OfProcess):
 
 @dataclass(frozen=True, slots=True)
 class Refusal(_OfProcess):
-    """Why a worker serves unbound; one that was started past the launcher cannot say so in its environment."""
+    """Why a worker serves unbound. The launcher says it in the worker's environment too; a handler cannot."""
 
     reason: str
 

@@ -28,7 +28,8 @@ PAST_LAUNCHER = (
 class Unbound:
     """A TorchServe worker without a slice in this user's ledger, and why.
 
-    ``elsewhere`` names whose it is if it is not ours: then ``reason`` says nothing, it may well own cores there.
+    ``elsewhere`` names its user, container, ledger or server if it is not one of this ledger's; it may own cores there,
+    so ``reason`` does not count then.
     """
 
     pid: int
@@ -40,8 +41,7 @@ class Unbound:
 def unbound_workers(state: State, directory: str | None = None) -> list[Unbound]:
     """Return the TorchServe workers of this machine that hold no lease in ``state``, as far as /proc shows them.
 
-    ``state`` is that of the ledger in ``directory``, which is this process's own unless it is given. A worker that this
-    ledger cannot know says so in ``elsewhere``; whether it is bound is not for us to judge.
+    ``state`` is that of the ledger in ``directory``, by default this process's own.
     """
     directory = directory or state_directory()
     bound = {lease.pid for lease in state.leases}

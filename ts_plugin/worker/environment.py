@@ -33,9 +33,8 @@ def collapsing(environment: Mapping[str, str]) -> list[str]:
 
     Source: OpenMP 5.2, OMP_PROC_BIND and OMP_PLACES; libgomp, env.c; Intel's runtime, "Thread Affinity Interface".
     """
-    off = (
-        environment.get("OMP_PROC_BIND", "").strip().lower() == "false"
-    )  # libgomp then overlooks the others of its own
+    # libgomp then overlooks the others of its own.
+    off = environment.get("OMP_PROC_BIND", "").strip().lower() == "false"
     return [name for name in COLLAPSING if name in environment and _binds(name, environment[name].lower(), off=off)]
 
 

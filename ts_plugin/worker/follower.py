@@ -13,7 +13,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,7 @@ class Follower(hooks.Hook):
         self._lease = self._entered = lease  # what this worker knows of itself, and what the ledger says of it
         self._mutex = threading.RLock()  # the watching thread against the one that loads the model
         self._version: tuple[int, int] | None = None  # of the ledger that is followed; None: look again
+        self._left: tuple[int, ...] | None = None  # the CPUs of the slice before, for one more pass
         self._peers: tuple[Lease, ...] = ()
         self._pidfds: dict[int, int] = {}
         self._blind = False  # no pidfds: deaths are looked for
@@ -97,7 +98,8 @@ class Follower(hooks.Hook):
                 look = time.monotonic() >= next_look
                 if look:
                     next_look = time.monotonic() + LOOK_INTERVAL
-                if look or now != self._version or self._lease != self._entered or self.requests.outdated:
+                untold = self._lease != self._entered or self._left is not None
+                if look or untold or now != self._version or self.requests.outdated:
                     self._version = now
                     with self._mutex:
                         if look:
@@ -132,20 +134,24 @@ class Follower(hooks.Hook):
         self.requests.adopt(lease, state)  # even if the kernel says no: the threads, at least, are ours to count
         if self.requests.unannounced:  # there is a new file of words, or whoever planned died before it told
             self._ledger.announce()
-        outside = self._bind(refused)
-        if moved and lease.slice.pinned and (left := set(before.slice.numa_nodes) - set(lease.slice.numa_nodes)):
-            self._move_pages(left)
-        return 0 if moved else outside
+        settled = not moved and self._left is None
+        outside = self._bind(refused, None if moved else self._left)
+        self._left = before.slice.cpus if moved else None
+        if moved and lease.slice.pinned and (nodes := set(before.slice.numa_nodes) - set(lease.slice.numa_nodes)):
+            self._move_pages(nodes)
+        return outside if settled else 0
 
-    def _bind(self, refused: OSError | None) -> int:
+    def _bind(self, refused: OSError | None, left: Iterable[int] | None) -> int:
         """Bind this process, unless that was just ``refused``; return how many threads had a mask outside the slice.
 
-        If the kernel refuses, the log says so, and the ledger from the next pass on, as long as it is so.
+        Threads that span what was ``left`` follow: ``regions.c`` may have set one to the slice of the plan before in
+        the very moment in which it changed. If the kernel refuses, the log says so, and the ledger from the next pass
+        on, as long as it is so.
         """
         lease = self._lease
         notes = tuple(note for note in lease.notes if not note.startswith(NOT_BOUND))
         # While it is NOT BOUND its masks are leftovers, which follow.
-        before = None if notes == lease.notes else os.sched_getaffinity(lease.pid)
+        before = left if notes == lease.notes else os.sched_getaffinity(lease.pid)
         try:
             if refused is not None:
                 raise refused
@@ -161,9 +167,9 @@ class Follower(hooks.Hook):
         self._lease = replace(lease, notes=notes)
         return changed
 
-    def _move_pages(self, left: set[int]) -> None:
+    def _move_pages(self, nodes: set[int]) -> None:
         """Let the pages follow; outside the ledger's lock, since gigabytes take seconds."""
-        note = memory.move_pages(self._lease.pid, left, self._lease.slice.numa_nodes)
+        note = memory.move_pages(self._lease.pid, nodes, self._lease.slice.numa_nodes)
         if note is not None and note not in self._lease.notes:
             self._report(note)
             self._lease = replace(self._lease, notes=(*self._lease.notes, note))
