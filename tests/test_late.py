@@ -123,7 +123,7 @@ def test_a_system_without_affinity_masks_serves_unbound(tmp_path: Path) -> None:
 VANISHED = """
 import types
 from ts_plugin.handlers import CoreSliceMixin
-from ts_plugin.ledger.directory import StateError
+from ts_plugin.ledger.directory import LedgerError
 from ts_plugin.worker import follower
 
 class Stock:
@@ -134,7 +134,7 @@ class Handler(CoreSliceMixin, Stock):
     pass
 
 def hold():
-    raise StateError("/dev/shm/ts-cores-0: No such file or directory")
+    raise LedgerError("/dev/shm/ts-cores-0: No such file or directory")
 
 follower._current = types.SimpleNamespace(requests=types.SimpleNamespace(hold=hold))
 Handler().initialize(None)

@@ -21,7 +21,8 @@ from tests.eventually import eventually
 from tests.leases import lease_of
 from ts_plugin.ledger import directory
 from ts_plugin.ledger.codec import LEASE_VARIABLE, pack_lease, unpack_lease
-from ts_plugin.ledger.file import Ledger, LedgerError
+from ts_plugin.ledger.directory import LedgerError
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import Lease, Server, State
 from ts_plugin.machine import process
 from ts_plugin.planning.planner import Demand
@@ -431,7 +432,7 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run proc
 def test_a_place_that_another_user_took_is_refused_with_a_remedy_that_works(place: str, kind: str) -> None:
     assert as_user(OTHER, lambda: plant(kind, place)) == "planted"
     reason = as_user(VICTIM, write_one_note)
-    assert reason.startswith(f"StateError: {place}: ")
+    assert reason.startswith(f"LedgerError: {place}: ")
     assert reason.endswith("set TS_CORES_STATE_DIR to a directory that is yours alone, the same for all your servers")
     assert "ledger" not in os.listdir(place if kind == "directory" else "/etc"), "nothing is written there"
     with pytest.MonkeyPatch.context() as patch:

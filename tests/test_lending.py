@@ -18,7 +18,7 @@ import pytest
 
 from tests.borrower import Borrower
 from tests.eventually import eventually
-from ts_plugin.ledger.directory import StateError
+from ts_plugin.ledger.directory import LedgerError
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import State
 from ts_plugin.lending import library, words
@@ -326,7 +326,7 @@ def test_a_full_disk_is_told_of_before_a_word_is_touched(tmp_path: Path) -> None
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(StateError, match="too large"):
+        with pytest.raises(LedgerError, match="too large"):
             Words(Ledger(str(tmp_path / "state")))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -229,3 +229,25 @@ def test_workflows_and_hooks_run_what_exists(checkout: Path) -> None:
         scripts = re.findall(r"(?:\./|\.ci/)\w+", "\n".join(step.get("run", "") for step in steps))
         assert scripts
         assert all((checkout / script).is_file() for script in scripts), scripts
+
+
+def test_the_files_of_changes_become_a_section_of_the_changelog(checkout: Path, tmp_path: Path) -> None:
+    for name in ("dev", "CHANGELOG.md"):
+        shutil.copy(checkout / name, tmp_path)
+    old = (tmp_path / "CHANGELOG.md").read_text(encoding="utf-8")
+    (tmp_path / "changes").mkdir()
+    for name in ("b", "a"):
+        (tmp_path / "changes" / f"{name}.md").write_text(f"- What {name} is about.\n")
+    command = [tmp_path / "dev", "changelog", "9.9.9"]
+    subprocess.run(command, check=True)
+    head, section, rest = (
+        (tmp_path / "CHANGELOG.md")
+        .read_text(encoding="utf-8")
+        .partition("## 9.9.9\n\n- What a is about.\n- What b is about.\n\n")
+    )
+    assert section
+    assert head + rest == old
+    assert not (tmp_path / "changes").exists(), "the release workflow checks that"
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "no fragment" in again.stderr

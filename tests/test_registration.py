@@ -12,7 +12,8 @@ import pytest
 from tests.eventually import eventually
 from ts_plugin.ledger import registration
 from ts_plugin.ledger.coordinator import CannotBind
-from ts_plugin.ledger.file import Ledger, LedgerError
+from ts_plugin.ledger.directory import LedgerError
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import Server
 from ts_plugin.machine import process
 from ts_plugin.planning.policy import Policy

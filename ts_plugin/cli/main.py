@@ -18,7 +18,8 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from ts_plugin.cli.arguments import PlannedModel, parse_arguments
-from ts_plugin.ledger.file import Ledger, LedgerError
+from ts_plugin.ledger.directory import LedgerError
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.unbound import unbound_workers
 from ts_plugin.lending import status, words
 from ts_plugin.machine import cpu_time, discovery

@@ -25,7 +25,8 @@ from ts_plugin.config.gson import java_int
 from ts_plugin.config.properties import ADDRESSES, INTEGERS, address, on
 from ts_plugin.config.served import Startup, Stored, java_cpus, read_store, startup, wanted
 from ts_plugin.kernel import affinity
-from ts_plugin.ledger.file import Ledger, LedgerError
+from ts_plugin.ledger.directory import LedgerError
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import State
 from ts_plugin.ledger.unbound import JAR, Unbound, unbound_workers
 from ts_plugin.lending import library

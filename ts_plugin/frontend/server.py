@@ -11,7 +11,8 @@ from importlib import metadata
 from typing import Any
 
 from ts_plugin.ledger import registration
-from ts_plugin.ledger.file import Ledger, LedgerError
+from ts_plugin.ledger.directory import LedgerError
+from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import Server
 from ts_plugin.lending import words
 from ts_plugin.machine import cpu_time, discovery, process

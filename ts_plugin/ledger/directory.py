@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["Directory", "StateError", "holder", "state_directory", "try_lock"]
+__all__ = ["Directory", "LedgerError", "holder", "state_directory", "try_lock"]
 
 LOCK_TIMEOUT = 20.0  # seconds; TorchServe gives a worker 120 to start
 FLOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, PID
 YOURS = "set TS_CORES_STATE_DIR to a directory that is yours alone, the same for all your servers"
 
 
-class StateError(OSError):
+class LedgerError(OSError):
     """The state directory cannot be used; the message starts with the path and ends with the remedy."""
 
 
@@ -29,14 +29,14 @@ def state_directory(environment: Mapping[str, str] = os.environ) -> str:
     Another user may make that place first: then it is refused, like every directory that is not this user's alone.
 
     Raises:
-        StateError: TS_CORES_STATE_DIR is relative.
+        LedgerError: TS_CORES_STATE_DIR is relative.
     """
     chosen = environment.get("TS_CORES_STATE_DIR")
     if not chosen:
         return f"{'/dev/shm' if os.path.isdir('/dev/shm') else '/tmp'}/ts-cores-{os.getuid()}"
     if not os.path.isabs(chosen):
         # Every worker starts in the directory of its model, so each model would get a ledger of its own.
-        raise StateError(
+        raise LedgerError(
             f"{chosen}: TS_CORES_STATE_DIR is relative, which is another directory for every process that runs in "
             "another one; set it to an absolute path"
         )
@@ -63,7 +63,7 @@ class Directory:
 
         Raises:
             FileNotFoundError: no such file, and ``flags`` do not say to make it.
-            StateError: the directory cannot be made, is not this user's alone, or the file cannot be opened.
+            LedgerError: the directory cannot be made, is not this user's alone, or the file cannot be opened.
         """
         try:
             directory = _enter(self.path, create=bool(flags & os.O_CREAT))
@@ -74,13 +74,13 @@ class Directory:
         except FileNotFoundError:
             raise
         except OSError as error:
-            if isinstance(error, StateError):
+            if isinstance(error, LedgerError):
                 raise
             raise self.error(error) from error
 
-    def error(self, error: OSError) -> StateError:
+    def error(self, error: OSError) -> LedgerError:
         """Return what the user should be told of ``error``, which happened in this directory."""
-        return StateError(f"{self.path}: {error.strerror or error}; {YOURS}")
+        return LedgerError(f"{self.path}: {error.strerror or error}; {YOURS}")
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
@@ -93,7 +93,7 @@ class Directory:
         Source: man 2 fcntl_locking, "Advisory record locking".
 
         Raises:
-            StateError: the directory cannot be used, or another process held the lock for LOCK_TIMEOUT seconds.
+            LedgerError: the directory cannot be used, or another process held the lock for LOCK_TIMEOUT seconds.
         """
         deadline = time.monotonic() + LOCK_TIMEOUT
         mutex = _mutexes.setdefault(f"{self.path}/{name}", threading.Lock())
@@ -130,8 +130,8 @@ class Directory:
         except FileNotFoundError:
             return False
 
-    def _held(self, name: str, holder: str) -> StateError:
-        return StateError(
+    def _held(self, name: str, holder: str) -> LedgerError:
+        return LedgerError(
             f"{self.path}/{name}: held by {holder} for {LOCK_TIMEOUT:.0f} s; let it go on if it is stopped, or end it"
         )
 
@@ -140,7 +140,7 @@ def _enter(path: str, *, create: bool) -> int:
     """Return a descriptor of the directory ``path``, which ``create`` makes if need be.
 
     Raises:
-        FileNotFoundError: it does not exist. StateError: it is not this user's alone. OSError: it cannot be used.
+        FileNotFoundError: it does not exist. LedgerError: it is not this user's alone. OSError: it cannot be used.
     """
     if create:
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -149,10 +149,10 @@ def _enter(path: str, *, create: bool) -> int:
         status = os.fstat(directory)
         mode = stat.S_IMODE(status.st_mode)
         if status.st_uid != os.getuid():
-            raise StateError(f"{path}: belongs to user {status.st_uid}, not {os.getuid()}; {YOURS}")
+            raise LedgerError(f"{path}: belongs to user {status.st_uid}, not {os.getuid()}; {YOURS}")
         if mode & 0o077:
-            raise StateError(f"{path}: others may enter it (mode {mode:o}); chmod 700 it, or {YOURS}")
-    except StateError:
+            raise LedgerError(f"{path}: others may enter it (mode {mode:o}); chmod 700 it, or {YOURS}")
+    except LedgerError:
         os.close(directory)
         raise
     return directory

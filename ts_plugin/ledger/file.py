@@ -14,13 +14,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from ts_plugin.ledger.codec import LEASE_VARIABLE, pack_state, unpack_lease, unpack_state
-from ts_plugin.ledger.directory import Directory, StateError, state_directory
+from ts_plugin.ledger.directory import Directory, LedgerError, state_directory
 from ts_plugin.ledger.model import Server, State
 from ts_plugin.machine import process
 
-__all__ = ["Ledger", "LedgerError"]
+__all__ = ["Ledger"]
 
-LedgerError = StateError  # whatever keeps a worker from the ledger
 VERSION = 1
 
 

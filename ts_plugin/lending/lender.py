@@ -39,7 +39,7 @@ class Lender:
     Its slice is its own until ``end`` is called for the first time: a worker that starts computes outside of requests.
 
     Raises:
-        LibraryError: the library cannot be loaded. StateError: the shared words cannot be used.
+        LibraryError: the library cannot be loaded. LedgerError: the shared words cannot be used.
     """
 
     def __init__(self, ledger: Ledger, plan: Plan) -> None:

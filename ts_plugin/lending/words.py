@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ts_plugin.ledger.directory import StateError, try_lock
+from ts_plugin.ledger.directory import LedgerError, try_lock
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine.process import Identity
 
@@ -79,7 +79,7 @@ class Words:
     Nothing else in this process may open the file of slots: closing any descriptor of it drops the lock.
 
     Raises:
-        StateError: the directory cannot be used, there is no room in it, or all slots are taken.
+        LedgerError: the directory cannot be used, there is no room in it, or all slots are taken.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -95,13 +95,13 @@ class Words:
             self.slot = self._take_slot(directory.path)
         except OSError as error:
             self.close()
-            raise error if isinstance(error, StateError) else directory.error(error) from error
+            raise error if isinstance(error, LedgerError) else directory.error(error) from error
 
     def _take_slot(self, path: str) -> int:
         for slot in range(SLOTS):
             if try_lock(self.locks, slot, 1):
                 return slot
-        raise StateError(f"{path}: {SLOTS} workers lend cores already; this one neither lends nor borrows")
+        raise LedgerError(f"{path}: {SLOTS} workers lend cores already; this one neither lends nor borrows")
 
     def close(self) -> None:
         """Give the slot back. The mapping stays: another thread may be looking at it."""

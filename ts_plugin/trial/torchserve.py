@@ -22,16 +22,7 @@ from ts_plugin.machine.process import environment
 from ts_plugin.trial.client import Client, RequestError, TorchServeError, model_path
 from ts_plugin.trial.properties import LOOPBACK, PORTS, Property, free_ports, read_properties, write_properties
 
-__all__ = [
-    "PORTS",
-    "Property",
-    "RequestError",
-    "TorchServe",
-    "TorchServeError",
-    "free_ports",
-    "read_properties",
-    "write_properties",
-]
+__all__ = ["WORKER_SCRIPT", "TorchServe"]
 
 WORKER_SCRIPT = "model_service_worker.py"
 RETRY = "Retry worker: "  # org.pytorch.serve.wlm.WorkerThread, once per worker process that ended by itself
