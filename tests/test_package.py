@@ -238,7 +238,7 @@ def test_the_files_of_changes_become_a_section_of_the_changelog(checkout: Path, 
     (tmp_path / "changes").mkdir()
     for name in ("b", "a"):
         (tmp_path / "changes" / f"{name}.md").write_text(f"- What {name} is about.\n")
-    command = [tmp_path / "dev", "changelog", "9.9.9"]
+    command = [str(tmp_path / "dev"), "changelog", "9.9.9"]
     subprocess.run(command, check=True)
     head, section, rest = (
         (tmp_path / "CHANGELOG.md")
