@@ -79,17 +79,22 @@ def assert_bound(server: TorchServe, answer: dict[str, Any]) -> None:
     assert len(cpus) == len(set(cpus)), "disjoint"
 
 
+def profiled() -> Path:
+    """An archive that says that its requests take ten seconds: so they borrow, however busy this machine is."""
+    return archives.facts("profiled", config=f"cpu: {{profile: {dict.fromkeys(range(1, CORES), 10.0)}}}\n")
+
+
 def wide_requests(server: TorchServe, most: int) -> Iterator[bool]:
     """Yield of each request, one at a time, whether it computed on more than its worker's slice."""
     own = leases(server)
     for _ in range(most):
-        answer = ask(server, "facts", {"work": 384, "rounds": 30})
+        answer = ask(server, "profiled", {"work": 384, "rounds": 30})
         assert_bound(server, answer)
         yield answer["threads"] > len(own[answer["pid"]])
 
 
 def test_a_lone_request_borrows_the_cores_of_idle_workers(pinned: TorchServe) -> None:
-    pinned.register(archives.facts(), workers=2)
+    pinned.register(profiled(), workers=2)
     own = leases(pinned)
     assert any(wide_requests(pinned, 300))
     assert eventually(lambda: all(idle(pid, cpus) for pid, cpus in own.items())), "and given back"
@@ -98,7 +103,7 @@ def test_a_lone_request_borrows_the_cores_of_idle_workers(pinned: TorchServe) ->
 
 
 def test_under_lend_never_a_lone_request_borrows_nothing() -> None:
-    with TorchServe(archives.facts(), workers=2, properties=NEVER) as server:
+    with TorchServe(profiled(), workers=2, properties=NEVER) as server:
         assert not any(wide_requests(server, 30))
         assert [piece["lending"] for piece in server.cores()["slices"]] == [None, None]
         assert not list(server.state_directory.glob("lending-*"))
