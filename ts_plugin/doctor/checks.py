@@ -230,7 +230,7 @@ def _workers(seen: Inspection) -> Iterator[Finding]:
             Severity.WARNING,
             "worker",
             f"{each} may run outside their slice",
-            "they run on other workers' cores; read-back should have put them back within seconds",
+            "they run on other workers' cores; the look every 5 seconds should have put them back",
             "see its log: the handler or one of its libraries sets affinity masks",
         )
     told = [(note, lease) for lease in seen.state.leases for note in lease.notes]

@@ -347,7 +347,8 @@ OPTIONS: tuple[Option, ...] = (
         "auto|never",
         "lend",
         _member(Lend),
-        "auto lets a request also compute on the cores of idle workers of its NUMA node, which get them back at once",
+        "auto lets a request also compute on the cores of idle workers of its NUMA node, which get them back at the "
+        "request's next parallel region, within about a millisecond",
         "auto",
     ),
     Option(
