@@ -57,8 +57,8 @@ class Late(hooks.Hook):
                     if self._context is not None:
                         following.on_load(self._context)
                         following.requests.on_load(self._context)
+                    self.hooks += [following, following.requests]  # they hear of the next request
                     self._follower = following
-                    self.hooks += [following, following.requests]  # last: they hear of the next request
             return self._follower
 
     def on_load(self, context: Any) -> None:
