@@ -308,7 +308,9 @@ def test_the_command_scores_a_directory(
     promised = {*HARD, *PROMISES} - {"idle"}  # a fixed size may leave cores of its type idle
     assert {key: several.get(key, 0) for key in promised} == dict.fromkeys(promised, 0)
     assert topologies.main([str(tmp_path), "--markdown"]) == 0
-    assert f"| cases | 7 | {several['cases']} |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"| cases | 7 | {several['cases']} |" in said
+    assert said.endswith("\nmisses of ts-cores: 0\n")
     assert list(temporary.iterdir()) == []
 
 
