@@ -334,7 +334,11 @@ def test_the_command_scores_a_machine(place: Path, capsys: pytest.CaptureFixture
     promised = {*HARD, *PROMISES} - {"idle"}  # a fixed size may leave cores of its type idle
     assert {key: several.get(key, 0) for key in promised} == dict.fromkeys(promised, 0)
     assert topologies.main([str(place), "--markdown"]) == 0
-    assert f"| cases | 7 | {several['cases']} |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"| cases | 7 | {several['cases']} |" in said
+    assert said.endswith("
+misses of ts-cores: 0
+")
 
 
 def test_a_tree_lies_in_memory_and_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
