@@ -336,9 +336,7 @@ def test_the_command_scores_a_machine(place: Path, capsys: pytest.CaptureFixture
     assert topologies.main([str(place), "--markdown"]) == 0
     said = capsys.readouterr().out
     assert f"| cases | 7 | {several['cases']} |" in said
-    assert said.endswith("
-misses of ts-cores: 0
-")
+    assert said.endswith("\nmisses of ts-cores: 0\n")
 
 
 def test_a_tree_lies_in_memory_and_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
