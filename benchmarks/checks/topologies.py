@@ -149,7 +149,7 @@ def machines(place: Path = FILE) -> list[Machine]:
 
 def _from_facts(facts: Facts) -> Machine:
     cores = {cpu: core for core in facts.topology().cores for cpu in core.cpus}
-    domain_of = {cpu: domain for domain in facts.l3 for cpu in domain}
+    domain_of = {cpu: domain for domain in facts.l3 or facts.clusters or facts.packages for cpu in domain}
     return Machine(
         name=facts.name,
         arch=facts.arch,
