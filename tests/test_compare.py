@@ -260,6 +260,7 @@ def test_the_picture_shows_every_way_and_load_in_light_and_dark() -> None:
     assert not re.search(r"\b(nan|inf)\b", drawn)
 
 
+@pytest.mark.process
 def test_texts_of_the_picture_do_not_lie_on_each_other(tmp_path: Path) -> None:
     found = whole()
     late = (
