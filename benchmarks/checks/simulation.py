@@ -29,8 +29,8 @@ __all__ = ["MORE", "Model", "Outcome", "catalogue", "main", "run"]
 
 MORE = 1.02  # of the times of slices alone that lending may take
 REGION = 0.0003  # seconds until a borrower looks again
-GRACE, ASK_FROM = 0.001, 0.01  # seconds, as in regions.c
-ROUND_TRIP = 0.0015  # seconds through the frontend: longer than the grace, so borrowed in between
+GRACE, SHORT_PAUSE, ASK_FROM = 0.001, 0.005, 0.01  # seconds, as in regions.c
+ROUND_TRIP = 0.0015  # seconds through the frontend: longer than the grace, so a slice may be borrowed in between
 COLD = 2.0  # times as long: the first request of a worker on a width
 WARM_UP = 0.1  # part of the requests that does not count
 LOADS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
@@ -87,6 +87,7 @@ class _Worker:
     user: _Worker | None = None  # who computes on its slice
     asker: _Worker | None = None  # who asks the user for it
     idle_since: float = -math.inf
+    grace: float = GRACE  # seconds after that in which nobody takes the slice
     held: list[_Worker] = field(default_factory=list)  # whose slices it has borrowed
     most: int = 0
     width: int = 0  # threads that compute; 0: none yet
@@ -157,11 +158,13 @@ class _Run:
         if worker.user:
             self.narrow(worker.user, worker)
         worker.user, worker.asker = worker, None
+        pause = self.now - worker.idle_since
+        worker.grace = GRACE + (2 * pause if pause < SHORT_PAUSE else 0.0)
         worker.most = worker.gains.most(self.everything, self.now) if self.lending else worker.own
         for other in worker.near:
             if worker.holds >= worker.most:
                 break
-            if not other.job and not other.user and other.idle_since + GRACE <= self.now:
+            if not other.job and not other.user and other.idle_since + other.grace <= self.now:
                 other.user = worker
                 worker.held.append(other)
         share = min(worker.most, self.everything // sum(other.job is not None for other in self.workers))

@@ -55,7 +55,6 @@ class Lender:
         self._lenders: dict[int, Lease] = {}  # by slot; who lends may also borrow
         self._threads = own.slice.threads
         self._all = self._threads  # threads of the whole domain
-        self._hooked = False
         self._follow(plan)
 
     def prime(self, profile: Mapping[int, float]) -> None:

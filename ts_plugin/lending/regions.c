@@ -55,6 +55,7 @@
 #define BUSY 0x80000000u
 #define PAUSE_SOFT 1           /* omp_pause_resource_t: keep what the program has set */
 #define GRACE 1000000          /* a slice is idle when its owner's last request ended that long ago */
+#define SHORT_PAUSE 5000000    /* after a pause up to that between two requests, the slice is kept twice as long as it */
 #define PATIENCE 10000000      /* that long an owner waits for the end of one region of a borrower that lives */
 #define LOOK_AFTER_DEATH 2000000
 #define ASK_FOR 1000000        /* that long a request waits for slices that it asked for */
@@ -67,7 +68,7 @@ struct slot {
   _Atomic uint32_t user, wanted, asked;
   int32_t pid;
   uint64_t start_time;
-  _Atomic uint64_t idle_since;
+  _Atomic uint64_t idle_since; /* or a little later, where the next request may follow soon */
   _Atomic uint64_t lent_at;    /* a borrower took the slice */
   _Atomic uint64_t request;    /* ns that a request takes on the slice alone; 0: not known */
   char pad[16];
@@ -103,7 +104,7 @@ struct worker {
   unsigned long *own, *borrowed; /* CPUs */
   int *held, held_count; /* indices of lenders */
   int most, width, team;
-  uint64_t deadline, began, since;
+  uint64_t deadline, began, since, ended, pause; /* pause: between the last request and this one */
   uint64_t longest; /* region of a wide request, averaged over some: one that another program delays says little */
   int forced;
   struct answer answer;
@@ -384,6 +385,7 @@ int worker_plan(struct worker *w, uint64_t generation, int threads, int lenders,
    `budget` ns have passed, what is borrowed goes back; 0: no limit. `worker_forced` tells whom to drive off. */
 int worker_begin(struct worker *w, int most, uint64_t budget) {
   uint64_t arrived = now();
+  w->pause = arrived - w->ended;
   w->answer = (struct answer){0};
   w->forced = take_own(w, arrived);
   uint64_t t = now();
@@ -444,7 +446,8 @@ void worker_end(struct worker *w, struct answer *answer) {
   w->held_count = 0;
   w->width = w->threads;
   if (wide) set_threads(w->threads);
-  atomic_store(&own->idle_since, now());
+  w->ended = now();
+  atomic_store(&own->idle_since, w->ended + (w->pause < SHORT_PAUSE ? 2 * w->pause : 0));
   swap(&own->user, me | BUSY, 0);
   atomic_store(&own->wanted, 0);
   if (answer) *answer = w->answer;
