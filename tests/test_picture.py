@@ -384,6 +384,7 @@ PHONES = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("view", PHONES)
 def test_the_page_on_a_phone(tmp_path: Path, view: View, dark: bool) -> None:
@@ -407,6 +408,7 @@ def test_the_page_on_a_phone(tmp_path: Path, view: View, dark: bool) -> None:
         assert rgb("#12161c" if dark else "#ffffff") in colours(browser.screenshot(tmp_path / "cores.png"))
 
 
+@pytest.mark.process
 def test_a_finger_on_a_core_says_whose_it_is(tmp_path: Path) -> None:
     page = tmp_path / "cores.html"
     page.write_text(html(drawn(MACHINES["SMT"], 2)), encoding="utf-8")
@@ -418,6 +420,7 @@ def test_a_finger_on_a_core_says_whose_it_is(tmp_path: Path) -> None:
         assert browser.run("[...document.querySelectorAll('tr.mine')].map(row => row.dataset.tag)") == ["B"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", MACHINES)
 def test_texts_do_not_lie_on_each_other(tmp_path: Path, name: str) -> None:
     view = drawn(MACHINES[name], 16)
@@ -483,6 +486,7 @@ def test_the_page_follows_and_asks_for_a_new_token(server: Server, tmp_path: Pat
         assert browser.run("document.forms[0].className") == ""
 
 
+@pytest.mark.process
 def test_a_click_unfolds_the_workers_of_a_model(server: Server, tmp_path: Path) -> None:
     shown = "[...document.querySelectorAll('tbody tr')].filter(row => row.checkVisibility()).length"
     server.view = crowd()

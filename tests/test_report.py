@@ -149,6 +149,7 @@ def test_the_target_is_met_by_what_was_measured() -> None:
     assert answer(Target(rate=15.3)).met
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["tuned.png", "tuned.svg"])
 def test_the_picture(tmp_path: Path, name: str) -> None:
     pytest.importorskip("matplotlib")
@@ -318,6 +319,7 @@ def test_json_for_scripts() -> None:
     assert json.loads(told["lines"]["properties"]["models"])["m"]["1.0"]["minWorkers"] == 2
 
 
+@pytest.mark.process
 def test_the_picture_shows_every_division_that_leaves_no_core_idle(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     wide = replace(PROFILE, cores=16, node_cores=8, cells=tuple(one for one in CELLS if one.instances == 1))

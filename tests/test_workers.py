@@ -113,28 +113,28 @@ def idle(pid: int, cpus: tuple[int, ...]) -> bool:
     return all(os.sched_getaffinity(tid) == set(cpus) for tid in process.threads(pid))
 
 
-def test_sizes_from_the_archive_grpc_batches_and_versions(pinned: TorchServe) -> None:
-    """Fixed cores, gRPC, batching, two versions of a model."""
+def test_sizes_from_the_archive_grpc_batches_and_versions() -> None:
+    """Fixed cores, gRPC, batching, two versions of a model; without lending, which gives a request more threads."""
     fixed = archives.facts("fixed", config="cpu: {cores: 1}\nbatchSize: 2\nmaxBatchDelay: 200\n")
     plain = archives.facts("plain")
     later = archives.facts("later", version="2.0", handler=Handler.OURS)
-    pinned.register(fixed)
-    assert ask(pinned, "fixed")["threads"] == 1
-    assert_bound(pinned, ask(pinned, "fixed"))
-    pinned.register(plain)
-    assert ask(pinned, "fixed")["threads"] == 1
-    assert ask(pinned, "plain")["threads"] == CORES - 1
-    assert_bound(pinned, ask(pinned, "plain"))
-    over_grpc = json.loads(grpc_predict(pinned, "plain"))
-    assert_bound(pinned, over_grpc)
-    pinned.unregister("plain")
-    pinned.register(later, name="fixed")  # version 2.0 beside version 1.0
-    answers = [json.loads(pinned.predict(f"fixed/{version}", b"{}")) for version in ("1.0", "2.0")]
-    assert [answer["threads"] for answer in answers] == [1, CORES - 1]
-    for answer in answers:
-        assert_bound(pinned, answer)
-    versions = {(entry["model"], entry["version"]) for entry in pinned.cores()["slices"]}
-    assert versions == {("fixed", "1.0"), ("fixed", "2.0")}
+    with TorchServe(fixed, workers=1, properties=NEVER) as server:
+        assert ask(server, "fixed")["threads"] == 1
+        assert_bound(server, ask(server, "fixed"))
+        server.register(plain)
+        assert ask(server, "fixed")["threads"] == 1
+        assert ask(server, "plain")["threads"] == CORES - 1
+        assert_bound(server, ask(server, "plain"))
+        over_grpc = json.loads(grpc_predict(server, "plain"))
+        assert_bound(server, over_grpc)
+        server.unregister("plain")
+        server.register(later, name="fixed")  # version 2.0 beside version 1.0
+        answers = [json.loads(server.predict(f"fixed/{version}", b"{}")) for version in ("1.0", "2.0")]
+        assert [answer["threads"] for answer in answers] == [1, CORES - 1]
+        for answer in answers:
+            assert_bound(server, answer)
+        versions = {(entry["model"], entry["version"]) for entry in server.cores()["slices"]}
+        assert versions == {("fixed", "1.0"), ("fixed", "2.0")}
 
 
 def grpc_predict(server: TorchServe, model: str) -> bytes:
