@@ -787,6 +787,7 @@ def test_init_writes_what_the_doctor_accepts(tmp_path: Path) -> None:
         if one["severity"] == "error" and one["subject"] != "worker"
     ]
     assert errors == []
+    assert (tmp_path / "metrics.yaml").is_file(), "a copy: workers start although the package is gone"
 
 
 def _any_status(*words: str) -> str:

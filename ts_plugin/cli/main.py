@@ -346,7 +346,7 @@ def _init(options: argparse.Namespace) -> int:
     paths = {
         "plugins_path": _plugins(),
         "model_store": target.parent / "model_store",
-        "metrics_config": _plugins().with_name("metrics.yaml"),
+        "metrics_config": target.with_name("metrics.yaml"),  # a copy: workers do not start without it
     }
     cores = len(discovery.read_topology().cores_of(discovery.read_allowance().cpus))
     template = Template(resources.files("ts_plugin.config").joinpath("template.properties").read_text(encoding="utf-8"))
@@ -366,6 +366,8 @@ def _init(options: argparse.Namespace) -> int:
         paths["model_store"].mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
             file.write(content)
+        if not paths["metrics_config"].exists():
+            paths["metrics_config"].write_bytes(_plugins().with_name("metrics.yaml").read_bytes())
     except FileExistsError:
         raise CommandError(f"{target}: exists already and is left as it is; name another file") from None
     except OSError as error:
