@@ -30,6 +30,7 @@ __all__ = ["MORE", "Model", "Outcome", "catalogue", "main", "run"]
 MORE = 1.02  # of the times of slices alone that lending may take
 REGION = 0.0003  # seconds until a borrower looks again
 GRACE, SHORT_PAUSE, ASK_FROM = 0.001, 0.005, 0.01  # seconds, as in regions.c
+PAUSE_PART = 8
 ROUND_TRIP = 0.0015  # seconds through the frontend: longer than the grace, so a slice may be borrowed in between
 COLD = 2.0  # times as long: the first request of a worker on a width
 WARM_UP = 0.1  # part of the requests that does not count
@@ -159,7 +160,8 @@ class _Run:
             self.narrow(worker.user, worker)
         worker.user, worker.asker = worker, None
         pause = self.now - worker.idle_since
-        worker.grace = GRACE + (2 * pause if pause < SHORT_PAUSE else 0.0)
+        soon = pause < max(SHORT_PAUSE, worker.gains.alone / PAUSE_PART)
+        worker.grace = GRACE + (2 * pause if soon else 0.0)
         worker.most = worker.gains.most(self.everything, self.now) if self.lending else worker.own
         for other in worker.near:
             if worker.holds >= worker.most:

@@ -55,7 +55,8 @@
 #define BUSY 0x80000000u
 #define PAUSE_SOFT 1           /* omp_pause_resource_t: keep what the program has set */
 #define GRACE 1000000          /* a slice is idle when its owner's last request ended that long ago */
-#define SHORT_PAUSE 5000000    /* after a pause up to that between two requests, the slice is kept twice as long as it */
+#define SHORT_PAUSE 5000000    /* after a pause up to that between two requests, the slice is kept twice as long as it; */
+#define PAUSE_PART 8           /* so it is after one up to that part of a request: the frontend is slow under full load */
 #define PATIENCE 10000000      /* that long an owner waits for the end of one region of a borrower that lives */
 #define LOOK_AFTER_DEATH 2000000
 #define ASK_FOR 1000000        /* that long a request waits for slices that it asked for */
@@ -447,7 +448,8 @@ void worker_end(struct worker *w, struct answer *answer) {
   w->width = w->threads;
   if (wide) set_threads(w->threads);
   w->ended = now();
-  atomic_store(&own->idle_since, w->ended + (w->pause < SHORT_PAUSE ? 2 * w->pause : 0));
+  int soon = w->pause < SHORT_PAUSE || w->pause < atomic_load(&own->request) / PAUSE_PART;
+  atomic_store(&own->idle_since, w->ended + (soon ? 2 * w->pause : 0));
   swap(&own->user, me | BUSY, 0);
   atomic_store(&own->wanted, 0);
   if (answer) *answer = w->answer;
