@@ -765,7 +765,7 @@ def test_doctor_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     # That user may not write the coverage either, and it would complain.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    command = [sys.executable, "-c", script, tmp_path]
+    command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stderr == "ts-cores: config.properties: Permission denied; let user 65534 read it\n"
     assert done.returncode == 2
