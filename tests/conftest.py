@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from ts_plugin.trial.torchserve import TorchServe
 
 hypothesis.settings.register_profile("ts-cores", deadline=None)  # no test asserts how long something takes
 hypothesis.settings.load_profile("ts-cores")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts `./dev test &` so, and commands inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KINDS = ("pure", "process", "server")
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system")  # audit events
