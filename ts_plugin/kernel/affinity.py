@@ -4,8 +4,8 @@
 - A worker binds its own process to its slice again where something has changed its masks (``worker.requests``).
 - An owner that has waited too long for its slice takes it back from the worker that computes there (``evict``).
 
-In a request that computes wide, the threads of the OpenMP team may reach the slices that lend: ``regions.c`` sets their
-masks, and takes them back, as long as no slice changes.
+In a request that computes wide, those threads of the OpenMP team that are more than the slice has run on borrowed CPUs
+alone: ``regions.c`` sets their masks, and ends them when the CPUs go back.
 """
 
 from __future__ import annotations

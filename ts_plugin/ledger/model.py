@@ -77,7 +77,7 @@ class Refusal(_OfProcess):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The content of the ledger; ``generation`` grows with every change, ``notes`` are the planner's."""
+    """The content of the ledger; ``generation`` grows with every write, ``notes`` are the planner's."""
 
     generation: int = 0
     servers: tuple[Server, ...] = ()
