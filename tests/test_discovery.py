@@ -407,6 +407,7 @@ def test_every_captured_machine_is_written_down() -> None:
 
 
 @needs_captures
+@pytest.mark.process
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.stem)
 def test_captured_machine(record: Path) -> None:
     """The capture, what others say about it, and the facts that are written down agree."""
