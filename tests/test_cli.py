@@ -1,15 +1,18 @@
-"""The command, as a user runs it: a process, its output and its exit status."""
+"""The command: its output and exit status, in a process of its own where its streams or its end matter."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from benchmarks.harness import archives
 from tests.eventually import eventually
 from tests.leases import lease_of
 from tests.test_verdict import write_archive
+from ts_plugin.cli.main import main
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import State
 from ts_plugin.lending.words import HEAD, SLOT, Status, Words
@@ -35,16 +39,22 @@ HANGS = 120.0  # seconds; no command of these tests computes for more than two
 ALLOWED = discovery.read_allowance().cpus
 
 
-def ts_cores(*words: str | Path, status: int = 0, cwd: Path | None = None) -> tuple[str, str]:
-    """Run the command and return its stdout and stderr."""
-    # Python's environment, not C's: there pytest has left COLUMNS=80, by way of readline.
-    environment = dict(os.environ)
-    done = subprocess.run(
-        [*RUN, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=HANGS
-    )
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout, done.stderr
+def ts_cores(*words: str | Path, status: int | None = 0, cwd: Path | None = None) -> tuple[str, str]:
+    """Run the command in this process, which saves the start of one; return its stdout and stderr.
+
+    ``status`` None lets it have any.
+    """
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        with contextlib.chdir(cwd or "."), redirect_stdout(out), redirect_stderr(err):
+            try:
+                found = main(list(map(str, words)))
+            except SystemExit as end:  # argparse
+                found = int(end.code or 0)
+        for stream in (out, err):
+            stream.seek(0)
+        shown, told = out.read(), err.read()
+    assert status in (found, None), told
+    return shown, told
 
 
 def answer(*words: str | Path, status: int = 0) -> dict[str, Any]:
@@ -430,7 +440,8 @@ def test_a_picture_on_stdout(tree: Path, name: str, tmp_path: Path) -> None:
     if " " in name:  # not the real one, which a mistake would replace
         name = str(tmp_path / "stdout")
         os.symlink("/proc/self/fd/1", name)
-    shown, _ = ts_cores("plan", "--workers", "2", "--sys-root", tree, "--svg", name)
+    words = ["plan", "--workers", "2", "--sys-root", str(tree), "--svg", name]
+    shown = subprocess.run([*RUN, *words], capture_output=True, text=True, check=True).stdout
     assert shown.startswith("<svg")
     assert shown.endswith("</svg>\n")
     with (tmp_path / "log").open("w") as log:  # a file, which whoever opened it goes on writing to
@@ -622,7 +633,7 @@ def test_only_our_own_workers_are_judged(
         judged = [one["reason"] for one in shown["unbound"] if one["pid"] == pid]
         elsewhere = [one["whose"] for one in shown["elsewhere"] if one["pid"] == pid]
         assert shown["ledger"].startswith(os.environ["TS_CORES_STATE_DIR"])
-        findings = json.loads(_any_status("doctor", "--json"))["findings"]
+        findings = json.loads(ts_cores("doctor", "--json", status=None)[0])["findings"]
         blamed = [one for one in findings if one["severity"] == "error" and str(pid) in one["what"]]
         assert [shown["ledger"] in one["what"] for one in findings if one["subject"] == "ledger"] == [True]
         if whose is None:
@@ -648,7 +659,7 @@ def test_a_real_server_of_somebody_elses_is_not_judged(checkout: Path, hooked: b
         whose = f"the ledger in {server.state_directory}" if hooked else "a TorchServe without ts-cores"
         (worker,) = server.workers()
         assert {"pid": worker, "whose": whose} in answer("show")["elsewhere"]
-        findings = json.loads(_any_status("doctor", "--json"))["findings"]
+        findings = json.loads(ts_cores("doctor", "--json", status=None)[0])["findings"]
         blamed = [one for one in findings if one["severity"] == "error" and str(worker) in one["what"]]
         assert blamed == []
         frontend = process.parent(worker)
@@ -783,15 +794,11 @@ def test_init_writes_what_the_doctor_accepts(tmp_path: Path) -> None:
         assert Path(properties[name]).exists()
     errors = [
         one
-        for one in json.loads(_any_status("doctor", "--config", str(config), "--json"))["findings"]
+        for one in json.loads(ts_cores("doctor", "--config", config, "--json", status=None)[0])["findings"]
         if one["severity"] == "error" and one["subject"] != "worker"
     ]
     assert errors == []
     assert (tmp_path / "metrics.yaml").is_file(), "a copy: workers start although the package is gone"
-
-
-def _any_status(*words: str) -> str:
-    return subprocess.run([*RUN, *words], capture_output=True, text=True, check=False).stdout
 
 
 @pytest.mark.parametrize("name", ["größe", "a b", "a=b", "a#b:c", "a\\b"])

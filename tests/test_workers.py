@@ -304,7 +304,7 @@ def test_scaling_down_is_done_when_the_worker_has_left_its_gpu() -> None:
 
 
 def test_a_hung_worker_that_is_scaled_away_ends_with_its_response_timeout() -> None:
-    archive = archives.facts("hung", config="responseTimeout: 8\n")
+    archive = archives.facts("hung", config="responseTimeout: 4\n")
     properties: dict[str, Property | None] = {**PINNED, "unregister_model_timeout": 1}
     server = TorchServe(archive, workers=2, properties=properties, environment=GPU)
     with server, ThreadPoolExecutor() as clients:
