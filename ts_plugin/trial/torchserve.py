@@ -206,7 +206,10 @@ class TorchServe(Client):
             raise TorchServeError(f"{complaint} within {self.timeout:g} s{self._tail()}")
 
     def stop(self) -> None:
-        """End the server and every process of its, within about 20 seconds; do nothing if it does not run."""
+        """End the server and every process of its; do nothing if it does not run.
+
+        By SIGKILL: after SIGTERM TorchServe 0.12 waits two seconds for requests that are not there.
+        """
         try:
             self._end_processes()
         finally:
@@ -221,7 +224,7 @@ class TorchServe(Client):
         """
         workers = [process for process in self.tree() if process.pid in self.workers()]
         os.kill(self.pid, signal.SIGKILL)
-        _, left = psutil.wait_procs(workers, timeout=30)
+        left = _wait(workers, 30)
         self._end_processes()
         if left:
             raise TorchServeError(f"workers outlived their frontend: {[process.pid for process in left]}")
@@ -229,19 +232,19 @@ class TorchServe(Client):
     def _end_processes(self) -> None:
         if self._command is None:
             return
-        tree = self.tree()
-        java = [process for process in tree if _name(process) == "java"]
-        for process in java:
-            _signal(process, signal.SIGTERM)
-        psutil.wait_procs(java, timeout=15)
+        tree = self.tree()  # parents first: the frontend starts no worker anew
         # A worker behind TorchServe's own launcher outlives its frontend, in another session: _marked finds it.
         for _ in range(5):
-            rest = [process for process in {*tree, *self._marked(), *self._seen.values()} if process.is_running()]
+            known = dict.fromkeys([*tree, *self._marked(), *self._seen.values()])
+            rest = [process for process in known if not _ended(process)]
             for process in rest:
                 _signal(process, signal.SIGKILL)
-            psutil.wait_procs(rest, timeout=5)
+            _wait(rest, 5)
             if not self._marked():
                 break
+        for process in tree:  # the performance data that a JVM removes when it is not killed
+            for file in Path("/tmp").glob(f"hsperfdata_*/{process.pid}"):
+                file.unlink(missing_ok=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._command.wait(timeout=5)
         self._command = None
@@ -370,6 +373,24 @@ def _name(process: psutil.Process) -> str:
         return str(process.name())
     except psutil.NoSuchProcess:
         return ""
+
+
+def _wait(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Return which of them have not ended after a time; whether their parent has taken note does not count.
+
+    An orphan's parent is init, which may look every two seconds only.
+    """
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in processes if not _ended(process)]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left
+
+
+def _ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _signal(process: psutil.Process, number: int) -> None:
