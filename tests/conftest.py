@@ -25,11 +25,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts `./dev t
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KINDS = ("pure", "process", "server")
-TRACED = (  # modules that have the coverage of launchers, workers and other processes taken, too
-    *("tests.test_elastic", "tests.test_frontend", "tests.test_hooks", "tests.test_late", "tests.test_lending"),
-    *("tests.test_openmp", "tests.test_overruled", "tests.test_package", "tests.test_readback", "tests.test_requests"),
-    "tests.test_tune",
-)
+# Modules in which the coverage of launchers, workers and other processes is taken, too.
+TRACED = ("compare", "coordinator", "elastic", "frontend", "hooks", "late", "lending", "openmp")
+TRACED += ("overruled", "readback", "requests", "tune")
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system")  # audit events
 started: list[str] = []
 
@@ -61,10 +59,14 @@ def _pure_tests_start_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep every test, and every process that one starts, away from the ledger of this user's real servers."""
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep every test, and every process that one starts, away from the ledger of this user's real servers.
+
+    And let a JVM compile what it runs often once, not again for hours that it will not have.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TS_CORES_STATE_DIR", str(tmp_path_factory.mktemp("state") / "ts-cores"))
+        patch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
         yield
 
 
@@ -72,7 +74,7 @@ def _own_state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 def _coverage_of_other_processes(request: pytest.FixtureRequest) -> Iterator[None]:
     """Take it only in modules that run what no others do: tests with servers take half as long again with it."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ not in TRACED:
+        if request.module.__name__.removeprefix("tests.test_") not in TRACED:
             patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
         yield
 

@@ -269,24 +269,30 @@ class SlowLog:
                     os.read(self._file, 65536)
 
 
-@pytest.mark.parametrize("config", ["batchSize: 1\n", "batchSize: 2\nmaxBatchDelay: 200\n"], ids=["one", "batch"])
-def test_a_worker_that_is_scaled_away_while_it_takes_a_request_answers_it(tmp_path: Path, config: str) -> None:
-    archive = archives.facts("taker", config=config)
-    with SlowLog(tmp_path) as log, ThreadPoolExecutor() as client:
-        properties = {**PINNED, "vmargs": f"-Dlog4j2.configurationFile={log.config}"}
-        with TorchServe(archive, workers=2, properties=properties) as server:
-            stays, goes = (worker["pid"] for worker in server.describe("taker")["workers"])
-            # A worker polls while the other waits for its turn, so they take requests in turns.
-            assert eventually(lambda: ask(server, "taker")["pid"] == stays)
-            log.held = True
-            answer = client.submit(ask, server, "taker")
-            assert eventually(log.full), "the request has left the queue"
-            server.scale("taker", 1, synchronous=False, wait=False)
-            assert eventually(lambda: len(server.describe("taker")["workers"]) == 1)
-            assert not answer.done()
-            log.held = False
-            assert answer.result(timeout=60)["pid"] == goes
-            assert eventually(lambda: list(server.workers()) == [stays])
+def test_a_worker_that_is_scaled_away_while_it_takes_a_request_answers_it(tmp_path: Path) -> None:
+    with SlowLog(tmp_path) as log, TorchServe(
+        properties={**PINNED, "vmargs": f"-Dlog4j2.configurationFile={log.config}"}
+    ) as server:
+        for batch in (1, 2):
+            scale_away_what_takes_a_request(server, log, batch)
+
+
+def scale_away_what_takes_a_request(server: TorchServe, log: SlowLog, batch: int) -> None:
+    name = server.register(archives.facts(f"of{batch}", config=f"batchSize: {batch}\nmaxBatchDelay: 200\n"), workers=2)
+    stays, goes = (worker["pid"] for worker in server.describe(name)["workers"])
+    with ThreadPoolExecutor() as client:
+        # A worker polls while the other waits for its turn, so they take requests in turns.
+        assert eventually(lambda: ask(server, name)["pid"] == stays)
+        log.held = True
+        answer = client.submit(ask, server, name)
+        assert eventually(log.full), "the request has left the queue"
+        server.scale(name, 1, synchronous=False, wait=False)
+        assert eventually(lambda: len(server.describe(name)["workers"]) == 1)
+        assert not answer.done()
+        log.held = False
+        assert answer.result(timeout=60)["pid"] == goes
+        assert eventually(lambda: list(server.workers()) == [stays])
+    server.unregister(name)
 
 
 GPU = {"CUDA_VISIBLE_DEVICES": "0"}  # enough for TorchServe's frontend to number its workers' devices
@@ -382,21 +388,25 @@ def before(data, context):
 
 def test_a_function_of_a_workflow_owns_no_core_unless_it_asks(tmp_path: Path) -> None:
     specification = WORKFLOW.replace("  first: [second]", "  before: [first]")
-    for asks, name in ((False, "plain"), (True, "asks")):
-        (tmp_path / name).mkdir()
-        store = pack_workflow(tmp_path / name, specification + asks * "cpu: {cores: 1}\n", FUNCTION)
-        with TorchServe(properties={**PINNED, "workflow_store": tmp_path / name}, model_store=store) as server:
-            server.management("POST", "/workflows", {"url": "pair.war"})
-            model = json.loads(server.predict_workflow("pair", b"{}"))
+    store = pack_workflow(tmp_path, specification, FUNCTION)
+    (tmp_path / "asks").mkdir()
+    pack_workflow(tmp_path / "asks", f"{specification}cpu: {{cores: 1}}\n", FUNCTION)
+    (tmp_path / "asks" / "pair.war").rename(tmp_path / "asks.war")
+    with TorchServe(properties={**PINNED, "workflow_store": tmp_path}, model_store=store) as server:
+        for name, asks in (("pair", False), ("asks", True)):
+            server.management("POST", "/workflows", {"url": f"{name}.war", "workflow_name": name})
+            model = json.loads(server.predict_workflow(name, b"{}"))
             function = model["asked_by"]
             (entry,) = [entry for entry in server.cores()["slices"] if entry["pid"] == function]
-            assert entry["model"] == "pair__before"
+            assert entry["model"] == f"{name}__before"
             assert entry["notes"] == []
             assert entry["pinned"] is asks
             assert process.environment(function)["OMP_NUM_THREADS"] == "1"
             assert model["threads"] == CORES - asks, "the model has what the function does not own"
             if not asks:
                 assert os.sched_getaffinity(function) == os.sched_getaffinity(0)
+            server.management("DELETE", f"/workflows/{name}")
+            assert eventually(lambda: not leases(server))
 
 
 def test_the_steps_of_a_workflow_own_their_slices(tmp_path: Path) -> None:
