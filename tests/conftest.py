@@ -26,8 +26,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts `./dev t
 
 KINDS = ("pure", "process", "server")
 # Modules in which the coverage of launchers, workers and other processes is taken, too.
-TRACED = ("compare", "coordinator", "elastic", "frontend", "hooks", "late", "lending", "openmp")
-TRACED += ("overruled", "readback", "requests", "tune")
+TRACED = {"compare", "coordinator", "elastic", "frontend", "hooks", "late", "lending", "openmp"}
+TRACED |= {"overruled", "readback", "requests", "tune"}
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system")  # audit events
 started: list[str] = []
 

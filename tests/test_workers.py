@@ -270,9 +270,10 @@ class SlowLog:
 
 
 def test_a_worker_that_is_scaled_away_while_it_takes_a_request_answers_it(tmp_path: Path) -> None:
-    with SlowLog(tmp_path) as log, TorchServe(
-        properties={**PINNED, "vmargs": f"-Dlog4j2.configurationFile={log.config}"}
-    ) as server:
+    with (
+        SlowLog(tmp_path) as log,
+        TorchServe(properties={**PINNED, "vmargs": f"-Dlog4j2.configurationFile={log.config}"}) as server,
+    ):
         for batch in (1, 2):
             scale_away_what_takes_a_request(server, log, batch)
 
