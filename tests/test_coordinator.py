@@ -379,7 +379,7 @@ def cpuset() -> Iterator[Cpuset]:
 
 
 def test_slices_follow_a_cpuset_that_is_widened_and_moved(cpuset: Cpuset, start: Callable[..., Claimant]) -> None:
-    worker = start(cpuset=cpuset)
+    worker = start(cpuset=cpuset, look_interval=0.2)
     assert worker.facts()["cpus"] == [FIRST]
     cpuset.allow(ALLOWED)
     assert eventually(lambda: worker.follow()["threads"] == CORES)
@@ -396,7 +396,7 @@ def test_a_limit_set_with_taskset_outlasts_changes_of_the_cpuset(
     cpuset: Cpuset, start: Callable[..., Claimant]
 ) -> None:
     cpuset.allow(ALLOWED)
-    worker = start(cpuset=cpuset, only=[FIRST])
+    worker = start(cpuset=cpuset, only=[FIRST], look_interval=0.2)
     assert worker.facts()["cpus"] == [FIRST]
     cpuset.allow(frozenset({LAST}))
     assert eventually(lambda: worker.follow()["cpus"] == [LAST]), "the kernel gives it all of such a cpuset"
