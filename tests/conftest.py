@@ -72,7 +72,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _coverage_of_other_processes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Take it only in modules that run what no others do: tests with servers take half as long again with it."""
+    """Take it only in modules that run what no others do: with it tests with servers take up to half as long again."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__.removeprefix("tests.test_") not in TRACED:
             patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)

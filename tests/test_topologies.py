@@ -1,7 +1,8 @@
-"""The score of captured machines: what it counts, and that its minima are exact."""
+"""The score of captured machines: what it counts, that its minima are exact, and that it agrees with others' counts."""
 
 from __future__ import annotations
 
+import csv
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from benchmarks.checks.topologies import (
     score,
 )
 from benchmarks.harness.machines import FILE
-from tests.captures import CAPTURES, needs_captures
+from tests.captures import CAPTURES, RECORDS, needs_captures
 from ts_plugin.machine.cpulist import parse_cpulist
 
 # Two NUMA nodes of two L3 domains of two cores, SMT siblings apart; CPU 15 is offline, so CPU 7 is a core alone.
@@ -253,6 +254,49 @@ def test_run_cpu_is_driven_as_torchserve_drives_it(
     assert machine.lscpu is not None
     (played,) = topologies.contest(machine, "run_cpu", partial(topologies.run_cpu, machine.lscpu))
     assert played.slices == case(expected, machine).slices
+
+
+@needs_captures
+@pytest.mark.process
+@pytest.mark.parametrize("place", [FILE, CAPTURES], ids=["facts", "captures"])
+def test_run_cpu_is_driven_as_it_was_when_the_captures_were_made(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with the counts that came with the captures, on x86 machines of which nothing is forbidden."""
+    pytest.importorskip("torch", reason="run_cpu is part of torch")
+    monkeypatch.setattr(topologies, "WORKERS", (2, 3, 4, 8))
+    with open(CAPTURES / "native_score.csv", newline="") as file:
+        rows = {(row["name"], int(row["W"])): row for row in csv.DictReader(file)}
+    columns = {
+        "smt_inside": "smt_cores",
+        "smt_between": "overlap_cores",
+        "overlapping": "overlap_workers",
+        "idle": "idle_cores",
+        "idle_avoidable": "idle_avoidable",
+    }
+    with_l3 = {
+        record.stem for record in RECORDS if any(one.get("llc") for one in json.loads(record.read_text())["cpus"])
+    }
+    compared = 0
+    for machine in machines(place):
+        odd = machine.name == "hwloc-fakeheterocpunuma" or machine.arch != "x86_64"  # CPUs without node; odd core ids
+        if odd or machine.lscpu is None or machine.allowed - machine.isolated != machine.core_of.keys():
+            continue
+        for played in topologies.contest(machine, "run_cpu", partial(topologies.run_cpu, machine.lscpu)):
+            row = rows.get((machine.name, played.workers))
+            if row and row["status"] == "ok" and not played.error:
+                counts = score(played)
+                assert {key: counts[key] for key in columns} == {
+                    key: int(row[theirs]) for key, theirs in columns.items()
+                }, (machine.name, played.workers)
+                places = {"numa_cross": machine.node_of}
+                if machine.name in with_l3:  # without, ours are clusters or packages, and theirs are none
+                    places["l3_cross"] = machine.l3_of
+                for column, place_of in places.items():
+                    held = [cpus & machine.allowed for cpus in played.slices if cpus]
+                    assert sum(len({place_of[cpu] for cpu in cpus}) > 1 for cpus in held) == int(row[column])
+                compared += 1
+            elif row and row["status"] == "infeasible":
+                assert played.error
+    assert compared > 200
 
 
 HARD = (
