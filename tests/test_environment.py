@@ -154,15 +154,17 @@ def test_a_missing_allocator_is_a_note(prefix: Path, monkeypatch: pytest.MonkeyP
     assert "LD_PRELOAD" not in environment
 
 
-def test_never_two_openmp_runtimes(prefix: Path) -> None:
+def test_never_two_openmp_runtimes(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = prefix / "torch" / "lib"
+    torch.mkdir(parents=True)
+    (torch.parent / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(str(prefix))
     (prefix / "lib" / "libiomp5.so").touch()
     policy = Policy(allocator=Allocator.DEFAULT, omp_runtime=OmpRuntime.INTEL)
     environment: dict[str, str] = {}
     assert prepare_environment(environment, THREE, policy, library_roots=[str(prefix)]) == []
     assert environment.pop("LD_PRELOAD") == f"{prefix}/lib/libiomp5.so"
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    torch = prefix / "lib" / version / "site-packages" / "torch" / "lib"
-    torch.mkdir(parents=True)
     (torch / "libgomp.so.1").touch()
     notes = prepare_environment(environment, THREE, policy, library_roots=[str(prefix)])
     assert "this torch brings libgomp.so.1" in notes[0]

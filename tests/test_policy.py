@@ -110,8 +110,6 @@ MISTAKES = [
     pytest.param("--equal=1", "--equal takes no value, but got '1'", id="a value too many"),
     pytest.param("--pin sometimes", "'sometimes' is not one of auto, always, never", id="no such choice"),
     pytest.param("--memory-allocator mimalloc", "not one of auto, default, tcmalloc, jemalloc", id="no such allocator"),
-    pytest.param("--strategy far", "'far' is not one of scatter, close", id="no such strategy"),
-    pytest.param("--rank first", "'first' is not a whole number", id="a wrong value without effect"),
     pytest.param("--core-list 3-0", r"such as 0-3,8: invalid CPU list '3-0' \(3 > 0\)", id="a list backwards"),
     pytest.param('--core-list "0,1', "close the quotation", id="an open quotation"),
     pytest.param('"--node-id 0 --equal"', "is one word because of the quotes around it", id="quotes around all of it"),
@@ -147,6 +145,7 @@ def test_a_mode_overrules_sizes_nodes_and_logical_cores() -> None:
     assert len(policy.notes) == 3
 
 
+@pytest.mark.process  # importing torch runs ldconfig
 def test_every_option_of_run_cpu_is_accepted() -> None:
     run_cpu: Any = pytest.importorskip("torch.backends.xeon.run_cpu", reason="torch is not installed")
     parser = ArgumentParser()

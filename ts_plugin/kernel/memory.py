@@ -13,7 +13,7 @@ from ts_plugin.planning.policy import Memory
 __all__ = ["bind_memory", "move_pages"]
 
 # Source: <linux/mempolicy.h>; arch/*/entry/syscalls: (set_mempolicy, migrate_pages)
-MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_LOCAL, MPOL_PREFERRED_MANY = 0, 1, 2, 4, 5
+MPOL_PREFERRED, MPOL_BIND, MPOL_LOCAL, MPOL_PREFERRED_MANY = 1, 2, 4, 5
 SYSCALLS = {"x86_64": (238, 256), "aarch64": (237, 238), "riscv64": (237, 238), "loongarch64": (237, 238)}
 SYSCALLS |= {"ppc64le": (261, 258), "s390x": (270, 287)}
 
@@ -28,18 +28,11 @@ def bind_memory(kind: Memory, nodes: Iterable[int]) -> str | None:
     wanted = sorted(present.intersection(nodes))
     if kind is Memory.NONE or not wanted or len(present) < 2:
         return None
-    modes: tuple[int, ...]
-    if kind is Memory.LOCAL:
-        modes = (MPOL_LOCAL, MPOL_DEFAULT)  # before Linux 3.8 the default was the only name of local
-    elif kind is Memory.BIND:
-        modes = (MPOL_BIND,)
-    else:
-        modes = (MPOL_PREFERRED,) if len(wanted) == 1 else (MPOL_PREFERRED_MANY,)
-    failure = 0
-    for mode in modes:
-        failure = _syscall(0, mode, *_node_mask(() if kind is Memory.LOCAL else wanted))
-        if not failure:
-            return None
+    mode = MPOL_PREFERRED if len(wanted) == 1 else MPOL_PREFERRED_MANY
+    mode = {Memory.LOCAL: MPOL_LOCAL, Memory.BIND: MPOL_BIND}.get(kind, mode)
+    failure = _syscall(0, mode, *_node_mask(() if kind is Memory.LOCAL else wanted))
+    if not failure:
+        return None
     return f"memory policy {kind.value} for nodes {format_cpulist(wanted)}: {os.strerror(failure)}; first touch decides"
 
 

@@ -227,19 +227,16 @@ def _flag(value: Any) -> Callable[[str], Any]:
     return lambda _: value
 
 
-def _choice(*words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"one of {', '.join(words)}")
-        return text
-
-    return parse
-
-
 def _member(choices: type[StrEnum], *, auto: bool = False) -> Callable[[str], StrEnum | None]:
     """Parse a member of ``choices``; with ``auto`` also that word, which leaves the choice to us."""
-    check = _choice(*["auto"] * auto, *choices)
-    return lambda text: None if auto and check(text) == "auto" else choices(check(text))
+    words = [*["auto"] * auto, *choices]
+
+    def parse(text: str) -> StrEnum | None:
+        if text not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return None if auto and text == "auto" else choices(text)
+
+    return parse
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -269,22 +266,48 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _integer(text: str) -> int:
-    if not _is_number(text.removeprefix("-")):
-        raise ValueError("a whole number")
-    return int(text)
-
-
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= len(str(MOST)) and int(text) <= MOST
 
 
-_EVERY_WORKER = "every live worker gets a slice, in order of arrival"
-_NO_TOOLS = "binding needs no external tool"
-_IN_PLACE = "the worker starts in place, as TorchServe starts it"
-_IN_LOG = "the worker's output stays in TorchServe's logs"
-_NO_IPEX = "the model stays as it is; a handler may call ipex.optimize"
-_NO_MPI = "TorchServe starts the workers, on this machine alone and without MPI"
+# What other launchers have and ts-cores accepts, so that their lines work: why it has no effect here -> the options.
+_WITHOUT_EFFECT = {
+    "a slice lies where it crosses the fewest boundaries": ("--strategy scatter|close",),
+    "every live worker gets a slice, in order of arrival": (
+        "--ninstances N",
+        "--rank N",
+        "--instance-idx LIST",
+        "--multi-instance",
+    ),
+    "binding needs no external tool": ("--disable-numactl", "--disable-taskset", "--multi-task-manager NAME"),
+    "the worker starts in place, as TorchServe starts it": ("--module -m", "--no-python"),
+    "the worker's output stays in TorchServe's logs": ("--log-path --log-dir DIR", "--log-file-prefix NAME"),
+    "it tunes jemalloc; set MALLOC_CONF yourself for that": ("--benchmark",),
+    "the model stays as it is; a handler may call ipex.optimize": (
+        "--auto-ipex",
+        "--auto-ipex-verbose",
+        "--disable-ipex-graph-mode",
+        "--dtype float32|bfloat16",
+    ),
+    "TorchServe starts the workers, on this machine alone and without MPI": (
+        "--distributed",
+        "--nnodes N",
+        "--nprocs-per-node --nproc-per-node N",
+        "--hostfile FILE",
+        "--master-addr ADDRESS",
+        "--master-port N",
+        "--extra-mpi-params --more-mpi-params WORDS",
+        "--ccl-worker-count N",
+        "--logical-cores-for-ccl --logical-core-for-ccl",
+    ),
+}
+
+
+def _without_effect(usage: str, reason: str) -> Option:
+    words = usage.split()
+    names = tuple(word for word in words if word.startswith("-"))
+    return Option(names, " ".join(words[len(names) :]), "", str, reason)
+
 
 OPTIONS: tuple[Option, ...] = (
     Option(
@@ -379,38 +402,7 @@ OPTIONS: tuple[Option, ...] = (
         "auto",
     ),
     Option(("--disable-iomp",), "", "omp_runtime", _flag(OmpRuntime.DEFAULT), "as --omp-runtime default"),
-    Option(
-        ("--strategy",),
-        "scatter|close",
-        "",
-        _choice("scatter", "close"),
-        "a slice lies where it crosses the fewest boundaries",
-    ),
-    Option(("--ninstances",), "N", "", _integer, _EVERY_WORKER),
-    Option(("--rank",), "N", "", _integer, _EVERY_WORKER),
-    Option(("--instance-idx",), "LIST", "", _numbers, _EVERY_WORKER),
-    Option(("--multi-instance",), "", "", _flag(None), _EVERY_WORKER),
-    Option(("--disable-numactl",), "", "", _flag(None), _NO_TOOLS),
-    Option(("--disable-taskset",), "", "", _flag(None), _NO_TOOLS),
-    Option(("--multi-task-manager",), "NAME", "", str, _NO_TOOLS),
-    Option(("--module", "-m"), "", "", _flag(None), _IN_PLACE),
-    Option(("--no-python",), "", "", _flag(None), _IN_PLACE),
-    Option(("--log-path", "--log-dir"), "DIR", "", str, _IN_LOG),
-    Option(("--log-file-prefix",), "NAME", "", str, _IN_LOG),
-    Option(("--benchmark",), "", "", _flag(None), "it tunes jemalloc; set MALLOC_CONF yourself for that"),
-    Option(("--auto-ipex",), "", "", _flag(None), _NO_IPEX),
-    Option(("--auto-ipex-verbose",), "", "", _flag(None), _NO_IPEX),
-    Option(("--disable-ipex-graph-mode",), "", "", _flag(None), _NO_IPEX),
-    Option(("--dtype",), "float32|bfloat16", "", _choice("float32", "bfloat16"), _NO_IPEX),
-    Option(("--distributed",), "", "", _flag(None), _NO_MPI),
-    Option(("--nnodes",), "N", "", _integer, _NO_MPI),
-    Option(("--nprocs-per-node", "--nproc-per-node"), "N", "", _integer, _NO_MPI),
-    Option(("--hostfile",), "FILE", "", str, _NO_MPI),
-    Option(("--master-addr",), "ADDRESS", "", str, _NO_MPI),
-    Option(("--master-port",), "N", "", _integer, _NO_MPI),
-    Option(("--extra-mpi-params", "--more-mpi-params"), "WORDS", "", str, _NO_MPI),
-    Option(("--ccl-worker-count",), "N", "", _integer, _NO_MPI),
-    Option(("--logical-cores-for-ccl", "--logical-core-for-ccl"), "", "", _flag(None), _NO_MPI),
+    *(_without_effect(usage, reason) for reason, usages in _WITHOUT_EFFECT.items() for usage in usages),
 )
 
 # Abbreviations that argparse would take for a list, and a reader for a number.

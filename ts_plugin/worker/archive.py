@@ -26,38 +26,30 @@ class Wishes:
 
 
 def read_archive(directory: str) -> Wishes:
-    """Return what the archive extracted in ``directory`` says; what cannot be read or granted becomes a note."""
-    if os.path.isdir(f"{directory}/WAR-INF"):
-        return _read_workflow(directory)
-    path = f"{directory}/MAR-INF/MANIFEST.json"
-    try:
-        with open(path, encoding="utf-8") as file:
-            model = json.load(file)["model"]
-        name, version = str(model["modelName"]), str(model.get("modelVersion", "1.0"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return Wishes(os.path.basename(directory), "1.0", notes=(f"{path}: {error}; {GUESS}",))
-    cores, share, notes = _wishes(f"{directory}/{model['configFile']}") if model.get("configFile") else (None, 1.0, ())
-    return Wishes(name, version, cores, share, notes)
+    """Return what the archive extracted in ``directory`` says; what cannot be read or granted becomes a note.
 
-
-def _read_workflow(directory: str) -> Wishes:
-    """Return what a workflow says of its functions; its models have archives of their own.
-
-    A function hardly computes, between the models of one request: it owns no core unless the workflow's specification
-    has a section ``cpu:``, which holds for each worker of each function.
+    A workflow speaks for its functions; its models have archives of their own. A function hardly computes, between the
+    models of one request: it owns no core unless the workflow's specification has a section ``cpu:``, which holds for
+    each worker of each function.
     Source: org.pytorch.serve.ensemble.WorkFlow reads ``models`` and ``dag`` from the specification, nothing else.
     """
-    path = f"{directory}/WAR-INF/MANIFEST.json"
+    workflow = os.path.isdir(f"{directory}/WAR-INF")
+    folder, kind, settings, unasked = (
+        ("WAR-INF", "workflow", "specFile", 0) if workflow else ("MAR-INF", "model", "configFile", None)
+    )
+    path = f"{directory}/{folder}/MANIFEST.json"
     try:
         with open(path, encoding="utf-8") as file:
-            workflow = json.load(file)["workflow"]
-        name, specification = str(workflow["workflowName"]), str(workflow["specFile"])
+            manifest = json.load(file)[kind]
+        name, version = str(manifest[f"{kind}Name"]), str(manifest.get("modelVersion", "1.0"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return Wishes(os.path.basename(directory), "1.0", cores=0, notes=(f"{path}: {error}; {GUESS}",))
-    return Wishes(name, "1.0", *_wishes(f"{directory}/{specification}", unasked=0))
+        return Wishes(os.path.basename(directory), "1.0", unasked, notes=(f"{path}: {error}; {GUESS}",))
+    if not manifest.get(settings):
+        return Wishes(name, version, unasked)
+    return Wishes(name, version, *_wishes(f"{directory}/{manifest[settings]}", unasked))
 
 
-def _wishes(path: str, *, unasked: int | None = None) -> tuple[int | None, float, tuple[str, ...]]:
+def _wishes(path: str, unasked: int | None) -> tuple[int | None, float, tuple[str, ...]]:
     """Return (cores, share, notes) from the ``cpu:`` section of a YAML file; ``unasked`` are the cores without one."""
     otherwise = "the section has no effect" if unasked is None else "the function owns no core"
     try:
@@ -74,12 +66,8 @@ def _wishes(path: str, *, unasked: int | None = None) -> tuple[int | None, float
         if section is None or section == {}:
             return unasked, 1.0, ()
         return (*read_wishes(section), ())
-    except (OSError, ImportError, ValueError) as error:
-        return unasked, 1.0, (f"{path}: {error}; {otherwise}",)
-    except Exception as error:  # yaml's own errors share no base with anything above
-        if type(error).__module__.startswith("yaml"):
-            return unasked, 1.0, (f"{path}: {' '.join(str(error).split())}; {otherwise}",)
-        raise
+    except Exception as error:  # noqa: BLE001 - PyYAML's errors are its own, and the model is served in any case
+        return unasked, 1.0, (f"{path}: {' '.join(str(error).split())}; {otherwise}",)
 
 
 def _mentions_cpu(text: str) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Mapping, MutableMapping
 
 from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Allocator, OmpRuntime, Policy
+from ts_plugin.worker import openmp
 
 __all__ = ["COLLAPSING", "THREAD_COUNTS", "collapsing", "preload", "prepare_environment", "set_thread_count"]
 
@@ -109,8 +109,9 @@ def _openmp_runtime(
     """Return the OpenMP runtime to preload, and notes; torch must not bring another one."""
     if policy.omp_runtime is not OmpRuntime.INTEL:
         return None, []
-    if bundled := _bundled_openmp(roots):
-        return None, [f"libiomp5 not preloaded: this torch brings {bundled}, and two runtimes in one process clash"]
+    if path := openmp.bundled():
+        own = os.path.basename(path)
+        return None, [f"libiomp5 not preloaded: this torch brings {own}, and two runtimes in one process clash"]
     if found := _library("libiomp5", environment, roots):
         return found, []
     return None, ["libiomp5.so not found: torch's own runtime is used; install intel-openmp or drop the option"]
@@ -130,20 +131,4 @@ def _library(name: str, environment: Mapping[str, str], roots: tuple[str, ...]) 
         matches = sorted(file for file in files if file == f"{name}.so" or file.startswith(f"{name}.so."))
         if matches:
             return f"{directory}/{matches[0]}"
-    return None
-
-
-def _bundled_openmp(roots: tuple[str, ...]) -> str | None:
-    """Return the name of the OpenMP runtime inside the torch wheel, if there is one."""
-    for root in roots:
-        for place in ("torch/lib", "torch.libs"):
-            version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-            directory = f"{root}/lib/{version}/site-packages/{place}"
-            try:
-                files = os.listdir(directory)
-            except OSError:
-                continue
-            for file in files:
-                if file.startswith(("libgomp", "libomp", "libiomp")):
-                    return file
     return None

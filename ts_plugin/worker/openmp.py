@@ -16,7 +16,7 @@ from typing import Any
 
 from ts_plugin.kernel import affinity
 
-__all__ = ["end_team", "load", "runtimes"]
+__all__ = ["bundled", "end_team", "load", "runtimes"]
 
 NAMES = ("libgomp", "libiomp5", "libomp")
 PAUSE_SOFT = 1  # omp_pause_resource_t: keep what the program has set
@@ -30,7 +30,7 @@ def load() -> None:
     Does nothing where torch is loaded already or brings no libgomp: other runtimes count CPUs when they start threads.
     """
     global _libgomp
-    if _libgomp or "torch" in sys.modules or (path := _bundled()) is None:
+    if _libgomp or "torch" in sys.modules or (path := bundled("libgomp")) is None:
         return
     import ctypes
 
@@ -80,8 +80,11 @@ def _find() -> Any:
     return None
 
 
-def _bundled() -> str | None:
-    """Return the path of the libgomp inside the torch package; torch takes the one that is loaded already."""
+def bundled(*names: str) -> str | None:
+    """Return the path of the runtime of such a name inside the torch package; torch takes one that is loaded already.
+
+    Returns None where there is none, which does not import torch.
+    """
     from importlib.util import find_spec
 
     with contextlib.suppress(ImportError, ValueError):
@@ -90,6 +93,6 @@ def _bundled() -> str | None:
             for directory in (f"{package}/lib", f"{package}.libs"):
                 with contextlib.suppress(OSError):
                     for file in sorted(os.listdir(directory)):
-                        if file.startswith("libgomp"):
+                        if file.startswith(names or NAMES):
                             return f"{directory}/{file}"
     return None
