@@ -22,13 +22,11 @@ import psutil
 
 from benchmarks.harness import CHECKOUT, archives
 from benchmarks.harness.archives import Handler
+from benchmarks.harness.server import TorchServe, read_properties
 from ts_plugin.ledger.directory import state_directory
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.trial.client import TorchServeError
-from ts_plugin.trial.properties import PORTS, free_ports, read_properties
-from ts_plugin.trial.torchserve import TorchServe
-
-__all__ = ["main"]
+from ts_plugin.trial.properties import PORTS, free_ports
 
 CONFIG = Path("config/config.properties")  # from the checkout
 MODEL = "resnet18"

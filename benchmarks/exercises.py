@@ -17,8 +17,6 @@ from ts_plugin.machine.topology import Core
 from ts_plugin.trial.bare import Bare, Binding
 from ts_plugin.trial.spread import spread_of
 
-__all__ = ["Exercise", "exercises", "run"]
-
 REPETITIONS = 3
 WARM_UP, SECONDS = 2.0, 10.0
 

@@ -9,8 +9,6 @@ from ts.torch_handler.base_handler import BaseHandler
 from ts_plugin.log import say
 from ts_plugin.worker import late
 
-__all__ = ["CoreSliceHandler", "CoreSliceMixin"]
-
 
 class CoreSliceMixin:
     """Put it before any TorchServe handler: ``class MyHandler(CoreSliceMixin, ImageClassifier): ...``.

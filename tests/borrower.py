@@ -33,7 +33,12 @@ class Borrower:
             cwd=CHECKOUT,
         )
         self.pid = self.process.pid
-        self.slot: int = self.answer()["slot"]
+        self.slot = -1  # not known yet
+
+    def wait(self) -> Borrower:
+        """Wait until it has loaded torch and has a slot."""
+        self.slot = self.answer()["slot"]
+        return self
 
     def send(self, *order: Any) -> None:
         assert self.process.stdin is not None

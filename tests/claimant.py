@@ -68,6 +68,7 @@ def main() -> None:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
     if not options.get("pidfd", True):
         del os.pidfd_open  # as on kernels before 5.3
+    follower.INTERVAL = options.get("interval", 0.1)
     follower.LOOK_INTERVAL = options.get("look_interval", follower.LOOK_INTERVAL)
     own = follower.Follower(ledger, lease)  # not attach(): that needs TorchServe, and would import torch 64 times
     if options.get("follows", True):

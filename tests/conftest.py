@@ -14,9 +14,9 @@ import hypothesis
 import pytest
 
 from benchmarks.harness import CHECKOUT, PLUGINS
+from benchmarks.harness.server import TorchServe
 from tests.claimants import Claimant
 from tests.eventually import eventually
-from ts_plugin.trial.torchserve import TorchServe
 
 hypothesis.settings.register_profile("ts-cores", deadline=None)  # no test asserts how long something takes
 hypothesis.settings.load_profile("ts-cores")
@@ -26,8 +26,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts `./dev t
 
 KINDS = ("pure", "process", "server")
 # Modules in which the coverage of launchers, workers and other processes is taken, too.
-TRACED = {"compare", "coordinator", "elastic", "frontend", "hooks", "late", "lending", "openmp"}
-TRACED |= {"overruled", "readback", "requests", "tune"}
+TRACED = {"compare", "elastic", "hooks", "late", "openmp", "overruled", "readback", "tune"}
+# A test marked with pytest-cov's no_cover runs what others run, but so often that to trace it would double its time.
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system")  # audit events
 started: list[str] = []
 

@@ -48,6 +48,7 @@ def test_allot(takers: list[Taker], expected: list[int]) -> None:
     assert totals(takers) == expected
 
 
+@pytest.mark.no_cover
 @given(st.lists(st.builds(taker, st.sets(st.sampled_from("0123456789"), min_size=1).map("".join), st.integers(1, 4)),
                 min_size=1, max_size=4))  # fmt: skip
 def test_nothing_usable_is_left_and_nobody_starves(takers: list[Taker]) -> None:
@@ -61,6 +62,7 @@ def test_nothing_usable_is_left_and_nobody_starves(takers: list[Taker]) -> None:
     assert all(number >= taker.workers for number, taker in zip(got, takers, strict=True))
 
 
+@pytest.mark.no_cover
 @given(st.integers(0, 60), st.lists(st.floats(0.1, 10), min_size=1, max_size=6))
 def test_apportion(extra: int, weights: list[float]) -> None:
     sizes = apportion(len(weights) + extra, weights)
@@ -106,6 +108,7 @@ def test_a_type_in_use_already_lets_the_slowest_in() -> None:
     assert choose_types([2, 8], [1, 0.5], [1], busy={0}) == [1]
 
 
+@pytest.mark.no_cover
 @given(
     types=st.lists(st.tuples(st.integers(1, 6), st.floats(0.1, 1)), min_size=1, max_size=3), workers=st.integers(1, 18)
 )

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import archives
+from benchmarks.harness.server import TorchServe
 from tests.eventually import eventually
 from tests.leases import lease_of
 from tests.test_verdict import write_archive
@@ -29,7 +30,6 @@ from ts_plugin.machine import discovery, process
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import parse_launcher_args
 from ts_plugin.trial.properties import Property
-from ts_plugin.trial.torchserve import TorchServe
 from ts_plugin.view.core_map import core_map
 
 pytestmark = pytest.mark.process

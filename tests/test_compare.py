@@ -27,9 +27,9 @@ from ts_plugin.compare.picture import picture
 from ts_plugin.compare.report import notes, table, verdict
 from ts_plugin.compare.ways import ONE, SHARES, UNEVEN, Way, configured, contender, plan, share_name, workers_of
 from ts_plugin.config.file import parse_config
+from ts_plugin.errors import CommandError
 from ts_plugin.trial import alone
 from ts_plugin.trial.archive import read_archive
-from ts_plugin.trial.asked import TrialError
 from ts_plugin.trial.spread import ratio, spread_of
 from ts_plugin.trial.turns import FULL, LEAD_IN, Round, Sample
 from ts_plugin.worker.start import OFF_VARIABLE
@@ -362,7 +362,7 @@ def test_a_busy_machine_is_refused_with_who_it_is() -> None:
         busy = psutil.Process(int(starter.stdout.readline()))
         try:
             starter.wait()
-            with pytest.raises(TrialError, match=r"the machine is busy: others use [\d.]+ of the 1 CPUs.*--anyway"):
+            with pytest.raises(CommandError, match=r"the machine is busy: others use [\d.]+ of the 1 CPUs.*--anyway"):
                 alone.require_quiet({cpu}, anyway=False)
             assert alone.require_quiet({cpu}, anyway=True) > 0
         finally:

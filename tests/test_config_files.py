@@ -19,10 +19,11 @@ import pytest
 import yaml
 
 from benchmarks.harness import archives
+from benchmarks.harness.server import TorchServe
 from tests.eventually import eventually
+from tests.impatience import sitecustomize
 from ts_plugin.machine.cpulist import parse_cpulist
 from ts_plugin.trial.properties import Property
-from ts_plugin.trial.torchserve import TorchServe
 from ts_plugin.worker.readback import METRICS
 
 KUBERNETES = "1.30"
@@ -208,7 +209,7 @@ def test_metrics_file_holds_torchserves_defaults_and_ours(checkout: Path) -> Non
 
 
 @pytest.mark.server
-def test_metrics_are_visible_to_prometheus(checkout: Path) -> None:
+def test_metrics_are_visible_to_prometheus(checkout: Path, tmp_path: Path) -> None:
     """A real server in Prometheus mode, with the metrics file as it is."""
     properties: dict[str, Property] = {
         "plugins_path": checkout / "ts_plugin" / "frontend",
@@ -216,7 +217,8 @@ def test_metrics_are_visible_to_prometheus(checkout: Path) -> None:
         "metrics_mode": "prometheus",
         "metrics_config": checkout / "config" / "metrics.yaml",
     }
-    with TorchServe(archives.facts(), workers=1, properties=properties) as server:
+    environment = sitecustomize(tmp_path, "from ts_plugin.worker import follower; follower.LOOK_INTERVAL = 0.5")
+    with TorchServe(archives.facts(), workers=1, properties=properties, environment=environment) as server:
         assert eventually(lambda: server.predict("facts", b"{}") and "SliceCores{" in server.metrics())
         (piece,) = server.cores()["slices"]
         text = server.metrics()
@@ -275,7 +277,7 @@ def test_the_images_health_check_tells_life_from_death(checkout: Path, tokens: b
         command = [sys.executable, *(word.replace("8080", str(port)) for word in words)]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
-    with TorchServe(archives.facts(), workers=1, properties={"disable_token_authorization": not tokens}) as server:
+    with TorchServe(properties={"disable_token_authorization": not tokens}) as server:
         port = int(server.inference_url.rpartition(":")[2])
         assert healthy(port)
     assert not healthy(port)

@@ -14,7 +14,7 @@ import pytest
 import hatch_build
 from tests.leases import lease_of
 from tests.machines import machine
-from ts_plugin.config.file import Config, read_config
+from ts_plugin.config.file import Config, parse_config, read_config
 from ts_plugin.config.served import Stored
 from ts_plugin.doctor.checks import JAVA_NEEDED, examine
 from ts_plugin.doctor.finding import Finding, Severity
@@ -74,7 +74,6 @@ def test_every_java_that_the_jar_runs_on_will_do(release: str) -> None:
 @pytest.mark.parametrize(
     ("change", "severity", "subject", "words"),
     [
-        pytest.param({"system": "Darwin"}, "error", "system", "this is Darwin", id="macOS"),
         pytest.param({"java": None}, "error", "java", "no java", id="no java"),
         pytest.param({"java": "1.8.0_292"}, "error", "java", "1.8.0_292", id="java 8"),
         pytest.param({"java": "10.0.2"}, "error", "java", "10.0.2", id="java 10"),
@@ -288,9 +287,14 @@ def test_processes_and_workers_of_one_kind_are_one_finding() -> None:
 
 
 def test_whose_variables_win_over_the_file_is_said() -> None:
-    mine = {"TS_BATCH_SIZE": "4", "TS_CORES_STATE_DIR": "/x", "TS_CONFIG_FILE": "/c", "HOME": "/"}
-    for switch, told in (("true", ["TS_BATCH_SIZE"]), ("false", [])):
-        seen = replace(HEALTHY, environment=mine, config=config(enable_envvars_config=switch))
+    """Of those set here: TorchServe has no TS_BATCH_SIZE, its command reads the model store, and URLs need a switch."""
+    mine = dict.fromkeys(("TS_DEBUG", "TS_BATCH_SIZE", "TS_ALLOWED_URLS", "TS_MODEL_STORE", "HOME"), "true")
+    for text, told in (
+        ("enable_envvars_config=true", ["TS_DEBUG"]),
+        ("enable_envvars_config=true\nuse_env_allowed_urls=true", ["TS_ALLOWED_URLS, TS_DEBUG"]),
+        ("enable_envvars_config=false", []),
+    ):
+        seen = replace(HEALTHY, config=parse_config(Path("config.properties"), text.encode(), mine))
         found = [one.what for one in examine(seen) if one.subject == "environment"]
         assert [what.partition(":")[0] for what in found] == told
         assert all("environment of this command" in what for what in found)

@@ -16,11 +16,11 @@ from typing import Any, Self
 import pytest
 
 from benchmarks.harness import archives
+from benchmarks.harness.server import TorchServe
 from tests.eventually import eventually
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine import discovery, process
 from ts_plugin.trial.client import RequestError
-from ts_plugin.trial.torchserve import TorchServe
 
 PINNED: dict[str, str | int | float | bool | Path | None] = {
     "plugins_path": Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend",
@@ -147,39 +147,19 @@ def test_scaling_and_a_second_model_lose_no_request(server: TorchServe, archive:
         server.register(archive, name="second")
         assert eventually(lambda: divided(server))
         assert eventually(lambda: threads_follow(server, "facts", "second"))
+        core_map = server.cores()
+        assert (core_map["enabled"], core_map["unbound"]) == (True, [])
+        assert sorted(entry["model"] for entry in core_map["slices"]) == ["facts", "second"], "as it was registered"
+        assert {entry["pid"] for entry in core_map["slices"]} == set(server.workers())
+        assert eventually(
+            lambda: all(masks(entry["pid"]) == {frozenset(entry["cpus"])} for entry in core_map["slices"])
+        )
         server.unregister("second")
         assert eventually(lambda: len(server.workers()) == 1 and divided(server))
         assert eventually(lambda: threads_follow(server, "facts"))
     assert load.failures == []
     assert len(load.answers) == load.asked > 0
     assert len(server.workers()) == 1
-
-
-def test_a_worker_that_is_scaled_away_answers_first(server: TorchServe) -> None:
-    """By itself: TorchServe alone has the request computed again by another worker, if it does not lose it."""
-    server.scale("facts", 2)
-    both, before = set(server.workers()), len(server.log())
-    with ThreadPoolExecutor() as clients:
-        answers = [clients.submit(server.predict, "facts", b'{"sleep": 3}') for _ in both]
-        assert eventually(lambda: server.log()[before:].count("Flushing req.cmd PREDICT") == 2), "each computes one"
-        server.scale("facts", 1)
-        assert {json.loads(answer.result())["pid"] for answer in answers} == both
-    assert eventually(lambda: len(server.workers()) == 1 and divided(server))
-    assert "lose its request" not in server.log()
-
-
-def test_the_core_map_names_the_registered_model(server: TorchServe, archive: Path) -> None:
-    server.register(archive, name="alias")
-    try:
-        core_map = server.cores()
-        assert core_map["enabled"] is True
-        assert sorted(entry["model"] for entry in core_map["slices"]) == ["alias", "facts"]
-        assert {entry["pid"] for entry in core_map["slices"]} == set(server.workers())
-        assert core_map["unbound"] == []
-        for entry in core_map["slices"]:
-            assert masks(entry["pid"]) == {frozenset(entry["cpus"])}
-    finally:
-        server.unregister("alias")
 
 
 def test_more_workers_than_cores_all_serve(server: TorchServe) -> None:
@@ -189,7 +169,7 @@ def test_more_workers_than_cores_all_serve(server: TorchServe) -> None:
         assert eventually(lambda: threads_follow(server, "facts"))
         assert any("share" in note for note in server.cores()["notes"])
     finally:
-        server.scale("facts", 1)
+        server.scale("facts", 2)  # as the next test needs it
 
 
 def test_a_killed_worker_comes_back_with_a_valid_slice(server: TorchServe) -> None:
@@ -200,20 +180,26 @@ def test_a_killed_worker_comes_back_with_a_valid_slice(server: TorchServe) -> No
     server.wait_ready("facts", 2)
     assert eventually(lambda: len(server.workers()) == 2 and divided(server))
     assert eventually(lambda: threads_follow(server, "facts"))
-    server.scale("facts", 1)
-
-
-def test_children_and_threads_of_a_worker_stay_in_its_slice(server: TorchServe) -> None:
-    server.predict("facts", b'{"work": 512}')  # the OpenMP threads exist now
-    server.scale("facts", 2)
-    assert eventually(lambda: divided(server))
     for pid in server.workers():
         assert len(process.threads(pid)) > 1
-        assert len(masks(pid)) == 1
-    server.scale("facts", 1)
+        assert eventually(lambda pid=pid: len(masks(pid)) == 1), "all of its threads are in its slice"  # type: ignore[misc]
+
+
+def test_a_worker_that_is_scaled_away_answers_first(server: TorchServe) -> None:
+    """By itself: TorchServe alone has the request computed again by another worker, if it does not lose it."""
+    server.scale("facts", 2)
+    both, before = set(server.workers()), len(server.log())
+    with ThreadPoolExecutor() as clients:
+        answers = [clients.submit(server.predict, "facts", b'{"sleep": 2}') for _ in both]
+        assert eventually(lambda: server.log()[before:].count("Flushing req.cmd PREDICT") == 2), "each computes one"
+        server.scale("facts", 1)
+        assert {json.loads(answer.result())["pid"] for answer in answers} == both
+    assert eventually(lambda: len(server.workers()) == 1 and divided(server))
+    assert "lose its request" not in server.log()[before:]
 
 
 def test_two_servers_share_the_machine_and_hard_death_frees_it(server: TorchServe, archive: Path) -> None:
+    server.scale("facts", 1)
     assert eventually(lambda: divided(server))
     with TorchServe(archive, workers=1, properties=PINNED, state_directory=server.state_directory) as second:
         assert eventually(lambda: divided(server, second))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 from benchmarks import exercises
 from benchmarks.exercises import Exercise
 from tests.machines import machine
-from tests.test_tune import BODY, archive
 from ts_plugin.trial.bare import Binding
-
-pytestmark = pytest.mark.process
 
 
 def test_they_say_why_they_are_missing() -> None:
@@ -31,8 +29,25 @@ def test_they_compare_the_same_cores() -> None:
     assert (unbound, bound) == (None, whole)
 
 
-def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exercises, "WARM_UP", 0.1)
-    monkeypatch.setattr(exercises, "SECONDS", 0.1)
-    found = exercises.run(Exercise("", (("a", Binding(None, 1)), ("b", Binding(None, 2)))), archive(tmp_path), BODY)
-    assert {name: len(values) for name, values in found.items()} == {"a": 3, "b": 3}
+def test_they_run_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the process, whose requests take as many milliseconds as it has threads, or 9."""
+    ran = []
+
+    class Bare:
+        def __init__(self, archive: Path, body: bytes, bindings: list[Binding]) -> None:
+            (self.binding,) = bindings
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def work(self, seconds: float) -> list[float]:
+            ran.append((self.binding.threads, seconds))
+            return [self.binding.threads / 1000] * 2 + [0.009]
+
+    monkeypatch.setattr(exercises, "Bare", Bare)
+    found = exercises.run(Exercise("", (("a", Binding(None, 1)), ("b", Binding(None, 2)))), Path("archive"), b"body")
+    assert found == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert ran == [(threads, span) for threads in (1, 2, 2, 1, 1, 2) for span in (exercises.WARM_UP, exercises.SECONDS)]

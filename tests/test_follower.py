@@ -15,13 +15,11 @@ CODE = """
 import json, os
 from dataclasses import replace
 import torch
-from ts_plugin.ledger.file import Ledger
-from ts_plugin.ledger.model import Lease, State
 from tests.leases import lease_of, slice_of
-from ts_plugin.ledger.model import Lease, State
 from ts_plugin.ledger.file import Ledger
+from ts_plugin.ledger.model import State
 from ts_plugin.machine import discovery, process
-from ts_plugin.planning.planner import Demand, Slice
+from ts_plugin.planning.planner import Demand
 from ts_plugin.planning.policy import Memory, Policy
 from ts_plugin.worker.follower import Follower
 

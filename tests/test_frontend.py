@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 import hatch_build
+from benchmarks.harness.server import read_properties
 from ts_plugin.frontend import server
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine import discovery
-from ts_plugin.trial.properties import read_properties, write_properties
+from ts_plugin.trial.properties import write_properties
 
 pytestmark = pytest.mark.process
 

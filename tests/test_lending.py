@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import State
 from ts_plugin.lending import library, words
 from ts_plugin.lending.words import BUSY, HEAD, SIZE, SLOT, Status, Words
+from ts_plugin.machine import process
 from ts_plugin.machine.process import Identity
 
 pytestmark = pytest.mark.process
@@ -39,8 +41,13 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def started(state: Path) -> Iterator[list[Borrower]]:
-    """All borrowers of these tests: to load torch takes seconds, so those that live are used again."""
-    borrowers: list[Borrower] = []
+    """All borrowers of these tests: to load torch takes seconds, so those that live are used again.
+
+    Four at first, as many as one test needs; the tests that kill one come last.
+    """
+    borrowers = [Borrower(state) for _ in range(4)]
+    for one in borrowers:
+        one.wait()
     yield borrowers
     for one in borrowers:
         one.close()
@@ -48,15 +55,18 @@ def started(state: Path) -> Iterator[list[Borrower]]:
 
 @pytest.fixture
 def start(started: list[Borrower], state: Path) -> Iterator[Start]:
-    """Return a function that returns a borrower which has just started, as far as anybody can see."""
+    """Return a function that returns a borrower which has just started, as far as anybody can see.
+
+    The one with the last slot first: where that is killed, its slot is the next that is taken.
+    """
     living = [one for one in started if one.process.poll() is None]
-    idle = sorted(living, key=lambda one: one.slot)
+    idle = sorted(living, key=lambda one: -one.slot)
     Ledger(str(state)).write(State())
 
     def start() -> Borrower:
         if idle:
             return idle.pop(0)
-        started.append(Borrower(state))
+        started.append(Borrower(state).wait())
         return started[-1]
 
     yield start
@@ -112,17 +122,6 @@ def begin_wide(worker: Borrower, threads: int, budget: float = 0.0) -> None:
 
 
 @pytest.fixture
-def fresh(started: list[Borrower], state: Path) -> Start:
-    """Return a function that really starts a borrower."""
-
-    def fresh() -> Borrower:
-        started.append(Borrower(state))
-        return started[-1]
-
-    return fresh
-
-
-@pytest.fixture
 def pair(start: Start) -> tuple[Borrower, Borrower]:
     first, second = start(), start()
     lend(first, second)
@@ -155,21 +154,13 @@ def test_a_borrower_gives_back_inside_its_request(pair: tuple[Borrower, Borrower
     assert (answer["began"], answer["ended"], answer["handed_back"] + answer["lost"]) == (2, 1, 1)
 
 
-def test_an_owner_does_not_wait_for_a_borrower_between_two_regions(pair: tuple[Borrower, Borrower]) -> None:
-    first, second = pair
-    begin_wide(first, 2)
-    first.ask("compute", 1)
-    first.process.send_signal(signal.SIGSTOP)  # whatever it does instead of computing
-    assert second.ask("begin", 1, 0.0)["forced"] == -1
-    assert second.ask("end")["waited"] >= 0
-    first.process.send_signal(signal.SIGCONT)
-    assert first.ask("compute", 1)["threads"] == 1 or first.ask("end")["lost"] == 0
-
-
 def test_what_was_taken_between_two_regions_is_not_used_in_the_next(pair: tuple[Borrower, Borrower]) -> None:
+    """Its owner does not wait for the borrower, whatever that does instead of computing."""
     first, second = pair
     begin_wide(first, 2)
-    second.ask("begin", 1, 0.0)
+    first.process.send_signal(signal.SIGSTOP)
+    assert second.ask("begin", 1, 0.0)["forced"] == -1
+    first.process.send_signal(signal.SIGCONT)
     assert first.ask("compute", 1)["threads"] == 1
     answer = first.ask("end")
     assert answer["ended"] == 1
@@ -197,31 +188,6 @@ def test_a_borrower_that_is_stopped_inside_a_region_holds_up_one_request(
     assert first.answer()["sum"] == 4000
     assert first.ask("compute", 1)["threads"] == 1
     assert first.ask("end")["lost"] == 1
-
-
-def test_a_borrower_that_is_killed_inside_a_region_leaves_nothing(
-    pair: tuple[Borrower, Borrower], fresh: Start, state: Path
-) -> None:
-    first, second = pair
-    sight = Sight(state)
-    begin_wide(first, 2)
-    stop_inside_a_region(first, second, sight)
-    first.kill()
-    assert second.ask("begin", 1, 0.0)["forced"] == -1, "nobody has to be driven off"
-    second.ask("end")
-    assert fresh().slot == first.slot
-
-
-def test_what_a_killed_borrower_held_is_free_when_its_slot_is_taken_again(
-    pair: tuple[Borrower, Borrower], fresh: Start, state: Path
-) -> None:
-    first, second = pair
-    sight = Sight(state)
-    begin_wide(first, 2)
-    first.kill()
-    assert sight.user(second.slot) == first.slot + 1
-    assert fresh().slot == first.slot
-    assert sight.user(second.slot) == 0
 
 
 def test_another_plan_ends_all_loans_at_the_next_region(pair: tuple[Borrower, Borrower], state: Path) -> None:
@@ -310,13 +276,30 @@ def test_long_regions_borrow_only_from_those_with_longer_requests(pair: tuple[Bo
     first.ask("end")
 
 
-def test_a_worker_that_starts_lends_nothing(start: Start, fresh: Start) -> None:
-    first, second = start(), fresh()
-    first.ask("plan", 0, 1, None, [(second.slot, 1, None)])
-    first.ask("end")
-    for _ in range(5):
-        assert first.ask("begin", 2, 0.0)["threads"] == 1
-        assert first.ask("end")["why"] == NOBODY_IDLE
+@contextmanager
+def beginner(state: Path) -> Iterator[tuple[int, library.Worker]]:
+    """A worker that starts, in this process; with its slot."""
+    own, me = Words(Ledger(str(state))), process.identify(os.getpid())
+    assert me is not None
+    worker = library.Worker(own.memory, own.locks, own.slot, pid=me.pid, start_time=me.start_time)
+    try:
+        yield own.slot, worker
+    finally:
+        worker.close()
+        own.close()
+
+
+def test_a_worker_that_starts_lends_nothing(start: Start, state: Path) -> None:
+    first = start()
+    with beginner(state) as (slot, worker):
+        first.ask("plan", 0, 1, None, [(slot, 1, None)])
+        first.ask("end")
+        for _ in range(5):
+            assert first.ask("begin", 2, 0.0)["threads"] == 1
+            assert first.ask("end")["why"] == NOBODY_IDLE
+        worker.end()
+        begin_wide(first, 2)
+        first.ask("end")
 
 
 # ---- the words ---------------------------------------------------------------------------------------------
@@ -358,24 +341,6 @@ def test_a_status_is_read_as_it_was_written() -> None:
     short = Status.unpack(many.pack())
     assert short is not None
     assert (short.requests, short.times) == (5, {})
-
-
-def test_a_reader_sees_living_workers_and_makes_nothing(start: Start, state: Path, tmp_path: Path) -> None:
-    assert words.look(Ledger(str(tmp_path / "state"))) is None
-    assert not list(tmp_path.iterdir())
-    ledger = Ledger(str(state))
-    first, second = start(), start()
-    lend(first, second)
-    begin_wide(first, 2)
-    seen = {identity.pid: one for identity, one in (words.look(ledger) or {}).items()}
-    assert {first.pid, second.pid} <= set(seen)
-    assert [isinstance(seen[one.pid].user, Identity) for one in (first, second)] == [True, True]
-    assert [one.user and one.user.pid for one in (seen[first.pid], seen[second.pid])] == [first.pid] * 2
-    assert [seen[first.pid].wanted, seen[second.pid].wanted] == [True, False]
-    first.kill()
-    seen = {identity.pid: one for identity, one in (words.look(ledger) or {}).items()}
-    assert first.pid not in seen
-    assert seen[second.pid].user is None
 
 
 # ---- what is not trusted -------------------------------------------------------------------------------------
@@ -476,3 +441,49 @@ def test_the_layout_of_the_words_is_that_of_the_library(tmp_path: Path) -> None:
     assert struct.unpack_from("=QQ", memory) == (0, 1)
     worker.close()
     assert SLOT.unpack_from(memory, HEAD.size + 3 * SLOT.size)[1:4] == (1, 0, 0)
+
+
+# ---- who is killed -------------------------------------------------------------------------------------------
+
+
+def test_a_reader_sees_living_workers_and_makes_nothing(start: Start, state: Path, tmp_path: Path) -> None:
+    assert words.look(Ledger(str(tmp_path / "state"))) is None
+    assert not list(tmp_path.iterdir())
+    ledger = Ledger(str(state))
+    first, second = start(), start()
+    lend(first, second)
+    begin_wide(first, 2)
+    seen = {identity.pid: one for identity, one in (words.look(ledger) or {}).items()}
+    assert {first.pid, second.pid} <= set(seen)
+    assert [isinstance(seen[one.pid].user, Identity) for one in (first, second)] == [True, True]
+    assert [one.user and one.user.pid for one in (seen[first.pid], seen[second.pid])] == [first.pid] * 2
+    assert [seen[first.pid].wanted, seen[second.pid].wanted] == [True, False]
+    first.kill()
+    seen = {identity.pid: one for identity, one in (words.look(ledger) or {}).items()}
+    assert first.pid not in seen
+    assert seen[second.pid].user is None
+
+
+def test_a_borrower_that_is_killed_inside_a_region_leaves_nothing(pair: tuple[Borrower, Borrower], state: Path) -> None:
+    first, second = pair
+    sight = Sight(state)
+    begin_wide(first, 2)
+    stop_inside_a_region(first, second, sight)
+    first.kill()
+    assert second.ask("begin", 1, 0.0)["forced"] == -1, "nobody has to be driven off"
+    second.ask("end")
+    with beginner(state) as (slot, _):
+        assert slot == first.slot
+
+
+def test_what_a_killed_borrower_held_is_free_when_its_slot_is_taken_again(
+    pair: tuple[Borrower, Borrower], state: Path
+) -> None:
+    first, second = pair
+    sight = Sight(state)
+    begin_wide(first, 2)
+    first.kill()
+    assert sight.user(second.slot) == first.slot + 1
+    with beginner(state) as (slot, _):
+        assert slot == first.slot
+        assert sight.user(second.slot) == 0

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ start = sleeps()
 for _ in range(2000):
     ones.add_(1)
 slept = sleeps() - start
+runtimes = [*openmp.runtimes()]
 ended = openmp.end_team()
 import time
 deadline = time.monotonic() + 60
@@ -45,10 +47,11 @@ while team & set(os.listdir("/proc/self/task")) and time.monotonic() < deadline:
     time.sleep(0.01)
 left = len(team & set(os.listdir("/proc/self/task")))
 ones.add_(1)
-print(json.dumps([len(team), slept, ended, left, float(ones[0])]))
+print(json.dumps([len(team), slept, ended, left, float(ones[0]), runtimes]))
 """
 
 
+@cache
 def run(how: str) -> Any:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     done = subprocess.run(
@@ -68,9 +71,15 @@ def test_threads_that_started_on_one_cpu_spin_on_two_as_others_do() -> None:
 
 @needs_two
 def test_a_team_that_is_ended_starts_again() -> None:
-    team, _, ended, left, value = run("load")
+    team, _, ended, left, value, _ = run("load")
     if team != 1:
         pytest.skip("this torch has no libgomp")
     assert ended
     assert left == 0
     assert value == 2003.0
+
+
+@needs_two
+@pytest.mark.parametrize("how", ["load", "too late"])
+def test_the_runtime_of_torch_is_seen_and_is_the_only_one(how: str) -> None:
+    assert len(run(how)[-1]) == 1

@@ -7,53 +7,58 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ts_plugin.worker.onnx_threads import OnnxThreads
-
-pytestmark = pytest.mark.process
-
-HANDLER = """
-import os, sys
-import torch
-from dataclasses import replace
-from ts_plugin.ledger.file import Ledger
-from ts_plugin.ledger.model import Lease, State
-from ts_plugin.planning.planner import Demand, Slice
 from tests.leases import lease_of, slice_of
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import State
+from ts_plugin.worker.onnx_threads import OnnxThreads
 from ts_plugin.worker.requests import Requests
 
-def step(name):
-    torch.set_num_threads(1 if name in sys.argv else requests._plan.lease.slice.threads)
 
-cpus = tuple(os.sched_getaffinity(0))
-lease = lease_of(slice_of(cpus, threads=2))
-requests = Requests(Ledger(), lease, print)
-requests.hold()
-step("import")
-requests.hold()
-step("initialize")
-requests.on_loaded()
-for threads in (2, 2, 3, 3):
-    if threads != requests._plan.lease.slice.threads:
-        requests.adopt(replace(lease, slice=replace(lease.slice, threads=threads)), State())
-    requests.on_request_start()
-    assert torch.get_num_threads() == threads
-    step("request")
-    requests.on_request_end()
-"""
+class Torch(types.ModuleType):
+    """A stand-in with what is used of the library: the number of threads."""
+
+    threads = 8
+
+    def get_num_threads(self) -> int:
+        return self.threads
+
+    def set_num_threads(self, threads: int) -> None:
+        self.threads = threads
 
 
 @pytest.mark.parametrize("where", ["nowhere", "import", "initialize", "request"])
-def test_a_handlers_own_number_of_threads_is_told(where: str) -> None:
+def test_a_handlers_own_number_of_threads_is_told(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it may call torch.set_num_threads: its module, `initialize`, or each request; the slice has 2 threads."""
-    done = subprocess.run([sys.executable, "-c", HANDLER, where], capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
+    torch = Torch("torch")
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    said = list[str]()
+    lease = lease_of(slice_of(os.sched_getaffinity(0), threads=2))
+    requests = Requests(Ledger(str(tmp_path / "state")), lease, said.append)
+
+    def reach(place: str, threads: int = 2) -> None:
+        torch.set_num_threads(1 if place == where else threads)
+
+    requests.hold()
+    reach("import")
+    requests.hold()
+    reach("initialize")
+    requests.on_loaded()
+    now = 2
+    for threads in (2, 2, 3, 3):
+        if threads != now:
+            requests.adopt(replace(lease, slice=replace(lease.slice, threads=threads)), State())
+            now = threads
+        requests.on_request_start()
+        assert torch.get_num_threads() == threads
+        reach("request", threads)
+        requests.on_request_end()
     assert bool(said) == (where != "nowhere")
     assert all(text.startswith("torch.set_num_threads(1)") and "the slice's number is" in text for text in said)
 
@@ -96,6 +101,7 @@ def test_onnx_sessions_get_the_slices_threads(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("asked", ["", "from importlib.util import find_spec; find_spec('onnxruntime')"])
 def test_onnx_is_patched_whenever_it_is_imported(asked: str, tmp_path: Path) -> None:
     """A handler may import it in `initialize`; a library that only asks whether it is there changes nothing."""
@@ -117,6 +123,7 @@ def test_onnx_is_patched_whenever_it_is_imported(asked: str, tmp_path: Path) -> 
     assert done.stdout.splitlines()[1:] == ["(3, None) True"]
 
 
+@pytest.mark.process
 def test_without_onnx_the_import_fails_as_ever() -> None:
     lines = ["from ts_plugin.worker.onnx_threads import OnnxThreads", "OnnxThreads(lambda: 3, print).patch()"]
     lines += ["import sys; sys.path.clear(); import onnxruntime"]

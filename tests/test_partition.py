@@ -128,6 +128,7 @@ def nested(cores: int, packages: int) -> Iterator[list[CoreGroup]]:
             ]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("packages", [1, 2])
 @pytest.mark.parametrize("cores", [1, 2, 3, 4, 5, 6])
 def test_no_division_of_a_small_machine_crosses_less(cores: int, packages: int) -> None:
@@ -148,6 +149,7 @@ def odd_machine(chance: random.Random) -> list[CoreGroup]:
     return [CoreGroup(0, *where, count) for where, count in sorted(found.items())]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("seed", range(20))
 def test_no_division_of_an_odd_machine_crosses_less(seed: int) -> None:
     chance = random.Random(seed)
@@ -163,6 +165,7 @@ HARD = [  # where a simpler search misses the best
 ]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("workers", "domains"), HARD)
 def test_no_division_of_a_hard_machine_crosses_less(workers: int, domains: list[tuple[int, int, int]]) -> None:
     """Each domain: its NUMA node, its package, its cores."""
@@ -193,6 +196,7 @@ def test_near_nodes_are_joined() -> None:
     assert {tuple(i for i, _ in part) for part in parts} == {(0, 1), (2, 3)}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("workers", [1, 2, 3, 7, 8, 31, 64, 100, 256, 300])
 @pytest.mark.parametrize("equal", [False, True])
 def test_a_large_machine(workers: int, equal: bool) -> None:
@@ -311,6 +315,7 @@ def test_sizes_of_several_models(
     assert crossed(groups, parts) == (0, 0, 0, boundaries)
 
 
+@pytest.mark.no_cover
 @given(
     domains=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12),
     workers=st.integers(1, 40),
@@ -384,6 +389,7 @@ def spread(sizes: Sequence[int], claims: Sequence[Claim]) -> float:
     return sum(size**2 / claim.weight for size, claim in pairs if claim.weight)
 
 
+@pytest.mark.no_cover
 @settings(max_examples=300)
 @given(case=mixed())
 def test_no_division_among_several_claims_crosses_less(case: tuple[list[CoreGroup], list[Claim]]) -> None:
@@ -417,6 +423,7 @@ def test_several_claims(nodes: list[int], claims: list[Claim], expected: list[in
     assert crossed(groups, parts)[1] == crossings
 
 
+@pytest.mark.no_cover
 def test_many_workers_of_several_claims() -> None:
     """1,024 cores in 8 nodes of 16 L3 domains, 256 workers: every node and nearly every domain is divided by itself."""
     groups = [CoreGroup(0, node, node // 4, 16 * node + l3, 8) for node in range(8) for l3 in range(16)]

@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.harness import archives
+from benchmarks.harness.server import TorchServe
 from tests.browser import Browser
 from tests.machines import machine
 from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
@@ -26,7 +27,6 @@ from ts_plugin.machine.topology import Topology
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.planning.policy import Lend, Policy
 from ts_plugin.trial.properties import Property
-from ts_plugin.trial.torchserve import TorchServe
 from ts_plugin.view.html import html
 from ts_plugin.view.svg import svg
 from ts_plugin.view.terminal import Map, utilisation

@@ -24,10 +24,7 @@ ALLOWED = tuple(sorted(os.sched_getaffinity(0)))
 needs_two = pytest.mark.skipif(len(ALLOWED) < 2, reason="needs two CPUs to tell one mask from another")
 
 SETUP = """
-import json, os, sys, threading
-from ts_plugin.ledger.file import Ledger
-from ts_plugin.ledger.model import Lease
-from ts_plugin.planning.planner import Demand, Slice
+import json, os, threading
 from tests.leases import lease_of
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.worker.readback import ReadBack
@@ -84,12 +81,6 @@ def test_a_thorough_look_finds_two_openmp_runtimes(tmp_path: Path, monkeypatch: 
     problems = ReadBack().read(*look_at(lease_of(ALLOWED)), thorough=True).problems
     assert any("libgomp.so.1, libiomp5.so" in problem for problem in problems)
     assert ReadBack().read(*look_at(lease_of(ALLOWED)), thorough=False).problems == ()
-
-
-def test_the_openmp_runtime_of_torch_is_seen_in_a_real_process() -> None:
-    code = "import torch; from ts_plugin.worker import openmp; print(*openmp.runtimes())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.count("lib") == 1, done.stdout
 
 
 def test_pages_on_other_nodes_are_remote(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def test_masks_are_set_in_one_file() -> None:
     setters = {
         str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if "os.sched_setaffinity(" in path.read_text("utf-8")
     }
-    measure = {"trial/alone.py", "trial/bare.py", "tune/command.py", "compare/command.py"}
+    measure = {"trial/bare.py", "tune/command.py", "compare/command.py"}
     assert setters - measure == {"kernel/affinity.py"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from benchmarks.checks import simulation
 from benchmarks.checks.simulation import MORE, Model, catalogue, main, run
 
+pytestmark = pytest.mark.no_cover
 REQUESTS = 3000
 
 
@@ -34,6 +36,14 @@ def test_never_worse_than_slices_alone(group: str, column: str, most: float) -> 
     for alone, lending in run(models, REQUESTS):
         assert lending.mean <= most * alone.mean
         assert lending.p99 <= MORE * alone.p99
+
+
+def test_its_numbers_are_those_of_the_product(checkout: Path) -> None:
+    source = (checkout / "ts_plugin/lending/regions.c").read_text()
+    numbers = {name: int(number) for name, number in re.findall(r"^#define (\w+) (\d+)\b", source, re.MULTILINE)}
+    assert numbers["PAUSE_PART"] == simulation.PAUSE_PART
+    for name in ("GRACE", "SHORT_PAUSE", "ASK_FROM"):  # in regions.c in nanoseconds
+        assert getattr(simulation, name) * 1e9 == pytest.approx(numbers[name]), name
 
 
 def test_slices_alone_is_what_queueing_theory_says() -> None:

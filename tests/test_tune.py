@@ -12,35 +12,35 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from benchmarks.harness import archives
 from tests.claimants import CORES
 from tests.eventually import eventually
 from tests.machines import machine
+from ts_plugin.errors import CommandError
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.unbound import Unbound
-from ts_plugin.machine import discovery
-from ts_plugin.machine.cgroups import Cgroups
 from ts_plugin.machine.process import memory
 from ts_plugin.machine.tree import Tree
 from ts_plugin.trial import room
-from ts_plugin.trial.archive import ArchiveError, copy_with, read_archive
-from ts_plugin.trial.bare import Bare, BareError, Binding, explained
+from ts_plugin.trial.archive import copy_with, read_archive
+from ts_plugin.trial.bare import OPTIMIZE, Bare, BareError, Binding, explained
 from ts_plugin.trial.load import Body
 from ts_plugin.trial.room import Room
 from ts_plugin.trial.store import Store
-from ts_plugin.trial.turns import Contender, pace
+from ts_plugin.trial.turns import pace
 from ts_plugin.tune import command as command_module
 from ts_plugin.tune import measure
 from ts_plugin.tune.advise import gain
 from ts_plugin.tune.asked import Wanted
 from ts_plugin.tune.choose import choose
 from ts_plugin.tune.command import shortlist
-from ts_plugin.tune.confirm import Candidate, Served, pick
+from ts_plugin.tune.confirm import pick
 from ts_plugin.tune.values import Cell, Choice, Confirmed, Profile, Result, Target, fitting
 
 HANDLER = """
@@ -153,10 +153,8 @@ def test_a_quota_bounds_how_many_instances_compute() -> None:
     assert Room(topology, topology.online, 2, (8,), quota=2.5).instances(1) == 2
 
 
-def row(throughput: float, p99: float, own: Choice | None = None) -> Served:
-    title = "default" if own is None else f"{own.workers} x {own.threads}, {own.batch}"
-    rows = (Confirmed(title, own, throughput, 0.1, p99 / 2, p99, 0, 5.0),)
-    return Served(Candidate(Contender(title, {}), None if own is None else (own,), 0), rows)
+def row(throughput: float, p99: float, own: Choice | None = None) -> tuple[Confirmed, ...]:
+    return (Confirmed("default" if own is None else str(own), own, throughput, 0.1, p99 / 2, p99, 0, 5.0),)
 
 
 @pytest.mark.parametrize(
@@ -217,9 +215,8 @@ def test_the_store_outlives_whoever_wrote_it(tmp_path: Path) -> None:
     assert Store(file).rounds("cell 1 1 1") == []
 
 
-def test_free_memory_is_the_tightest_limit(tmp_path: Path) -> None:
+def test_free_memory_is_the_tightest_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
-        "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\n",
         "proc/self/mountinfo": "1 0 0:1 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
         "proc/self/cgroup": "0::/a/b\n",
         "sys/fs/cgroup/a/memory.max": "3000000\n",
@@ -230,10 +227,11 @@ def test_free_memory_is_the_tightest_limit(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert Cgroups(Tree(str(tmp_path))).memory() == 600000
-    assert discovery.read_free_memory(str(tmp_path)) == 600000
+    monkeypatch.setattr(room, "Tree", lambda root: Tree(str(tmp_path)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4000 * 1024))
+    assert room.free_memory() == 600000
     (tmp_path / "sys/fs/cgroup/a/memory.max").write_text("max\n")
-    assert discovery.read_free_memory(str(tmp_path)) == 4000 * 1024
+    assert room.free_memory() == 4000 * 1024
 
 
 def test_memory_of_a_process_counts_shared_pages_in_parts() -> None:
@@ -263,11 +261,6 @@ def test_a_copy_gets_settings_where_there_were_none(tmp_path: Path) -> None:
         assert yaml.safe_load(parts.read(manifest["model"]["configFile"])) == {"batchSize": 4}
 
 
-def test_torchscript_is_told_from_weights(tmp_path: Path) -> None:
-    assert not read_archive(archive(tmp_path)).torchscript
-    assert read_archive(archives.facts()).torchscript
-
-
 def _no_zip(path: Path) -> None:
     path.write_bytes(b"not an archive")
 
@@ -291,12 +284,12 @@ def _cut(path: Path) -> None:
 def test_a_broken_archive_is_named(tmp_path: Path, breaks: Callable[[Path], None]) -> None:
     path = tmp_path / "broken.mar"
     breaks(path)
-    with pytest.raises(ArchiveError, match=r"broken\.mar: .*torch-model-archiver"):
+    with pytest.raises(CommandError, match=r"broken\.mar: .*torch-model-archiver"):
         read_archive(path)
 
 
 def test_an_asynchronous_handler_cannot_be_profiled(tmp_path: Path) -> None:
-    with pytest.raises(ArchiveError, match="asynchronous"):
+    with pytest.raises(CommandError, match="asynchronous"):
         read_archive(archive(tmp_path, config="asyncCommunication: true\n"))
 
 
@@ -352,6 +345,14 @@ def test_what_a_handler_raises_is_explained(
     assert told in explained(read_archive(path), caught.value)
 
 
+@pytest.mark.process
+def test_what_is_no_torchscript_cannot_be_frozen(tmp_path: Path) -> None:
+    """Advice passes over it."""
+    path = archive(tmp_path, load="import torch; self.model = torch.nn.Linear(1, 1)")
+    with pytest.raises(BareError, match="ScriptModule"), Bare(path, BODY, [Binding(None, 1)], change=OPTIMIZE):
+        pass
+
+
 # ---- where it may measure
 
 
@@ -371,7 +372,7 @@ def test_only_cores_that_no_live_worker_holds_are_used(
 
 def test_workers_without_a_slice_may_be_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "unbound_workers", lambda state: [Unbound(4711, "stock", elsewhere="a TorchServe")])
-    with pytest.raises(room.RoomError, match=r"1 TorchServe worker without a slice .*4711.*--anyway"):
+    with pytest.raises(CommandError, match=r"1 TorchServe worker without a slice .*4711.*--anyway"):
         room.find_room()
     assert room.find_room(anyway=True).cpus
 
@@ -392,7 +393,8 @@ def test_a_target_that_cannot_be_met_is_no_success(
     profile = Profile("tiny.mar", 1, 1, 1 << 20, 1 << 20, 1 << 30, True, (Cell(1, 1, 1, 0.1, 0.0, 10),))
     target = Target(p99=0.01)
     ranked = choose(profile, target)
-    answer = Result("tiny", "1.0", profile, target, tuple(ranked), ranked[0])
+    (measured,) = row(10.0, 0.1, ranked[0])
+    answer = Result("tiny", "1.0", profile, target, tuple(ranked), ranked[0], measured, (measured,))
     model = Wanted(read_archive(archive(tmp_path)), Body(BODY), target)
     file = tmp_path / "config.properties"
     options = argparse.Namespace(write=file, json=False, picture=None)

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 import hatch_build
-from ts_plugin.config.file import StrayFileError, default_config, parse_config, read_config
+from ts_plugin.config.file import default_config, parse_config, read_config
 from ts_plugin.config.properties import KNOWN, VARIABLES, refused
 from ts_plugin.config.served import default_workers, java_cpus, read_store, startup
 from ts_plugin.doctor.inspection import java_options, unusable
+from ts_plugin.errors import InputError
 from ts_plugin.machine import discovery, process
 
 # What lies in the model store: the content of model-config.yaml by archive, None for an archive without one.
@@ -133,11 +134,16 @@ ADDRESSES = [
     "inference_address=http://*:PORT",
     "inference_address=http://no-such-host.invalid:PORT",
     "inference_address=http://192.0.2.1:PORT",
+    "inference_address=http://a..b:PORT",
+    f"inference_address=http://{'a' * 64}.invalid:PORT",
     "inference_address=unix:x.sock",
     "inference_address=unix:/nonexistent/x.sock",
     "inference_address=unix:/tmp/x.sock\nuse_native_io=false",
     "inference_address=http://127.0.0.1:PORT\nmanagement_address=http://127.0.0.1:PORT",
     "inference_address=http://localhost:PORT\nmanagement_address=http://127.0.0.1:PORT",
+    "inference_address=http://127.0.0.1:PORT\nmanagement_address=https://127.0.0.1:PORT",
+    "inference_address=https://127.0.0.1:PORT\nmanagement_address=http://127.0.0.1:PORT",
+    "inference_address=http://127.0.0.1:PORT\nmanagement_address=https://127.0.0.1:PORT\nkeystore=/none",
     "inference_address=http://127.0.0.1:PORT\nmetrics_address=http://127.0.0.1:PORT",
     "inference_address=http://127.0.0.1:PORT\nmetrics_address=http://127.0.0.1:PORT\nenable_metrics_api=false",
     "inference_address=http://127.0.0.1:PORT\ngrpc_inference_port=PORT",
@@ -154,6 +160,7 @@ ADDRESSES = [
     "grpc_inference_address=127.1",
     "grpc_inference_address=http://127.0.0.1",
     "grpc_inference_address=no-such-host.invalid",
+    "grpc_inference_address=a..b",
     "grpc_inference_address=192.0.2.1",
     "grpc_management_address=127.0.0.1 ",
 ]
@@ -422,7 +429,7 @@ OLD, NEW = "logs/config/20261127170405123-startup.cfg", "logs/config/20261128170
         pytest.param(["config.properties", NEW, OLD], {}, NEW, id="the newest snapshot"),
         pytest.param(["config.properties", "logs/config/x/y"], {}, "config.properties", id="a directory"),
         pytest.param(["logs/config/mine.properties"], {}, "logs/config/mine.properties", id="one file of any name"),
-        pytest.param([NEW, "logs/config/mine.properties"], {}, StrayFileError, id="a file among snapshots"),
+        pytest.param([NEW, "logs/config/mine.properties"], {}, InputError, id="a file among snapshots"),
         pytest.param([NEW, "l/config/1.cfg"], {"LOG_LOCATION": "l"}, "l/config/1.cfg", id="logs elsewhere"),
         pytest.param([NEW, "other"], {"TS_CONFIG_FILE": "other"}, "other", id="named by a variable"),
         pytest.param([NEW, "config.properties"], {"TS_CONFIG_FILE": ""}, None, id="named empty"),

@@ -12,7 +12,7 @@ from tests.leases import lease_of, slice_of
 from tests.machines import machine
 from ts_plugin.ledger.model import Lease, State
 from ts_plugin.ledger.unbound import Unbound
-from ts_plugin.machine import cpu_time, process
+from ts_plugin.machine import cpu_time
 from ts_plugin.machine.topology import Topology
 from ts_plugin.planning.planner import Demand, plan
 from ts_plugin.view import view
@@ -175,4 +175,3 @@ def test_look_at_this_machine() -> None:
     picture = view.current_view()
     assert picture.topology.online >= frozenset(os.sched_getaffinity(0))
     assert picture.workers == ()
-    assert process.identify(os.getpid()) is not None

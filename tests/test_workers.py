@@ -22,13 +22,13 @@ import pytest
 
 from benchmarks.harness import archives
 from benchmarks.harness.archives import Handler
+from benchmarks.harness.server import TorchServe
 from tests.eventually import eventually
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import parse_cpulist
 from ts_plugin.trial.client import RequestError
 from ts_plugin.trial.properties import Property
-from ts_plugin.trial.torchserve import TorchServe
 
 FRONTEND = Path(__file__).resolve().parent.parent / "ts_plugin" / "frontend"
 PINNED: dict[str, str | int | float | bool | Path | None] = {"plugins_path": FRONTEND, "cpu_launcher_enable": True}
@@ -79,9 +79,11 @@ def assert_bound(server: TorchServe, answer: dict[str, Any]) -> None:
     assert len(cpus) == len(set(cpus)), "disjoint"
 
 
+TEN_SECONDS = dict.fromkeys(range(1, CORES), 10.0)  # as a profile: requests borrow, however busy this machine is
+
+
 def profiled() -> Path:
-    """An archive that says that its requests take ten seconds: so they borrow, however busy this machine is."""
-    return archives.facts("profiled", config=f"cpu: {{profile: {dict.fromkeys(range(1, CORES), 10.0)}}}\n")
+    return archives.facts("profiled", config=f"cpu: {{profile: {TEN_SECONDS}}}\n")
 
 
 def wide_requests(server: TorchServe, most: int) -> Iterator[bool]:
@@ -102,20 +104,14 @@ def test_a_lone_request_borrows_the_cores_of_idle_workers(pinned: TorchServe) ->
     assert all(Path(f"/proc/{pid}/maps").read_text().count("/regions-") for pid in own)
 
 
-def test_under_lend_never_a_lone_request_borrows_nothing() -> None:
-    with TorchServe(profiled(), workers=2, properties=NEVER) as server:
-        assert not any(wide_requests(server, 30))
-        assert [piece["lending"] for piece in server.cores()["slices"]] == [None, None]
-        assert not list(server.state_directory.glob("lending-*"))
-
-
 def idle(pid: int, cpus: tuple[int, ...]) -> bool:
     return all(os.sched_getaffinity(tid) == set(cpus) for tid in process.threads(pid))
 
 
 def test_sizes_from_the_archive_grpc_batches_and_versions() -> None:
     """Fixed cores, gRPC, batching, two versions of a model; without lending, which gives a request more threads."""
-    fixed = archives.facts("fixed", config="cpu: {cores: 1}\nbatchSize: 2\nmaxBatchDelay: 200\n")
+    cpu = f"cpu: {{cores: 1, profile: {TEN_SECONDS}}}"
+    fixed = archives.facts("fixed", config=f"{cpu}\nbatchSize: 2\nmaxBatchDelay: 200\n")
     plain = archives.facts("plain")
     later = archives.facts("later", version="2.0", handler=Handler.OURS)
     with TorchServe(fixed, workers=1, properties=NEVER) as server:
@@ -125,6 +121,9 @@ def test_sizes_from_the_archive_grpc_batches_and_versions() -> None:
         assert ask(server, "fixed")["threads"] == 1
         assert ask(server, "plain")["threads"] == CORES - 1
         assert_bound(server, ask(server, "plain"))
+        assert {ask(server, "fixed", {"work": 384, "rounds": 30})["threads"] for _ in range(10)} == {1}
+        assert [piece["lending"] for piece in server.cores()["slices"]] == [None, None]
+        assert not list(server.state_directory.glob("lending-*"))
         over_grpc = json.loads(grpc_predict(server, "plain"))
         assert_bound(server, over_grpc)
         server.unregister("plain")
@@ -181,14 +180,6 @@ def test_a_mask_that_openmp_collapsed_is_repaired_by_the_handler() -> None:
         assert answer["threads"] == CORES
         assert len(answer["affinity"]) == CORES, "the main thread may run on the whole slice again"
         assert "OMP_PROC_BIND is set" in server.log()
-
-
-def test_openmp_binding_is_removed_by_the_launcher_and_the_log_says_so() -> None:
-    environment = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0"}
-    with TorchServe(archives.facts(), workers=1, properties=PINNED, environment=environment) as server:
-        assert_bound(server, ask(server, "facts", {"work": 512}))
-        assert "OMP_PROC_BIND removed" in server.log()
-        assert "GOMP_CPU_AFFINITY removed" in server.log()
 
 
 def test_a_model_with_its_own_virtual_environment() -> None:
@@ -303,7 +294,7 @@ def test_scaling_down_is_done_when_the_worker_has_left_its_gpu() -> None:
     """The device's memory can be used again when the API says 200, as after TorchServe's own scaling."""
     server = TorchServe(archives.facts(), workers=2, properties=PINNED, environment=GPU)
     with server, ThreadPoolExecutor() as clients:
-        answers = [clients.submit(ask, server, "facts", {"sleep": 3}) for _ in range(2)]
+        answers = [clients.submit(ask, server, "facts", {"sleep": 2}) for _ in range(2)]
         assert eventually(lambda: server.log().count("Flushing req.cmd PREDICT") == 2), "each computes one"
         server.scale("facts", 1, wait=False)
         assert len(server.workers()) == 1
@@ -311,7 +302,7 @@ def test_scaling_down_is_done_when_the_worker_has_left_its_gpu() -> None:
 
 
 def test_a_hung_worker_that_is_scaled_away_ends_with_its_response_timeout() -> None:
-    archive = archives.facts("hung", config="responseTimeout: 4\n")
+    archive = archives.facts("hung", config="responseTimeout: 3\n")
     properties: dict[str, Property | None] = {**PINNED, "unregister_model_timeout": 1}
     server = TorchServe(archive, workers=2, properties=properties, environment=GPU)
     with server, ThreadPoolExecutor() as clients:
@@ -326,14 +317,14 @@ def test_a_hung_worker_that_is_scaled_away_ends_with_its_response_timeout() -> N
         server.wait_ready("hung", 1)
 
 
-def test_a_worker_that_is_scaled_away_before_its_restart_does_not_start() -> None:
-    with TorchServe(archives.facts(), workers=2, properties=PINNED) as server:
-        stays, goes = (worker["pid"] for worker in server.describe("facts")["workers"])
-        os.kill(goes, signal.SIGKILL)
-        assert eventually(lambda: "Retry worker: 9001 in 1 seconds" in server.log())
-        server.scale("facts", 1)
-        assert eventually(lambda: "worker 9001 was scaled away before its restart" in server.log())
-        assert list(server.workers()) == list(leases(server)) == [stays]
+def test_a_worker_that_is_scaled_away_before_its_restart_does_not_start(pinned: TorchServe) -> None:
+    pinned.register(archives.facts(), workers=2)
+    stays, goes = pinned.describe("facts")["workers"]
+    os.kill(goes["pid"], signal.SIGKILL)
+    assert eventually(lambda: f"Retry worker: {goes['id']} in 1 seconds" in pinned.log())
+    pinned.scale("facts", 1)
+    assert eventually(lambda: f"worker {goes['id']} was scaled away before its restart" in pinned.log())
+    assert list(pinned.workers()) == list(leases(pinned)) == [stays["pid"]]
 
 
 def test_a_section_that_cannot_be_granted_is_refused_with_a_note_and_serves(pinned: TorchServe) -> None:
@@ -363,19 +354,13 @@ def test_a_workers_children_stay_in_its_slice_and_do_not_keep_its_lease(pinned: 
         os.kill(child, 9)
 
 
-def pack_workflow(directory: Path, specification: str, functions: str = "") -> Path:
-    """Make pair.war in ``directory``; return a model store that has the archives of its models."""
-    store = directory / "store"
-    store.mkdir()
-    for archive in (archives.facts("plain"), archives.facts("ours", handler=Handler.OURS)):
-        (store / archive.name).symlink_to(archive)
+def pack_workflow(directory: Path, name: str, specification: str) -> None:
     (directory / "spec.yaml").write_text(specification)
-    (directory / "functions.py").write_text(functions)  # the archiver wants the file even where no step is a function
-    archiver = [str(Path(sys.executable).with_name("torch-workflow-archiver")), "--workflow-name", "pair"]
+    (directory / "functions.py").write_text(FUNCTION)  # the archiver wants the file even where no step is a function
+    archiver = [str(Path(sys.executable).with_name("torch-workflow-archiver")), "--workflow-name", name]
     archiver += ["--spec-file", str(directory / "spec.yaml"), "--export-path", str(directory)]
     archiver += ["--handler", str(directory / "functions.py")]
     subprocess.run(archiver, check=True, capture_output=True)
-    return store
 
 
 FUNCTION = """
@@ -387,15 +372,27 @@ def before(data, context):
 """
 
 
-def test_a_function_of_a_workflow_owns_no_core_unless_it_asks(tmp_path: Path) -> None:
-    specification = WORKFLOW.replace("  first: [second]", "  before: [first]")
-    store = pack_workflow(tmp_path, specification, FUNCTION)
-    (tmp_path / "asks").mkdir()
-    pack_workflow(tmp_path / "asks", f"{specification}cpu: {{cores: 1}}\n", FUNCTION)
-    (tmp_path / "asks" / "pair.war").rename(tmp_path / "asks.war")
-    with TorchServe(properties={**PINNED, "workflow_store": tmp_path}, model_store=store) as server:
-        for name, asks in (("pair", False), ("asks", True)):
-            server.management("POST", "/workflows", {"url": f"{name}.war", "workflow_name": name})
+def test_workflows(tmp_path: Path) -> None:
+    """Steps own their slices; a function owns no core unless it asks."""
+    store = tmp_path / "store"
+    store.mkdir()
+    for archive in (archives.facts("plain"), archives.facts("ours", handler=Handler.OURS)):
+        (store / archive.name).symlink_to(archive)
+    before = WORKFLOW.replace("  first: [second]", "  before: [first]")
+    for name, specification in (("pair", WORKFLOW), ("function", before), ("asks", f"{before}cpu: {{cores: 1}}\n")):
+        pack_workflow(tmp_path, name, specification)
+    with TorchServe(properties={**PINNED, "workflow_store": tmp_path, "model_store": store}) as server:
+        server.management("POST", "/workflows", {"url": "pair.war"})
+        answer = json.loads(server.predict_workflow("pair", b"{}"))
+        held = leases(server)
+        assert held.keys() == {answer["pid"], answer["asked_by"]} == set(server.workers())
+        assert_bound(server, answer)
+        assert {entry["model"] for entry in server.cores()["slices"]} == {"pair__first", "pair__second"}
+        server.management("DELETE", "/workflows/pair")
+        assert eventually(lambda: not leases(server))
+
+        for name, asks in (("function", False), ("asks", True)):
+            server.management("POST", "/workflows", {"url": f"{name}.war"})
             model = json.loads(server.predict_workflow(name, b"{}"))
             function = model["asked_by"]
             (entry,) = [entry for entry in server.cores()["slices"] if entry["pid"] == function]
@@ -408,19 +405,6 @@ def test_a_function_of_a_workflow_owns_no_core_unless_it_asks(tmp_path: Path) ->
                 assert os.sched_getaffinity(function) == os.sched_getaffinity(0)
             server.management("DELETE", f"/workflows/{name}")
             assert eventually(lambda: not leases(server))
-
-
-def test_the_steps_of_a_workflow_own_their_slices(tmp_path: Path) -> None:
-    store = pack_workflow(tmp_path, WORKFLOW)
-    with TorchServe(properties={**PINNED, "workflow_store": tmp_path}, model_store=store) as server:
-        server.management("POST", "/workflows", {"url": "pair.war"})
-        answer = json.loads(server.predict_workflow("pair", b"{}"))
-        held = leases(server)
-        assert held.keys() == {answer["pid"], answer["asked_by"]} == set(server.workers())
-        assert_bound(server, answer)
-        assert {entry["model"] for entry in server.cores()["slices"]} == {"pair__first", "pair__second"}
-        server.management("DELETE", "/workflows/pair")
-        assert eventually(lambda: not leases(server))
 
 
 def test_workers_of_stock_handlers_under_torchrun_are_listed_as_unbound(pinned: TorchServe) -> None:

@@ -140,7 +140,7 @@ def main(seconds: float, parts: list[str]) -> None:
     for part in parts or ZOO:
         with torch.inference_mode():
             for name, model, example in ZOO[part]():
-                print(json.dumps(tried(name, model, example, worker, flicker, seconds)), flush=True)
+                print(json.dumps({"part": part, **tried(name, model, example, worker, flicker, seconds)}), flush=True)
 
 
 def tried(

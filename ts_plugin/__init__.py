@@ -4,5 +4,4 @@ For archives: ``ts_plugin.handlers`` (``CoreSliceHandler``, ``CoreSliceMixin`` a
 All else in this package is private and may change in any release; docs/installing.md lists what does not.
 """
 
-__all__ = ["__version__"]
 __version__ = "0.2.0"

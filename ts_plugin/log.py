@@ -13,8 +13,6 @@ from ts_plugin.machine.cpulist import format_cpulist
 if TYPE_CHECKING:
     import logging
 
-__all__ = ["debug", "say"]
-
 DEBUG = os.environ.get("TS_CORES_LOG", "").strip().lower() == "debug"
 
 

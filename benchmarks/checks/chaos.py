@@ -38,9 +38,10 @@ import psutil
 from benchmarks.checks import watch
 from benchmarks.harness import PLUGINS, archives
 from benchmarks.harness.cpuset import Cpuset
+from benchmarks.harness.server import TorchServe
 from ts_plugin.trial.client import RequestError, TorchServeError
 from ts_plugin.trial.properties import Property
-from ts_plugin.trial.torchserve import WORKER_SCRIPT, TorchServe
+from ts_plugin.trial.torchserve import WORKER_SCRIPT
 
 GRACE = 2.0  # seconds, the promise
 READ_BACK = 6.0  # seconds until a worker has looked at its own masks again

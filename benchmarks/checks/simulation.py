@@ -25,8 +25,6 @@ from typing import NamedTuple
 
 from ts_plugin.lending.gains import Gains
 
-__all__ = ["MORE", "Model", "Outcome", "catalogue", "main", "run"]
-
 MORE = 1.02  # of the times of slices alone that lending may take
 REGION = 0.0003  # seconds until a borrower looks again
 GRACE, SHORT_PAUSE, ASK_FROM = 0.001, 0.005, 0.01  # seconds, as in regions.c

@@ -19,7 +19,7 @@ from statistics import mean, median
 
 from benchmarks.checks.simulation import Model, run
 from benchmarks.harness import PLUGINS, archives
-from ts_plugin.trial.load import OpenLoop, percentile, poisson, take_turns
+from ts_plugin.trial.load import open_loop, percentile, poisson, take_turns
 from ts_plugin.trial.properties import Property
 from ts_plugin.trial.torchserve import TorchServe
 
@@ -53,8 +53,7 @@ def measure(workers: int, requests: int, loads: Sequence[float]) -> int:
             seconds = LEAD_IN + requests * alone / load / workers
             arrivals = poisson(load * workers / alone, seconds, seed=1)
             with ThreadPoolExecutor() as pool:
-                loops = [OpenLoop(url, b"{}", arrivals=arrivals) for url in urls]
-                answers = list(pool.map(lambda loop: loop.run(seconds), loops))  # noqa: B023 - ends in this turn
+                answers = list(pool.map(lambda url: open_loop(url, b"{}", arrivals), urls))  # noqa: B023 - ends in this turn
             failed += sum(not one.good for each in answers for one in each)
             times = [[1e3 * one.latency for one in each if one.due >= LEAD_IN and one.good] for each in answers]
             measured = [(mean(each), percentile(each, 99)) for each in times]

@@ -1,6 +1,6 @@
 """Score plans on captured machines: ts-cores next to TorchServe's own launcher, against what is true there.
 
-``./dev topologies [PLACE] [--json | --markdown]``: PLACE is a file like benchmarks/machines.txt, which is taken where
+``./dev topologies [PLACE] [--json]``: PLACE is a file like benchmarks/machines.txt, which is taken where
 none is given; kernel files are made from the facts in it. Or it is a directory of captures: ``json/NAME.json`` (the
 truth about a machine), ``sysfs/NAME.tar.xz`` (the kernel files that ts-cores reads) and ``lscpu/NAME.txt`` (what the
 other launcher reads); a directory ``derived`` of the same shape inside it is scored too. A case is one machine with one
@@ -35,24 +35,6 @@ from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.machine.discovery import read_allowance, read_topology
 from ts_plugin.planning.planner import Demand, Slice, plan
 from ts_plugin.planning.policy import Policy
-
-__all__ = [
-    "COLUMNS",
-    "WORKERS",
-    "Case",
-    "Machine",
-    "Place",
-    "Wish",
-    "fewest_boundaries",
-    "mixes",
-    "Slicer",
-    "cases",
-    "contest",
-    "machines",
-    "run_cpu",
-    "score",
-    "ts_cores",
-]
 
 WORKERS = (1, 2, 3, 4, 5, 8, 16)
 SEVERAL = "ts-cores, several models"
@@ -533,20 +515,11 @@ class _Fewest:
                     found[mix + other] = min(found.get(mix + other, cost + further), cost + further)
 
 
-def _table(totals: Mapping[str, Counter[str]], *, markdown: bool) -> str:
+def _table(totals: Mapping[str, Counter[str]]) -> str:
     names = list(totals)
-    rows = [["", *names]]
+    rows = [["", *names], ["---", *["---:"] * len(names)]]
     rows += [[caption, *(str(totals[name][key]) for name in names)] for key, caption in (_TOTALS | COLUMNS).items()]
-    if markdown:
-        rows.insert(1, ["---", *["---:"] * len(names)])
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -555,7 +528,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "place", type=Path, nargs="?", default=FILE, help="facts or captures, instead of benchmarks/machines.txt"
     )
     parser.add_argument("--json", action="store_true", help="print every case with its slices and counts")
-    parser.add_argument("--markdown", action="store_true", help="print the table of totals in Markdown")
     parser.add_argument("--arch", help="only machines of this architecture, such as x86_64")
     options = parser.parse_args(arguments)
     with_run_cpu = importlib.util.find_spec("torch") is not None
@@ -582,7 +554,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print()
         return 0
     print(f"{len(chosen)} machines, each with {', '.join(map(str, WORKERS))} workers\n")
-    print(_table(totals, markdown=options.markdown))
+    print(_table(totals))
     print(f"\nmisses of ts-cores: {len(findings)}", *findings, sep="\n")
     return 0
 

@@ -30,20 +30,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = [
-    "CHILD",
-    "IDLE",
-    "STRAY",
-    "UNFAIR",
-    "Look",
-    "Meetings",
-    "Thread",
-    "Worker",
-    "look",
-    "physical_cores",
-    "words",
-]
-
 HEAD, SLOTS, SLOT = 64, 1024, struct.Struct("=I8xiQ40x")  # of the words: user, PID, start time
 SLOT_OF_USER = (1 << 31) - 1  # the rest of ``user`` says whether it is inside a parallel region
 MEETING, COMPUTES = 4, 0.05  # looks; seconds

@@ -20,19 +20,6 @@ from ts_plugin.trial.store import cache_directory
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "ArchiveError",
-    "Handler",
-    "convolutions",
-    "facts",
-    "fetch_weights",
-    "load",
-    "photograph",
-    "resnet",
-    "sleeps",
-    "slow",
-]
-
 SEED = 20240229
 SOURCES = Path(__file__).parent / "models"
 HANDLERS = CHECKOUT / "handlers"
@@ -50,9 +37,7 @@ class Handler(StrEnum):
     ASYNC = "async"  # the same as a coroutine, for asyncCommunication
 
 
-def resnet(
-    name: str = "resnet18", *, handler: Handler = Handler.STOCK, weights: Path | None = None, cache: Path | None = None
-) -> Path:
+def resnet(name: str = "resnet18", *, handler: Handler = Handler.STOCK, weights: Path | None = None) -> Path:
     """Return the archive ``NAME.mar`` of a torchvision classifier as TorchScript, with ImageNet's class names.
 
     ``name`` is "resnet18", "resnet50", "mobilenet_v3_small", ...; ``weights`` a state dict from ``fetch_weights``, None
@@ -77,10 +62,10 @@ def resnet(
 
     variant = f"{handler}-hub" if weights else str(handler)
     source = (HANDLERS / "image_classifier.py").read_text() if handler is Handler.OURS else "image_classifier"
-    return _archive(name, variant, source, model=model, classes=classes, cache=cache)
+    return _archive(name, variant, source, model=model, classes=classes)
 
 
-def convolutions(*, cache: Path | None = None) -> Path:
+def convolutions() -> Path:
     """Return the archive of two convolutions that gain by more cores; its handler can fork: models/convolutions.py."""
 
     def model() -> torch.nn.Module:
@@ -89,55 +74,24 @@ def convolutions(*, cache: Path | None = None) -> Path:
         layers = [torch.nn.Conv2d(32, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(64, 32, 3, padding=1)]
         return torch.nn.Sequential(*layers)
 
-    return _archive("convolutions", "stock", _source("convolutions.py", Handler.STOCK), model=model, cache=cache)
+    return _archive("convolutions", "stock", _source("convolutions.py", Handler.STOCK), model=model)
 
 
-def slow(*, handler: Handler = Handler.STOCK, cache: Path | None = None) -> Path:
-    """Return the archive ``slow.mar``: each request is ResNet-18's forward pass for two seconds of one core."""
-
-    def model() -> torch.nn.Module:
-        import torchvision
-
-        made: torch.nn.Module = torchvision.models.get_model("resnet18", weights=None)
-        return made
-
-    return _archive("slow", str(handler), _source("slow.py", handler), model=model, cache=cache)
-
-
-def sleeps(*, cache: Path | None = None) -> Path:
+def sleeps() -> Path:
     """Return the archive ``sleeps.mar``: parallel regions that sleep instead of computing, see models/sleeps.py."""
-
-    def model() -> torch.nn.Module:
-        import torch
-
-        return torch.nn.Linear(1, 1)
-
-    return _archive("sleeps", "stock", _source("sleeps.py", Handler.STOCK), model=model, cache=cache)
+    return _archive("sleeps", "stock", _source("sleeps.py", Handler.STOCK), model=_trivial)
 
 
-def facts(
-    name: str = "facts",
-    *,
-    handler: Handler = Handler.STOCK,
-    config: str = "",
-    version: str = "1.0",
-    cache: Path | None = None,
-) -> Path:
+def facts(name: str = "facts", *, handler: Handler = Handler.STOCK, config: str = "", version: str = "1.0") -> Path:
     """Return an archive with a trivial model that answers with facts about its worker process: see models/facts.py.
 
     ``config`` is the text of its model-config.yaml.
     """
-
-    def model() -> torch.nn.Module:
-        import torch
-
-        return torch.nn.Linear(1, 1)
-
     source = _source("facts.py", handler)
-    return _archive(name, f"{handler}-{version}", source, model=model, config=config, version=version, cache=cache)
+    return _archive(name, f"{handler}-{version}", source, model=_trivial, config=config, version=version)
 
 
-def fetch_weights(name: str = "resnet18", *, timeout: float = 10.0, cache: Path | None = None) -> Path | None:
+def fetch_weights(name: str = "resnet18", *, timeout: float = 10.0) -> Path | None:
     """Return a file with torchvision's pretrained weights, downloading it once; None where the hub cannot be reached.
 
     ``timeout`` bounds connecting and every read, in seconds.
@@ -147,7 +101,7 @@ def fetch_weights(name: str = "resnet18", *, timeout: float = 10.0, cache: Path 
     import torchvision
 
     url: str = torchvision.models.get_model_weights(name).DEFAULT.url
-    file = (cache or cache_directory()) / "weights" / url.rsplit("/", 1)[1]
+    file = cache_directory() / "weights" / url.rsplit("/", 1)[1]
     if file.exists():
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +144,12 @@ def photograph() -> bytes:
     return Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg").read_bytes()
 
 
+def _trivial() -> torch.nn.Module:
+    import torch
+
+    return torch.nn.Linear(1, 1)
+
+
 def _archive(
     name: str,
     variant: str,
@@ -199,7 +159,6 @@ def _archive(
     classes: Callable[[], dict[str, str]] | None = None,
     config: str = "",
     version: str = "1.0",
-    cache: Path | None,
 ) -> Path:
     """Build ``CACHE/torch-VERSION/VARIANT/NAME.mar`` unless it is there; it appears complete or not at all.
 
@@ -207,7 +166,7 @@ def _archive(
     """
     import torch
 
-    folder = (cache or cache_directory()) / f"torch-{torch.__version__}" / variant
+    folder = cache_directory() / f"torch-{torch.__version__}" / variant
     mar, made_from = folder / f"{name}.mar", folder / f"{name}.py"
     recipe = f"{source}\n# {config!r}"
     if mar.exists() and made_from.exists() and made_from.read_text() == recipe:

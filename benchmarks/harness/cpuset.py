@@ -8,8 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["Cpuset"]
-
 PLACES = (Path("/sys/fs/cgroup/cpuset"), Path("/sys/fs/cgroup"))
 
 

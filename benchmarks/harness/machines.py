@@ -14,8 +14,6 @@ from benchmarks.harness.captures import in_memory
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Core, NumaNode, Topology
 
-__all__ = ["FILE", "Facts", "read"]
-
 FILE = CHECKOUT / "benchmarks" / "machines.txt"
 
 Groups = tuple[frozenset[int], ...]

@@ -12,10 +12,7 @@ from pathlib import Path
 from ts_plugin import __version__
 from ts_plugin.planning.planner import MOST_WORKERS
 
-__all__ = ["PlannedModel", "parse_arguments"]
-
 MOST_DIGITS = 18  # of a number: what is longer is a slip of the finger
-EVERY_WORKER = "list each worker, where there are so many that a model would have one line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--sys-root", type=_file, metavar="DIR", help="read DIR/sys and DIR/proc instead of this machine's"
     )
-    plan.add_argument("--svg", type=_file, metavar="FILE", help="write the picture to FILE; - is stdout")
-    plan.add_argument("--all", action="store_true", help=EVERY_WORKER)
-    plan.add_argument("--json", action="store_true", help="print JSON")
 
     show = command(
         "show",
@@ -126,12 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         "--server", type=_number(sys.maxsize), metavar="PID", help="only the workers of this TorchServe frontend"
     )
     show.add_argument("--watch", action="store_true", help="live, with the utilisation of every CPU; Ctrl-C ends it")
-    show.add_argument("--svg", type=_file, metavar="FILE", help="write the picture to FILE; - is stdout")
     show.add_argument(
         "--html", type=_file, metavar="FILE", help="write a web page to FILE; --watch keeps it up to date"
     )
-    show.add_argument("--all", action="store_true", help=EVERY_WORKER)
-    show.add_argument("--json", action="store_true", help="print JSON")
+    for drawing in (plan, show):
+        drawing.add_argument("--svg", type=_file, metavar="FILE", help="write the picture to FILE; - is stdout")
+        help = "list each worker, where there are so many that a model would have one line"
+        drawing.add_argument("--all", action="store_true", help=help)
 
     explain = command(
         "explain",
@@ -141,7 +136,6 @@ def _parser() -> argparse.ArgumentParser:
         "ts-cores explain 4711 --json",
     )
     explain.add_argument("who", metavar="PID|MODEL[:VERSION]", help="a worker, or all workers of a model")
-    explain.add_argument("--json", action="store_true", help="print JSON")
 
     doctor = command(
         "doctor",
@@ -155,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the file to examine; default: the one that a torchserve started here without --ts-config goes by",
     )
-    doctor.add_argument("--json", action="store_true", help="print JSON")
+    for printing in (plan, show, explain, doctor):
+        printing.add_argument("--json", action="store_true", help="print JSON")
 
     init = command(
         "init", "write a config.properties for a server of your own", "ts-cores init", "ts-cores init /etc/torchserve"

@@ -10,15 +10,10 @@ from ts_plugin.config.file import read_config
 from ts_plugin.config.properties import refused
 from ts_plugin.config.served import default_workers, describe, java_cpus, read_store, startup
 from ts_plugin.doctor.inspection import count_gpus, java_options
+from ts_plugin.errors import InputError
 from ts_plugin.machine.topology import Allowance
 from ts_plugin.machine.words import count
 from ts_plugin.planning.planner import MOST_WORKERS
-
-__all__ = ["ConfigError", "config_models"]
-
-
-class ConfigError(ValueError):
-    """No server would start workers with the file; the message starts with its path."""
 
 
 def config_models(path: Path, allowance: Allowance, *, here: bool) -> tuple[list[PlannedModel], list[str], str]:
@@ -27,7 +22,7 @@ def config_models(path: Path, allowance: Allowance, *, here: bool) -> tuple[list
     ``here``: it is this machine, whose GPUs and variables for Java count too.
 
     Raises:
-        ConfigError: the server would not start, or no worker would.
+        InputError: the server would not start, or no worker would.
         OSError: the file or its model store cannot be read.
     """
     config = read_config(path, os.environ)
@@ -36,9 +31,7 @@ def config_models(path: Path, allowance: Allowance, *, here: bool) -> tuple[list
     start = startup(config, read_store(config), cpus=cpus, gpus=gpus)
     reasons = [*config.errors, *(fault.what for fault in (*refused(config.properties), *start.refusals))]
     if reasons:
-        raise ConfigError(
-            f"{path}: no server starts with it: {reasons[0]}; `ts-cores doctor --config {path}` says more"
-        )
+        raise InputError(f"{path}: no server starts with it: {reasons[0]}; `ts-cores doctor --config {path}` says more")
     started = (served for served in start.served if served.workers > 0)
     models = [PlannedModel(served.model, served.workers, served.cores, served.share) for served in started]
     notes = list(describe(start.served))
@@ -49,5 +42,5 @@ def config_models(path: Path, allowance: Allowance, *, here: bool) -> tuple[list
     total = sum(model.workers for model in models)
     if not 0 < total <= MOST_WORKERS:
         what = f"it starts {total}, and a plan takes at most {MOST_WORKERS} workers" if total else "no worker starts"
-        raise ConfigError(f"{path}: {what}; correct default_workers_per_model, load_models or models")
+        raise InputError(f"{path}: {what}; correct default_workers_per_model, load_models or models")
     return models, notes, config.get("cpu_launcher_args")

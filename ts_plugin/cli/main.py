@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from ts_plugin.cli.arguments import PlannedModel, parse_arguments
+from ts_plugin.errors import CommandError, InputError
 from ts_plugin.ledger.directory import LedgerError
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.unbound import unbound_workers
@@ -34,22 +34,9 @@ from ts_plugin.view.core_map import core_map, lease_document, slice_document
 if TYPE_CHECKING:
     from ts_plugin.view.html import Ticks
 
-__all__ = ["main", "uneven"]
-
-APPROXIMATIONS = {"·": "-", "→": "->", "←": "<-", "…": "...", "×": "x", "✗": "x"} | dict(
-    zip("▁▂▃▄▅▆▇█", "12345678", strict=True)
-)
 # What a name promises that no option of ours writes.
 PICTURES = frozenset((".svg", ".html", ".htm", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"))
 LOOK_EVERY = 1.0  # seconds between two pictures of `show --watch`
-
-
-class CommandError(Exception):
-    """The command cannot do what was asked; the message is the one line that the user sees."""
-
-
-class InputError(CommandError):
-    """What was asked for makes no sense: a wrong option, or a file that is not what it should be."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,25 +67,15 @@ def _discard_output() -> None:
 
 
 def _open_streams() -> None:
-    """Let output go somewhere, and be an approximation where its encoding lacks a character: PYTHONIOENCODING=ascii.
+    """Let output go somewhere, with ``?`` for a character that its encoding lacks: PYTHONIOENCODING=ascii.
 
     A stream that is closed (``>&-``) is None. The next file that is opened would take its number.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    codecs.register_error("ts-cores", _approximate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="ts-cores")
-
-
-def _approximate(error: UnicodeError) -> tuple[str | bytes, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    letter = error.object[error.start]
-    if "\udc80" <= letter <= "\udcff":  # a byte of a file name that is no text
-        return bytes([ord(letter) & 0xFF]), error.start + 1
-    return APPROXIMATIONS.get(letter, "?"), error.start + 1
+            stream.reconfigure(errors="replace")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -106,13 +83,11 @@ def _plan(options: argparse.Namespace) -> int:
     quota = allowance.quota if options.quota is None else options.quota
     wanted, told, words = list(options.models), list[str](), ""
     if options.config:
-        from ts_plugin.cli.from_config import ConfigError, config_models
+        from ts_plugin.cli.from_config import config_models
 
         try:
             allowed = replace(allowance, quota=quota)
             more, told, words = config_models(options.config, allowed, here=options.sys_root is None)
-        except ConfigError as error:
-            raise InputError(str(error)) from error
         except OSError as error:
             raise InputError(f"{error.filename or options.config}: {error.strerror}") from error
         wanted += more
@@ -309,16 +284,13 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from ts_plugin.config.file import StrayFileError, default_config
+    from ts_plugin.config.file import default_config
     from ts_plugin.doctor.checks import examine
     from ts_plugin.doctor.finding import Severity, report
     from ts_plugin.doctor.inspection import inspect
 
     found = options.config is None and "TS_CONFIG_FILE" not in os.environ
-    try:
-        path = options.config or default_config()
-    except StrayFileError as error:
-        raise InputError(str(error)) from error
+    path = options.config or default_config()
     try:
         findings = examine(inspect(path, found=found))
     except FileNotFoundError as error:
@@ -340,11 +312,11 @@ def _doctor(options: argparse.Namespace) -> int:
 def _init(options: argparse.Namespace) -> int:
     import javaproperties
 
-    from ts_plugin.config.file import parse_config
+    from ts_plugin.config.file import built_plugin, parse_config
 
     target = (options.path / "config.properties" if options.path.is_dir() else options.path).absolute()
     paths = {
-        "plugins_path": _plugins(),
+        "plugins_path": built_plugin(),
         "model_store": target.parent / "model_store",
         "metrics_config": target.with_name("metrics.yaml"),  # a copy: workers do not start without it
     }
@@ -367,7 +339,7 @@ def _init(options: argparse.Namespace) -> int:
         with target.open("xb") as file:
             file.write(content)
         if not paths["metrics_config"].exists():
-            paths["metrics_config"].write_bytes(_plugins().with_name("metrics.yaml").read_bytes())
+            paths["metrics_config"].write_bytes(paths["plugins_path"].with_name("metrics.yaml").read_bytes())
     except FileExistsError:
         raise CommandError(f"{target}: exists already and is left as it is; name another file") from None
     except OSError as error:
@@ -381,37 +353,22 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from ts_plugin.trial.asked import TrialError
     from ts_plugin.tune.command import tune
 
-    try:
-        return tune(options)
-    except TrialError as error:
-        raise CommandError(str(error)) from error
+    return tune(options)
 
 
 def _compare(options: argparse.Namespace) -> int:
     from ts_plugin.compare.command import compare
-    from ts_plugin.trial.asked import TrialError
 
-    try:
-        return compare(options)
-    except TrialError as error:
-        raise CommandError(str(error)) from error
+    return compare(options)
 
 
 def _plugin_path(options: argparse.Namespace) -> int:
-    print(_plugins())
-    return 0
-
-
-def _plugins() -> Path:
     from ts_plugin.config.file import built_plugin
 
-    try:
-        return built_plugin()
-    except FileNotFoundError as error:
-        raise CommandError(str(error)) from error
+    print(built_plugin())
+    return 0
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {

@@ -24,21 +24,31 @@ from ts_plugin.compare.machine import describe
 from ts_plugin.compare.picture import picture
 from ts_plugin.compare.report import machine, notes, table, verdict
 from ts_plugin.compare.ways import BETWEEN, DELAYS, PER_WORKER, Way, configured, contender, plan, workers_of
-from ts_plugin.config.file import Config
-from ts_plugin.machine import discovery, process
+from ts_plugin.config.file import Config, read_config
+from ts_plugin.errors import CommandError
+from ts_plugin.machine import process
 from ts_plugin.machine.words import count
 from ts_plugin.trial.ab import ab
 from ts_plugin.trial.alone import alone, require_quiet
-from ts_plugin.trial.asked import Model, TrialError, asked_config, asked_models
+from ts_plugin.trial.asked import Model, asked_models
 from ts_plugin.trial.bare import Bare, BareError, Binding, explained
 from ts_plugin.trial.client import TorchServeError
 from ts_plugin.trial.load import LoadError
 from ts_plugin.trial.progress import Show
-from ts_plugin.trial.room import Room, RoomError, find_room
+from ts_plugin.trial.room import Room, find_room, free_memory
 from ts_plugin.trial.store import Store, key, where
-from ts_plugin.trial.turns import FRONTEND, LEAD_IN, USABLE_MEMORY, Contender, Load, Tell, Turns, packed, rounds_of
-
-__all__ = ["compare"]
+from ts_plugin.trial.turns import (
+    FRONTEND,
+    LEAD_IN,
+    USABLE_MEMORY,
+    Contender,
+    Load,
+    Tell,
+    Turns,
+    complete,
+    packed,
+    rounds_of,
+)
 
 A_SERVER = 12.0  # seconds that starting one takes, as long as none was started
 WRAPPED = 400 << 20  # bytes more that each worker takes behind TorchServe's launcher: an interpreter with torch
@@ -58,30 +68,25 @@ def compare(options: argparse.Namespace) -> int:
     """Run the command: 0, or 1 if no verdict could be had, 130 if it was interrupted.
 
     Raises:
-        TrialError: and why.
+        CommandError, OSError: and why.
     """
     if options.show:
         try:
-            found = Comparison.from_json(options.show.read_text(encoding="utf-8"))
+            found = Comparison.from_json(options.show.read_bytes())
         except FormatError as error:
-            raise TrialError(f"{options.show}: {error}") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise TrialError(f"{options.show}: {getattr(error, 'strerror', None) or 'no text'}") from error
+            raise CommandError(f"{options.show}: {error}") from error
         return _report(found, options.out or options.show, kept=False)
     if options.demo:
         archive, body = demonstration(options.demo)
         options.archives, options.body = [archive], options.body or [str(body)]
-    models, config = asked_models(options), asked_config(options.config)
+    models, config = asked_models(options), read_config(options.config, os.environ) if options.config else None
     if options.client == "ab" and shutil.which("ab") is None:
-        raise TrialError("--client ab: ab is not installed: apt-get install apache2-utils")
+        raise CommandError("--client ab: ab is not installed: apt-get install apache2-utils")
     out = options.out or Path(f"compare-{models[0].archive.model}.json")
     if out.suffix == ".svg" or out.is_dir() or not os.access(out.parent, os.W_OK):  # said before minutes of measuring
-        raise TrialError(f"{out}: cannot be written, or is the picture's name; name another with --out FILE.json")
+        raise CommandError(f"{out}: cannot be written, or is the picture's name; name another with --out FILE.json")
     with alone("compare") as cache:
-        try:
-            room = find_room(anyway=options.anyway)
-        except RoomError as error:
-            raise TrialError(str(error)) from error
+        room = find_room(anyway=options.anyway)
         busy = require_quiet(room.cpus, anyway=options.anyway)
         os.sched_setaffinity(0, room.cpus)  # what we start inherits it
         store = _store(cache, models, room, options)
@@ -95,43 +100,41 @@ def compare(options: argparse.Namespace) -> int:
             print("ts-cores: interrupted; the same command goes on from here", file=sys.stderr)
             interrupted = True
         except (TorchServeError, LoadError) as error:
-            raise TrialError(f"the real server does not serve: {error}") from error
+            raise CommandError(f"the real server does not serve: {error}") from error
         found = run.found(interrupted=interrupted)
     if not found.rounds:
         if interrupted:
             return 130
         told = "; ".join(f"{way}: {server.error}" for way, server in found.servers.items() if server.error)
-        raise TrialError(f"nothing could be measured: {told or 'no server answered'}")
+        raise CommandError(f"nothing could be measured: {told or 'no server answered'}")
     status = _report(found, out, kept=True)
     return 130 if interrupted else status
 
 
+@dataclasses.dataclass
 class _Run:
-    def __init__(
-        self, models: Sequence[Model], config: Config | None, room: Room, store: Store, options: argparse.Namespace
-    ) -> None:
-        self._models = models
-        self._config = config
-        self._room = room
-        self._store = store
-        self._options = options
-        self._workers: list[int] = store.get("workers", [])
-        self._contenders: dict[Way, Contender] = {}
+    models: Sequence[Model]
+    config: Config | None
+    room: Room
+    store: Store
+    options: argparse.Namespace
+    workers: list[int] = dataclasses.field(default_factory=list, init=False)
+    contenders: dict[Way, Contender] = dataclasses.field(default_factory=dict, init=False)
 
     def measure(self) -> None:
         """Measure what the store does not have yet.
 
         Raises:
-            TrialError: an archive cannot be loaded or rejects its body, or there is no memory for one server.
+            CommandError: an archive cannot be loaded or rejects its body, or there is no memory for one server.
         """
-        end = time.monotonic() + self._options.minutes * 60
-        with Show(1, self._options.minutes * 60) as show:
+        end = time.monotonic() + self.options.minutes * 60
+        with Show(1, self.options.minutes * 60) as show:
             with show.stage("trying the archive", START) as stage:
                 costs = []
-                for model in self._models:
+                for model in self.models:
                     stage.tell(model.archive.path.name, stage.seconds)
                     costs.append(self._cost(model))
-            limit = int(USABLE_MEMORY * (discovery.read_free_memory() or sys.maxsize))
+            limit = int(USABLE_MEMORY * free_memory())
             self._divide(costs, limit)
             with show.stage("comparing", MEASURE) as stage:
                 self._compare(costs, limit, end, stage.tell, show.note)
@@ -139,48 +142,48 @@ class _Run:
     def _cost(self, model: Model) -> Cost:
         """Load the archive in a process without a server: what is wrong with it is said in a few seconds."""
         name = f"cost {model.archive.model}"
-        if name not in self._store:
-            binding = Binding(tuple(sorted(self._room.cpus)), self._room.cores)
+        if name not in self.store:
+            binding = Binding(tuple(sorted(self.room.cpus)), self.room.cores)
             try:
                 with Bare(model.archive.path, model.body.content, [binding], content_type=model.body.type) as bare:
                     took = bare.work(0.5, fewest=3)
                     first, further = process.memory(bare.pids[0]) or (0, 0)
             except BareError as error:
-                raise TrialError(explained(model.archive, error)) from error
-            self._store.set(name, [first, further, min(took)])
-        return Cost(*self._store.get(name))
+                raise CommandError(explained(model.archive, error)) from error
+            self.store.set(name, [first, further, min(took)])
+        return Cost(*self.store.get(name))
 
     def _divide(self, costs: Sequence[Cost], limit: int) -> None:
         """Decide on the workers of each model, and so on the servers.
 
         Raises:
-            TrialError: they do not fit into memory.
+            CommandError: they do not fit into memory.
         """
-        archives = [model.archive for model in self._models]
-        asked = self._options.workers
-        workers = self._workers or workers_of(archives, self._config, asked, self._room.cores)
+        archives = [model.archive for model in self.models]
+        asked = self.options.workers
+        workers: list[int] = self.store.get("workers") or workers_of(archives, self.config, asked, self.room.cores)
         while (needed := _bytes(costs, workers)) > limit:
             if asked or max(workers) == 1:
-                raise TrialError(
+                raise CommandError(
                     f"a server with {count(sum(workers), 'worker')} needs {needed >> 20} MiB, and {limit >> 20} MiB "
                     "may be used; free some memory, or give fewer --workers"
                 )
             workers = [max(number - 1, 1) for number in workers]
-        self._workers = workers
-        self._store.set("workers", workers)
+        self.workers = workers
+        self.store.set("workers", workers)
         settings = tuple(
             {"minWorkers": number, "maxWorkers": number}
-            | {name: value for name, value in configured(archive, self._config).items() if name in DELAYS}
+            | {name: value for name, value in configured(archive, self.config).items() if name in DELAYS}
             for archive, number in zip(archives, workers, strict=True)
         )
-        threads = max(self._room.cores // sum(workers), 1)
-        self._contenders = {way: contender(way, settings, threads=threads, config=self._config) for way in Way}
+        threads = max(self.room.cores // sum(workers), 1)
+        self.contenders = {way: contender(way, settings, threads=threads, config=self.config) for way in Way}
 
     def _compare(self, costs: Sequence[Cost], limit: int, end: float, tell: Tell, note: Callable[[str], None]) -> None:
         ways, sizes = self._possible(costs, limit, note)
         loads = self._loads()
         if loads and all(self._complete(way, loads) for way in ways):
-            note(f"measured before, {self._store.get('when')} UTC; --fresh measures again")
+            note(f"measured before, {self.store.get('when')} UTC; --fresh measures again")
             return
         request = max(cost.request for cost in costs)
         started: list[float] = []  # how long each start took
@@ -189,13 +192,13 @@ class _Run:
             note(f"memory for {len(groups[0])} servers at once: the others come after them, further apart in time")
         for number, group in enumerate(groups):
             with Turns(
-                self._models,
-                store=self._store,
-                clients=[PER_WORKER * workers for workers in self._workers],
-                cpus=self._room.cpus,
+                self.models,
+                store=self.store,
+                clients=[PER_WORKER * workers for workers in self.workers],
+                cpus=self.room.cpus,
                 tell=tell,
                 note=note,
-                closed=ab if self._options.client == "ab" else None,
+                closed=ab if self.options.client == "ab" else None,
                 timeout=min(max((end - time.monotonic()) / 3, 60.0), 180.0),
             ) as turns:
                 for way in group:
@@ -203,7 +206,7 @@ class _Run:
                         continue
                     left, each = end - time.monotonic(), statistics.fmean(started or [A_SERVER])
                     if not loads and len(started) > 1 and left < each + self._shortest(len(started) + 1, request):
-                        note(f"{way}: not measured, --minutes {self._options.minutes:g} has no time for it")
+                        note(f"{way}: not measured, --minutes {self.options.minutes:g} has no time for it")
                         ways.remove(way)
                         continue
                     tell(f"starting the server: {way}", left)
@@ -213,28 +216,28 @@ class _Run:
                 if not loads:
                     later = sum(len(group) for group in groups[number + 1 :])
                     left = end - time.monotonic() - statistics.fmean(started) * later
-                    loads = plan(left, max(len(turns.servers) + later, 1), self._workers, request=request)
-                    self._store.set("loads", [dataclasses.asdict(load) for load in loads])
-                    self._store.set("ways", ways)
-                    self._store.set("when", time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
+                    loads = plan(left, max(len(turns.servers) + later, 1), self.workers, request=request)
+                    self.store.set("loads", [dataclasses.asdict(load) for load in loads])
+                    self.store.set("ways", ways)
+                    self.store.set("when", time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
                 now = time.monotonic()
                 deadline = now + (end - now) / (len(groups) - number)
-                turns.measure([self._contenders[way] for way in group], loads, deadline=deadline, essential=2)
+                turns.measure([self.contenders[way] for way in group], loads, deadline=deadline, essential=2)
                 for way in group:
-                    if self._options.pictures and str(way) in turns.servers and f"inside {way}" not in self._store:
+                    if self.options.pictures and str(way) in turns.servers and f"inside {way}" not in self.store:
                         tell(f"looking inside {way}", inside.SECONDS)
-                        self._store.set(f"inside {way}", self._inside(turns, way))
+                        self.store.set(f"inside {way}", self._inside(turns, way))
 
     def _possible(
         self, costs: Sequence[Cost], limit: int, note: Callable[[str], None]
     ) -> tuple[list[Way], dict[Way, int]]:
         """Return the ways that can run here, and the bytes of each one's server; the others are refused."""
-        ways = [Way(way) for way in self._store.get("ways", list(Way))]
-        sizes = dict.fromkeys(ways, _bytes(costs, self._workers))
-        most, cores = max(self._workers), len(self._room.topology.cores)
+        ways = [Way(way) for way in self.store.get("ways", list(Way))]
+        sizes = dict.fromkeys(ways, _bytes(costs, self.workers))
+        most, cores = max(self.workers), len(self.room.topology.cores)
         why = {}
         if Way.LAUNCHER in sizes:
-            sizes[Way.LAUNCHER] += WRAPPED * sum(self._workers)
+            sizes[Way.LAUNCHER] += WRAPPED * sum(self.workers)
             if most > cores:  # every worker dies, again and again
                 why[Way.LAUNCHER] = f"it needs a core for each worker: {most} workers, {cores} cores"
         for way, size in sizes.items():
@@ -242,79 +245,75 @@ class _Run:
                 why[way] = f"it needs {size >> 20} MiB, and {limit >> 20} MiB may be used"
         for way, reason in why.items():
             note(f"{way}: {reason}")
-            self._store.set(f"server {way}", {"error": reason})
+            self.store.set(f"server {way}", {"error": reason})
         return [way for way in ways if way not in why], sizes
 
     def _inside(self, turns: Turns, way: Way) -> dict[str, Any]:
-        load = threading.Thread(target=turns.full_load, args=(self._contenders[way], inside.SECONDS), daemon=True)
+        load = threading.Thread(target=turns.full_load, args=(self.contenders[way], inside.SECONDS), daemon=True)
         load.start()
         time.sleep(LEAD_IN)
-        cores = self._room.topology.cores
-        node_of = {cpu: core.node for core in cores for cpu in core.cpus if cpu in self._room.cpus}
+        cores = self.room.topology.cores
+        node_of = {cpu: core.node for core in cores for cpu in core.cpus if cpu in self.room.cpus}
         try:
             return inside.look(sorted(turns.servers[way].workers()), node_of)
         finally:
             load.join()
 
     def _loads(self) -> tuple[Load, ...]:
-        return tuple(map(Load.from_json, self._store.get("loads", ())))
+        return tuple(map(Load.from_json, self.store.get("loads", ())))
 
     def _shortest(self, contenders: int, request: float) -> float:
         """Return the seconds that the shortest run with a spread takes."""
-        loads = plan(0.0, contenders, self._workers, request=request)
+        loads = plan(0.0, contenders, self.workers, request=request)
         return 2 * contenders * sum(LEAD_IN + BETWEEN + load.seconds for load in loads)
 
     def _complete(self, way: Way, loads: Sequence[Load]) -> bool:
-        contender = self._contenders[way]
-        if self._options.pictures and f"inside {way}" not in self._store:
-            return False
-        return all(len(list(rounds_of(self._store, [contender], [load.name]))) >= load.repetitions for load in loads)
+        looked = not self.options.pictures or f"inside {way}" in self.store
+        return looked and complete(self.store, self.contenders[way], loads)
 
     def _start(self, turns: Turns, way: Way) -> None:
-        if not turns.start(self._contenders[way]):
-            self._store.set(f"server {way}", {"error": turns.trouble[way]})
+        if not turns.start(self.contenders[way]):
+            self.store.set(f"server {way}", {"error": turns.trouble[way]})
             return
         server = turns.servers[way]
-        memory = sum(found[0] for one in server.tree() if (found := process.memory(one.pid)))
+        memory = sum(found[0] for one in server.processes() if (found := process.memory(one.pid)))
         about = Server(round(server.ready_seconds or 0.0, 1), memory >> 20)
-        self._store.set(f"server {way}", dataclasses.asdict(about))
+        self.store.set(f"server {way}", dataclasses.asdict(about))
 
     def found(self, *, interrupted: bool) -> Comparison:
         loads = self._loads()
-        rounds = tuple(rounds_of(self._store, self._contenders.values(), [load.name for load in loads]))
-        servers = {
-            str(way): Server(**self._store.get(f"server {way}")) for way in Way if f"server {way}" in self._store
-        }
+        rounds = tuple(rounds_of(self.store, self.contenders.values(), [load.name for load in loads]))
+        servers = {str(way): Server(**self.store.get(f"server {way}")) for way in Way if f"server {way}" in self.store}
         settings = {
             "ts_cores": __version__,
-            "archives": [model.archive.path.name for model in self._models],
-            "bodies": [{"bytes": len(model.body.content), "type": model.body.type} for model in self._models],
-            "workers": self._workers,
-            "batch": [self._batch(model) for model in self._models],
-            "minutes": self._options.minutes,
-            "client": self._options.client,
+            "archives": [model.archive.path.name for model in self.models],
+            "bodies": [{"bytes": len(model.body.content), "type": model.body.type} for model in self.models],
+            "workers": self.workers,
+            "batch": [self._batch(model) for model in self.models],
+            "minutes": self.options.minutes,
+            "client": self.options.client,
             "config": self._kept(),
-            "when": self._store.get("when"),
+            "when": self.store.get("when"),
         }
         return Comparison(
-            machine=describe(self._room),
+            machine=describe(self.room),
             settings=settings,
-            models=tuple(model.archive.model for model in self._models),
+            models=tuple(model.archive.model for model in self.models),
             loads=loads,
             servers=servers,
             rounds=rounds,
-            busy_before=self._store.get("busy", 0.0),
+            busy_before=self.store.get("busy", 0.0),
             interrupted=interrupted,
-            inside={way: seen for way in Way if (seen := self._store.get(f"inside {way}"))},
+            inside={way: seen for way in Way if (seen := self.store.get(f"inside {way}"))},
         )
 
     def _batch(self, model: Model) -> int:
-        said = configured(model.archive, self._config) | dict(model.archive.settings)
+        said = configured(model.archive, self.config) | dict(model.archive.settings)
         return int(said.get("batchSize", 1))
 
     def _kept(self) -> Mapping[str, str]:
         """Return what all ways had of the user's config.properties."""
-        launcher = self._contenders.get(Way.LAUNCHER)
+        launcher = self.contenders.get(Way.LAUNCHER)
         properties = {} if launcher is None else launcher.properties
         return {name: str(value) for name, value in properties.items() if value is not None}
 
@@ -348,7 +347,7 @@ def _report(found: Comparison, out: Path, *, kept: bool) -> int:
             draft.write_text(text, encoding="utf-8")
             draft.replace(file)
         except OSError as error:
-            raise TrialError(f"{file}: {error.strerror}; name another with --out FILE") from error
+            raise CommandError(f"{file}: {error.strerror}; name another with --out FILE") from error
         finally:
             draft.unlink(missing_ok=True)
         console.print(f"written: {file}", soft_wrap=True, markup=False)

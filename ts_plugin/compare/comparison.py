@@ -14,8 +14,6 @@ from ts_plugin.trial.load import percentile
 from ts_plugin.trial.spread import Spread, ratio, spread_of
 from ts_plugin.trial.turns import Load, Round, Sample
 
-__all__ = ["Comparison", "FormatError", "Server"]
-
 FORMAT = 1
 
 
@@ -53,7 +51,7 @@ class Comparison:
         return json.dumps({"ts_cores_comparison": FORMAT} | dataclasses.asdict(self)) + "\n"
 
     @staticmethod
-    def from_json(text: str) -> Comparison:
+    def from_json(text: str | bytes) -> Comparison:
         """Return what ``to_json`` wrote.
 
         Raises:

@@ -9,10 +9,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from ts_plugin.trial.asked import TrialError
+from ts_plugin.errors import CommandError
 from ts_plugin.trial.store import cache_directory
-
-__all__ = ["demonstration"]
 
 SEED = 20240229
 
@@ -21,7 +19,7 @@ def demonstration(name: str) -> tuple[Path, Path]:
     """Return ``NAME.mar`` with random weights and TorchServe's image_classifier, and a JPEG file; both are made once.
 
     Raises:
-        TrialError: torchvision is not installed, or has no such model.
+        CommandError: torchvision is not installed, or has no such model.
     """
     cache = cache_directory() / "demo"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))  # else importing it leaves one in TMPDIR
@@ -30,7 +28,7 @@ def demonstration(name: str) -> tuple[Path, Path]:
         import torchvision
         from PIL import Image
     except ImportError as error:
-        raise TrialError(f"--demo needs torchvision ({error}): pip install torchvision captum") from error
+        raise CommandError(f"--demo needs torchvision ({error}): pip install torchvision captum") from error
     folder = cache / f"torch-{torch.__version__}"
     archive, body = folder / f"{name}.mar", folder / "picture.jpg"
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +40,7 @@ def demonstration(name: str) -> tuple[Path, Path]:
     try:
         model = torchvision.models.get_model(name, weights=None).eval()
     except ValueError as error:
-        raise TrialError(f"--demo {name}: torchvision has no such model; resnet18 and resnet50 are two") from error
+        raise CommandError(f"--demo {name}: torchvision has no such model; resnet18 and resnet50 are two") from error
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = Path(scratch, "model.pt")
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # TorchServe serves TorchScript
@@ -52,6 +50,6 @@ def demonstration(name: str) -> tuple[Path, Path]:
         command = [sys.executable, "-m", "model_archiver.model_packaging", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise TrialError(f"torch-model-archiver: exit status {done.returncode}: {done.stderr.strip()}")
+            raise CommandError(f"torch-model-archiver: exit status {done.returncode}: {done.stderr.strip()}")
         Path(scratch, archive.name).replace(archive)
     return archive, body

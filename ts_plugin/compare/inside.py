@@ -14,8 +14,6 @@ from ts_plugin.machine import cpu_time, process
 from ts_plugin.trial.spread import figure
 from ts_plugin.view.tiles import text_at
 
-__all__ = ["SECONDS", "drawn", "look", "remote_share"]
-
 SAMPLES, EVERY = 20, 0.25  # of every CPU and thread, and seconds between two
 PROFILE = 3.0  # seconds of each of perf's two looks
 SECONDS = SAMPLES * EVERY + 2 * PROFILE + 3.0  # that a server is under load for it

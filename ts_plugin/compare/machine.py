@@ -17,8 +17,6 @@ import psutil
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.trial.room import Room
 
-__all__ = ["describe"]
-
 TUNING = ("OMP_", "KMP_", "GOMP_", "MKL_", "LD_PRELOAD", "MALLOC_")  # every way inherits these
 PACKAGES = ("ts-cores", "torch", "torchvision", "torchserve", "numpy")
 

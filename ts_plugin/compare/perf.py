@@ -9,8 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["Unavailable", "core_bound", "parse_core_bound", "parse_spinning", "spinning"]
-
 # Time inside an OpenMP runtime's own code is waiting at barriers: the work that it runs lies in other libraries.
 OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b")
 YIELD = re.compile(r"sched_yield")

@@ -12,8 +12,6 @@ from ts_plugin.trial.spread import Spread, figure
 from ts_plugin.trial.turns import FULL
 from ts_plugin.view.tiles import text_at
 
-__all__ = ["picture"]
-
 # Okabe and Ito's colours with marks that say the same once more. Source: https://jfly.uni-koeln.de/color/
 LOOKS = {
     Way.DEFAULT: ("#8a8a8a", "square"),

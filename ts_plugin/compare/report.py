@@ -13,8 +13,6 @@ from ts_plugin.machine.words import count
 from ts_plugin.trial.spread import Spread, figure
 from ts_plugin.trial.turns import FULL
 
-__all__ = ["machine", "notes", "table", "verdict"]
-
 NOISE = 0.03  # a ratio whose spread comes so near to 1 says nothing
 LOUD = 0.15  # of the CPUs that others used in the loudest round
 

@@ -13,20 +13,6 @@ from ts_plugin.trial.asked import KEPT
 from ts_plugin.trial.properties import Property
 from ts_plugin.trial.turns import CPUS_ONLY, FULL, LEAD_IN, STOCK, Contender, Load, ours
 
-__all__ = [
-    "BETWEEN",
-    "DELAYS",
-    "ONE",
-    "PER_WORKER",
-    "UNEVEN",
-    "Way",
-    "configured",
-    "contender",
-    "plan",
-    "share_name",
-    "workers_of",
-]
-
 ONE, UNEVEN = "one request at a time", "all load on the first"
 SHARES = (0.2, 0.5, 0.8)
 PER_WORKER = 4  # clients under full load
@@ -54,7 +40,7 @@ def contender(way: Way, settings: tuple[Mapping[str, Any], ...], *, threads: int
     alone: a handler of ours binds nothing there.
 
     Raises:
-        TorchServeError: the plug-in was not built.
+        CommandError: the plug-in was not built.
     """
     kept: dict[str, Property | None] = dict(CPUS_ONLY)
     arguments = ""

@@ -17,9 +17,8 @@ import javaproperties
 
 from ts_plugin.config.gson import java_int
 from ts_plugin.config.properties import VARIABLES, on
+from ts_plugin.errors import CommandError, InputError
 from ts_plugin.ledger.unbound import JAR
-
-__all__ = ["PLUGIN", "Config", "StrayFileError", "built_plugin", "default_config", "parse_config", "read_config"]
 
 PLUGIN = Path(__file__).resolve().parents[1] / "frontend"  # for plugins_path
 
@@ -33,11 +32,11 @@ def built_plugin() -> Path:
     """Return the directory for plugins_path.
 
     Raises:
-        FileNotFoundError: the plug-in's jar was not built; the message has the remedy.
+        CommandError: the plug-in's jar was not built.
     """
     if not (PLUGIN / JAR).is_file():
         remedy = "build it with a JDK, 11 or newer: pip install . in the checkout"
-        raise FileNotFoundError(f"{PLUGIN}/{JAR}: not there; {remedy}")
+        raise CommandError(f"{PLUGIN}/{JAR}: not there; {remedy}")
     return PLUGIN
 
 
@@ -45,12 +44,14 @@ def built_plugin() -> Path:
 class Config:
     """The properties that TorchServe finds.
 
-    ``errors`` say why it would not start with this file or would not find a line of it.
+    ``errors`` say why it would not start with this file or would not find a line of it, ``variables`` which TS_*
+    variables go before it.
     """
 
     path: Path
     properties: Mapping[str, str]
     errors: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
 
     def get(self, name: str, default: str = "") -> str:
         return self.properties.get(name, default)
@@ -67,7 +68,7 @@ def default_config() -> Path | None:
     Source: org.pytorch.serve.util.ConfigManager (its constructor); tests/test_verdict.py asks it.
 
     Raises:
-        StrayFileError: TorchServe ends at a file that lies among its snapshots.
+        InputError: TorchServe ends at a file that lies among its snapshots.
     """
     named = os.environ.get("TS_CONFIG_FILE")
     if named is not None:
@@ -76,17 +77,13 @@ def default_config() -> Path | None:
     return path if path.is_file() else None
 
 
-class StrayFileError(ValueError):
-    """A file lies among snapshots that has no date in its name."""
-
-
 def _newest_snapshot() -> Path | None:
     """Return what has the latest date in its name. Source: FSSnapshotSerializer (getLastSnapshot, getSnapshotTime)."""
     directory = Path(f"{os.environ.get('LOG_LOCATION', 'logs')}/config")
     files = sorted(file for file in directory.iterdir() if not file.is_dir()) if directory.is_dir() else []
     for file in files if len(files) > 1 else ():
         if not DATED.match(file.name):
-            raise StrayFileError(
+            raise InputError(
                 f"{file}: its name begins with no date as those of snapshots do, so a torchserve started here without "
                 f"--ts-config ends with a NullPointerException; move the file elsewhere"
             )
@@ -121,13 +118,12 @@ def parse_config(path: Path, content: bytes, environment: Mapping[str, str]) -> 
         unset = [variable for variable in VARIABLE.findall(value) if variable not in environment]
         errors += [f"{name}: the variable {variable} is not set; export {variable}=..." for variable in unset]
         properties[name] = VARIABLE.sub(lambda match: environment.get(match[1], match[0]), value)
-    variables = {}
-    if on(properties, "enable_envvars_config"):
-        variables = {VARIABLES[name]: value for name, value in environment.items() if name in VARIABLES}
-        if not on(properties, "use_env_allowed_urls"):
-            variables.pop("allowed_urls", None)
+    variables = environment.keys() & VARIABLES.keys() if on(properties, "enable_envvars_config") else set()
+    variables -= {f"TS_{name.upper()}" for name in OF_THE_COMMAND}
+    if not on(properties, "use_env_allowed_urls"):
+        variables.discard("TS_ALLOWED_URLS")
     gpus = properties.get("number_of_gpu", "0")
-    if "number_of_gpu" in variables and java_int(gpus) is None:  # the file's own is read before the variable's
+    if "TS_NUMBER_OF_GPU" in variables and java_int(gpus) is None:  # the file's own is read before the variable's
         errors.append(f"number_of_gpu={gpus!r} is no whole number that Java reads")
     try:
         seen = _as_the_command_reads(content.decode())
@@ -140,13 +136,13 @@ def parse_config(path: Path, content: bytes, environment: Mapping[str, str]) -> 
             for name in OF_THE_COMMAND
             if name in properties and name not in seen
         ]
-    properties |= variables
+    properties |= {VARIABLES[name]: environment[name] for name in variables}
     for name in OF_THE_COMMAND:
         if name in seen:
             properties[name] = seen[name]
         else:
             properties.pop(name, None)
-    return Config(path, properties, tuple(errors))
+    return Config(path, properties, tuple(errors), tuple(sorted(variables)))
 
 
 def _as_the_command_reads(text: str) -> dict[str, str]:

@@ -10,8 +10,6 @@ import re
 from decimal import Decimal
 from typing import Any
 
-__all__ = ["GsonError", "Number", "Pairs", "as_int", "java_int", "model_map", "parse", "strict"]
-
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 WORD = re.compile(r"[^/\\;#=\t\n\f\r {}\[\]:,]+")
 SPACE = re.compile(r"[ \t\r\n]+|/\*.*?\*/|(?://|#)[^\r\n]*", re.DOTALL)
@@ -72,12 +70,9 @@ class _Reader:
 
     def value(self) -> Any:
         letter = self._next()
-        if letter == "{":
+        if letter in "{[":
             self.at += 1
-            return self._object()
-        if letter == "[":
-            self.at += 1
-            return self._array()
+            return self._object() if letter == "{" else self._array()
         if letter in "'\"":
             return self._quoted()
         word = self._word("a value")
@@ -85,38 +80,35 @@ class _Reader:
             return KEYWORDS[word.lower()]
         return Number(word) if NUMBER.fullmatch(word) else word
 
+    def _take(self, letters: str, problem: str) -> str:
+        """Take the next letter that is no space, which must be one of these."""
+        if self._next() not in letters:
+            raise GsonError(problem)
+        self.at += 1
+        return self.text[self.at - 1]
+
     def _object(self) -> Pairs:
         pairs = Pairs()
-        while True:
-            letter = self._next()
-            if letter == "}" and not pairs:
-                self.at += 1
-                return pairs
-            name = self._quoted() if letter in "'\"" else self._word("a name")
-            if self._next() not in ":=":
-                raise GsonError(f"there is no ':' behind {name!r}")
-            self.at += 2 if self.text.startswith("=>", self.at) else 1
-            pairs.append((name, self.value()))
-            letter = self._next()
+        if self._next() == "}":
             self.at += 1
-            if letter == "}":
+            return pairs
+        while True:
+            name = self._quoted() if self._next() in "'\"" else self._word("a name")
+            if self._take(":=", f"there is no ':' behind {name!r}") == "=" and self.text.startswith(">", self.at):
+                self.at += 1
+            pairs.append((name, self.value()))
+            if self._take(",;}", f"there is no ',' or '}}' behind the value of {name!r}") == "}":
                 return pairs
-            if letter not in ",;":
-                raise GsonError(f"there is no ',' or '}}' behind the value of {name!r}")
 
     def _array(self) -> list[Any]:
+        elements: list[Any] = []
         if self._next() == "]":
             self.at += 1
-            return []
-        elements: list[Any] = []
+            return elements
         while True:
             elements.append(None if self._next() in ",;]" else self.value())
-            letter = self._next()
-            self.at += 1
-            if letter == "]":
+            if self._take(",;]", "there is no ',' or ']' behind an element of a list") == "]":
                 return elements
-            if letter not in ",;":
-                raise GsonError("there is no ',' or ']' behind an element of a list")
 
     def _word(self, wanted: str) -> str:
         word = WORD.match(self.text, self.at)
@@ -155,10 +147,8 @@ def strict(value: Any) -> Any:
     """Return a parsed value as Python's json has it; of names that are there twice the last counts."""
     if isinstance(value, Number):
         return json.loads(value)
-    if isinstance(value, Pairs):
-        return {name: strict(inner) for name, inner in value}
-    if isinstance(value, dict):
-        return {name: strict(inner) for name, inner in value.items()}
+    if isinstance(value, Pairs | dict):
+        return {name: strict(inner) for name, inner in dict(value).items()}
     return [strict(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -185,10 +175,8 @@ def _map(value: Any, what: str) -> dict[str, Any] | None:
     if value is None:
         return None
     pairs = value
-    if isinstance(value, list) and not isinstance(value, Pairs):  # a list of pairs is a map for Gson
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-            raise GsonError(f"{what} must be an object {{...}}")
-        pairs = [(str(name), inner) for name, inner in value]
+    if type(value) is list and all(type(pair) is list and len(pair) == 2 for pair in value):
+        pairs = [(str(name), inner) for name, inner in value]  # a list of pairs is a map for Gson
     elif not isinstance(value, Pairs):
         raise GsonError(f"{what} must be an object {{...}}")
     found: dict[str, Any] = {}

@@ -15,30 +15,20 @@ from typing import Final
 
 from ts_plugin.config.gson import java_int
 
-__all__ = [
-    "ADDRESSES",
-    "INTEGERS",
-    "KNOWN",
-    "SWITCHES",
-    "VARIABLES",
-    "Address",
-    "Fault",
-    "address",
-    "nearest",
-    "on",
-    "pattern_problem",
-    "refused",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Integer:
-    """Which numbers a property may have; ``sample`` is one that is always good."""
+    """Which numbers a property may have; ``sample`` is one that is always good.
+
+    The start does not read it while the switch ``unless`` is on, nor what is read ``later``: with a model, or after.
+    """
 
     lowest: int = -(2**63)
     highest: int = 2**63 - 1
     bits: int = 32
     sample: int = 1
+    unless: str = ""
+    later: bool = False
 
     def problem(self, text: str) -> str:
         """Return why the value does not do, empty if it does."""
@@ -52,20 +42,20 @@ class Integer:
 
 AGE, GRACE = Integer(1, bits=64, sample=60000), Integer(0, bits=64, sample=60000)
 INTEGERS: Final[Mapping[str, Integer]] = {
-    "default_workers_per_model": Integer(),
-    "default_response_timeout": Integer(sample=120),
-    "default_startup_timeout": Integer(sample=120),
-    "unregister_model_timeout": Integer(sample=120),
+    "default_workers_per_model": Integer(unless="debug"),
+    "default_response_timeout": Integer(sample=120, later=True),
+    "default_startup_timeout": Integer(sample=120, later=True),
+    "unregister_model_timeout": Integer(sample=120, later=True),
     "number_of_netty_threads": Integer(0, sample=4),
     "netty_client_threads": Integer(0, sample=4),
-    "job_queue_size": Integer(1, sample=100),
+    "job_queue_size": Integer(1, sample=100, later=True),
     "number_of_gpu": Integer(sample=0),
     "max_request_size": Integer(0, sample=6553500),
-    "max_response_size": Integer(0, sample=6553500),
+    "max_response_size": Integer(0, sample=6553500, later=True),
     "initial_worker_port": Integer(sample=9000),
     "initial_distribution_port": Integer(sample=29500),
-    "io_ratio": Integer(1, 100, sample=50),
-    "metric_time_interval": Integer(1, sample=60),
+    "io_ratio": Integer(1, 100, sample=50, unless="use_native_io"),
+    "metric_time_interval": Integer(1, sample=60, unless="disable_system_metrics"),
     "grpc_inference_port": Integer(0, 65535, sample=7070),
     "grpc_management_port": Integer(0, 65535, sample=7071),
     "grpc_inference_max_connection_age_ms": AGE,
@@ -73,9 +63,6 @@ INTEGERS: Final[Mapping[str, Integer]] = {
     "grpc_inference_max_connection_age_grace_ms": GRACE,
     "grpc_management_max_connection_age_grace_ms": GRACE,
 }
-# These are read when a model is loaded, or later: ts_plugin.config.served judges them.
-LATER: tuple[str, ...] = ("job_queue_size", "default_response_timeout", "default_startup_timeout", "max_response_size")
-LATER += ("unregister_model_timeout",)
 
 SWITCHES: Final[Mapping[str, bool]] = {  # and what they are where the file does not say
     "debug": False,
@@ -191,10 +178,9 @@ def nearest(name: str) -> str | None:
 def refused(properties: Mapping[str, str]) -> Iterator[Fault]:
     """Yield what ends the start of the server whatever models it loads; what is not there has its default."""
     for name, integer in INTEGERS.items():
-        if name in properties and name not in LATER and _is_read(name, properties):
-            problem = integer.problem(properties[name])
-            if problem:
-                yield Fault(f"{name}={properties[name]!r} {problem}", f"{name}={integer.sample}")
+        unread = integer.later or (integer.unless and on(properties, integer.unless))
+        if name in properties and not unread and (problem := integer.problem(properties[name])):
+            yield Fault(f"{name}={properties[name]!r} {problem}", f"{name}={integer.sample}")
     yield from _addresses(properties)
     if problem := pattern_problem(properties.get("blacklist_env_vars", "")):
         text = properties["blacklist_env_vars"]
@@ -204,13 +190,6 @@ def refused(properties: Mapping[str, str]) -> Iterator[Fault]:
         yield Fault(f"token_expiration_min={minutes!r} is more than Java's clock can count", "token_expiration_min=60")
 
 
-def _is_read(name: str, properties: Mapping[str, str]) -> bool:
-    """Tell whether TorchServe reads an integer at every start."""
-    unread = {"default_workers_per_model": "debug", "io_ratio": "use_native_io"}
-    unread["metric_time_interval"] = "disable_system_metrics"
-    return name not in unread or not on(properties, unread[name])
-
-
 def _is_endless(minutes: str) -> bool:
     try:
         return float(minutes) > MOST_MINUTES
@@ -218,42 +197,50 @@ def _is_endless(minutes: str) -> bool:
         return False  # TorchServe takes 60 then
 
 
-def _addresses(properties: Mapping[str, str]) -> Iterator[Fault]:
-    metrics = on(properties, "enable_metrics_api")
-    keys = "keystore" in properties or {"private_key_file", "certificate_file"} <= properties.keys()
-    listening: dict[str, Address] = {}
+def listening(properties: Mapping[str, str]) -> dict[str, Address]:
+    """Return where the server listens, by the property that says so: that of the port for gRPC.
+
+    An address that TorchServe cannot read is left out, and one of two that are equal: one server then has both APIs.
+    """
+    places: dict[str, Address] = {}
     for name, port in ADDRESSES.items():
-        text = properties.get(name, f"http://127.0.0.1:{port}")
-        found = address(name, text)
-        change = f"{name}=http://127.0.0.1:{port}"
-        if found is None:
-            yield Fault(f"{name}={text!r} is no address that TorchServe reads", change)
-            continue
-        if found.path and not on(properties, "use_native_io"):
-            yield Fault(f"{name}={text!r} needs use_native_io=true, for UNIX sockets", change)
-        if name == "metrics_address" and not metrics:
-            continue
-        if found.tls and not keys:
-            yield Fault(
-                f"{name}={text!r}, but there is no key for it, and Java from 16 on lets TorchServe make none",
-                "keystore=FILE, or private_key_file=FILE and certificate_file=FILE",
-            )
-        listening[name] = found
-    both = [listening.get(name) for name in ("inference_address", "management_address")]
-    if len({(one.path, one.host, one.port) for one in both if one}) == 1:  # one server for both APIs
-        listening.pop("management_address", None)
+        found = address(name, properties.get(name, f"http://127.0.0.1:{port}"))
+        if found and (name != "metrics_address" or on(properties, "enable_metrics_api")):
+            places[name] = found
+    both = [places.get(name) for name in ("inference_address", "management_address")]
+    if len({(one.path, one.host, one.port) for one in both if one}) == 1:
+        places.pop("management_address", None)
     for kind in ("inference", "management"):
         number = java_int(properties.get(f"grpc_{kind}_port", str(INTEGERS[f"grpc_{kind}_port"].sample)))
-        listening[f"grpc_{kind}_port"] = Address(properties.get(f"grpc_{kind}_address", "127.0.0.1"), number or 0)
-    if on(properties, "enable_grpc_ssl") and not {"private_key_file", "certificate_file"} <= properties.keys():
+        places[f"grpc_{kind}_port"] = Address(properties.get(f"grpc_{kind}_address", "127.0.0.1"), number or 0)
+    return places
+
+
+def _addresses(properties: Mapping[str, str]) -> Iterator[Fault]:
+    for name, port in ADDRESSES.items():
+        change = f"{name}=http://127.0.0.1:{port}"
+        text = properties.get(name, "http://127.0.0.1")
+        found = address(name, text)
+        if found is None:
+            yield Fault(f"{name}={text!r} is no address that TorchServe reads", change)
+        elif found.path and not on(properties, "use_native_io"):
+            yield Fault(f"{name}={text!r} needs use_native_io=true, for UNIX sockets", change)
+    places, pair = listening(properties), {"private_key_file", "certificate_file"} <= properties.keys()
+    for name, place in places.items():
+        if place.tls and not pair and "keystore" not in properties:
+            yield Fault(
+                f"{name}={properties[name]!r} needs a key, and Java from 16 on lets TorchServe make none",
+                "keystore=FILE, or private_key_file=FILE and certificate_file=FILE",
+            )
+    if on(properties, "enable_grpc_ssl") and not pair:
         yield Fault("enable_grpc_ssl=true without a key", "private_key_file=FILE and certificate_file=FILE")
-    yield from _clashes(listening)
+    yield from _clashes(places)
 
 
-def _clashes(listening: Mapping[str, Address]) -> Iterator[Fault]:
+def _clashes(places: Mapping[str, Address]) -> Iterator[Fault]:
     """Yield those that want a port which one before them has."""
     taken: dict[tuple[str, int], str] = {}
-    for name, one in listening.items():
+    for name, one in places.items():
         host = {"localhost": "127.0.0.1", "": "127.0.0.1"}.get(one.host.lower(), one.host)
         for (other, port), holder in taken.items():
             if one.port == port != 0 and (host == other or "0.0.0.0" in (host, other)):

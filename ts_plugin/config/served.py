@@ -13,7 +13,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,6 @@ from ts_plugin.config.properties import INTEGERS, Fault, on, pattern_problem
 from ts_plugin.machine.words import count
 from ts_plugin.worker.archive import read_wishes
 
-__all__ = [
-    "Served",
-    "Startup",
-    "Stored",
-    "default_workers",
-    "describe",
-    "java_cpus",
-    "read_store",
-    "read_stored",
-    "startup",
-    "wanted",
-]
-
 RUNTIMES = ("python", "python3", "LSP")
 JAVA_FLAG = re.compile(r"-XX:(?:ActiveProcessorCount=(\d+)|([-+])UseContainerSupport)")
 
@@ -47,14 +34,13 @@ class Stored:
     """An archive that load_models or a snapshot names.
 
     ``settings`` are its model-config.yaml, None where it has none that can be read; ``fatal`` says why the one that it
-    has ends TorchServe's start. ``remote``: it would be fetched from an address, so nothing is known of it.
+    has ends TorchServe's start. Nothing is known of one that would be fetched from an address.
     """
 
     model: str
     version: str = "1.0"
     settings: Mapping[str, Any] | None = None
     fatal: str = ""
-    remote: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +140,7 @@ def read_stored(store: str, url: str) -> Stored | None:
     """Return what the archive ``url`` in the directory ``store`` says of itself, None where there is none."""
     name = _default_name(url)
     if "://" in url:
-        return Stored(name, remote=True)
+        return Stored(name)
     path = Path(store, re.split(r"[/\\]", url)[-1])
     if not store or ".." in url or not path.exists():
         return None
@@ -178,11 +164,11 @@ def _with_settings(stored: Stored, path: Path, content: bytes) -> Stored:
         return stored
     if not isinstance(settings, dict):
         what = "is empty" if settings is None else f"is a {type(settings).__name__}"
-        return Stored(stored.model, stored.version, fatal=f"{path}: its model-config.yaml {what}")
-    for key in settings:
-        if not isinstance(key, str):
-            return Stored(stored.model, stored.version, fatal=f"{path}: in its model-config.yaml {key!r} is no text")
-    return Stored(stored.model, stored.version, settings)
+    elif strange := [key for key in settings if not isinstance(key, str)]:
+        what = f"has {strange[0]!r}, which is no text"
+    else:
+        return replace(stored, settings=settings)
+    return replace(stored, fatal=f"{path}: its model-config.yaml {what}")
 
 
 def _default_name(url: str) -> str:
@@ -251,12 +237,9 @@ class _Start:
             for timeout in ("default_response_timeout", "default_startup_timeout"):
                 self._check_integer(timeout)
             stored = self.store.get(url)
-            if stored is None or not self._is_allowed(url):
-                continue
-            model = name or stored.model
-            if not self._enter(model, stored):
-                continue
-            self._serve(model, stored, *self._workers(model, stored))
+            if stored and self._is_allowed(url) and self._enter(name or stored.model, stored):
+                model = name or stored.model
+                self._serve(model, stored, *self._workers(model, stored))
 
     def restore(self, text: str) -> None:
         """What a snapshot has."""
@@ -293,9 +276,8 @@ class _Start:
             return
         if not counted or not self._enter(model, stored):
             return
-        numbers = {}
-        for key in ("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay"):
-            numbers[key] = self._snapshot_int(where, settings, key)
+        keys = ("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay")
+        least, most, *_ = (self._snapshot_int(where, settings, key) for key in keys)
         for key in ("responseTimeout", "startupTimeout"):
             if settings.get(key) is not None:
                 self._snapshot_int(where, settings, key)
@@ -305,7 +287,7 @@ class _Start:
             self._refuse(f"{where}: defaultVersion must be true or false", '"defaultVersion": true')
         if "runtimeType" in settings and settings["runtimeType"] not in RUNTIMES:
             self._refuse(f"{where}: runtimeType is {settings['runtimeType']!r}", '"runtimeType": "python"')
-        self._serve(model, stored, numbers["minWorkers"], numbers["maxWorkers"], "snapshot")
+        self._serve(model, stored, least, most, "snapshot")
 
     def _snapshot_int(self, where: str, settings: Mapping[str, Any], key: str) -> int:
         try:
@@ -355,10 +337,7 @@ class _Start:
     def _workers(self, model: str, stored: Stored) -> tuple[int, int | None, str]:
         """Return minWorkers, maxWorkers where one is given, and where the first comes from."""
         settings, own = self._in_models(model, stored), stored.settings
-        least = most = None
-        if settings:
-            least = self._read(model, stored, settings, "minWorkers")
-            most = self._read(model, stored, settings, "maxWorkers")
+        least, most = (self._read(model, stored, settings, key) for key in ("minWorkers", "maxWorkers"))
         if own is not None:
             minimum, maximum = max(1, _whole(own, "minWorkers") or 1), _whole(own, "maxWorkers") or 0
             if _whole(own, "minWorkers") is not None and maximum >= minimum:
@@ -371,23 +350,19 @@ class _Start:
                 )
         return least or self.default, most, "models=" if least else self.origin
 
-    def _in_models(self, model: str, stored: Stored) -> Mapping[str, Any] | None:
+    def _in_models(self, model: str, stored: Stored) -> Mapping[str, Any]:
         """Return what ``models`` has for a model that is loaded; it is read even where the archive's own file wins."""
         if self.models is None:
             self._refuse("models is null, and so it ends the start with the first model", "models={}")
-            return None
-        if model not in self.models:
-            return None
-        versions = self.models[model]
+            return {}
+        versions = self.models.get(model, {})
         if versions is None:
             self._refuse(f"models: {model!r} is null", f'"{model}": {{}}')
-            return None
-        settings = versions.get(stored.version)
-        if settings is None:
-            if versions:
-                there = ", ".join(versions)
-                self._overlook(f"models has {model} {there}, its archive is {stored.version}", "name that version")
-            return None
+            return {}
+        if versions and stored.version not in versions:
+            there = ", ".join(versions)
+            self._overlook(f"models has {model} {there}, its archive is {stored.version}", "name that version")
+        settings = versions.get(stored.version, {})
         own = stored.settings
         unread = [] if own is None else ["responseTimeout", "startupTimeout"]
         unread += ["batchSize"] if _whole(own, "batchSize") is not None else []

@@ -10,23 +10,12 @@ from urllib.parse import urlsplit
 from ts_plugin.config.file import PLUGIN, Config
 from ts_plugin.config.properties import INTEGERS, KNOWN, SWITCHES, nearest, refused
 from ts_plugin.config.served import default_workers, describe
-from ts_plugin.doctor.finding import Finding, Severity
+from ts_plugin.doctor.finding import Finding, Severity, error, note, warning
 from ts_plugin.doctor.inspection import Inspection
 from ts_plugin.ledger.unbound import JAR
 from ts_plugin.planning.core_groups import PlanError
 from ts_plugin.planning.planner import MOST_WORKERS, Demand, plan
-from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
-
-__all__ = [
-    "check_config",
-    "check_found",
-    "check_launcher_args",
-    "check_plan",
-    "check_plugin",
-    "check_switch",
-    "check_token",
-    "policy_of",
-]
+from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
 
 TRUE = ("true", "yes", "on", "1")
 LATER = {  # properties that are read after the start
@@ -43,11 +32,10 @@ ABSENT = {
 }
 
 
-def check_switch(seen: Inspection) -> Iterator[Finding]:
+def _switch(seen: Inspection) -> Iterator[Finding]:
     config = seen.config
     if config is None:
-        yield Finding(
-            Severity.WARNING,
+        yield warning(
             "config",
             "no config.properties here",
             "without one TorchServe starts without ts-cores",
@@ -56,16 +44,11 @@ def check_switch(seen: Inspection) -> Iterator[Finding]:
     elif not config.on("cpu_launcher_enable"):
         value = config.properties.get("cpu_launcher_enable")
         what = "no cpu_launcher_enable" if value is None else f"cpu_launcher_enable is {value!r}, not true"
-        yield Finding(
-            Severity.ERROR,
-            "config",
-            f"{config.path}: {what}",
-            "ts-cores stays out of the way: every worker serves unbound, on all cores",
-            "cpu_launcher_enable=true",
-        )
+        why = "ts-cores stays out of the way: every worker serves unbound, on all cores"
+        yield error("config", f"{config.path}: {what}", why, "cpu_launcher_enable=true")
 
 
-def check_found(seen: Inspection) -> Iterator[Finding]:
+def _found(seen: Inspection) -> Iterator[Finding]:
     """Say when this is not the file that a server goes by, or not wholly."""
     if seen.config is None:
         return
@@ -83,8 +66,7 @@ def check_found(seen: Inspection) -> Iterator[Finding]:
             else f"torchserve --ncs --ts-config {path}",
         )
     elif named != str(path):
-        yield Finding(
-            Severity.WARNING,
+        yield warning(
             "config",
             f"TS_CONFIG_FILE={named} in the environment of this command goes before --ts-config {path}",
             "a server that is started in it does not read this file",
@@ -92,61 +74,51 @@ def check_found(seen: Inspection) -> Iterator[Finding]:
         )
 
 
-def check_config(seen: Inspection) -> Iterator[Finding]:
+def _config(seen: Inspection) -> Iterator[Finding]:
     """Say what keeps TorchServe from starting with the file as it stands."""
     if seen.config is None:
         return
     path, config = seen.config.path, seen.config
-    for error in config.errors:
-        yield Finding(Severity.ERROR, "config", f"{path}: {error}")
+    for what in config.errors:
+        yield error("config", f"{path}: {what}")
     stop = "the server does not start"
     for refusal in (*refused(config.properties), *seen.startup.refusals):
-        yield Finding(Severity.ERROR, "config", f"{path}: {refusal.what}", stop, refusal.change)
+        yield error("config", f"{path}: {refusal.what}", stop, refusal.change)
     for name, why in seen.unusable.items():
-        yield Finding(Severity.ERROR, "config", f"{path}: {name}={config.get(name)}: {why}", stop, f"correct {name}")
+        yield error("config", f"{path}: {name}={config.get(name)}: {why}", stop, f"correct {name}")
     for one in seen.startup.overlooked:
-        why = "TorchServe does not say so, and goes on"
-        yield Finding(Severity.WARNING, "config", f"{path}: {one.what}", why, one.change)
+        yield warning("config", f"{path}: {one.what}", "TorchServe does not say so, and goes on", one.change)
     yield from _misread(config)
     yield from _unknown(config)
     if not config.get("model_store"):
-        yield Finding(
-            Severity.WARNING,
-            "config",
-            f"{path}: no model_store",
-            "torchserve stops unless it is started with --model-store",
-            "model_store=DIR",
-        )
+        why = "torchserve stops unless it is started with --model-store"
+        yield warning("config", f"{path}: no model_store", why, "model_store=DIR")
     for name, absent in seen.absent.items():
         why, change = ABSENT[name]
-        yield Finding(Severity.ERROR, "config", f"{path}: {name}: {absent} is not there", why, change)
+        yield error("config", f"{path}: {name}: {absent} is not there", why, change)
 
 
 def _misread(config: Config) -> Iterator[Finding]:
     """Say which values TorchServe takes for others without a word, or finds wrong only when it is too late."""
     for name, otherwise in SWITCHES.items():
         value = config.properties.get(name)
-        said = name == "cpu_launcher_enable"  # in check_switch
+        said = name == "cpu_launcher_enable"  # in _switch
         if value is not None and value.lower() not in ("true", "false") and not said:
             blank = "; a blank at its end is part of it" if value != value.strip() else ""
-            yield Finding(
-                Severity.WARNING,
+            yield warning(
                 "config",
                 f"{config.path}: {name}={value!r}: TorchServe reads false{blank}",
                 "nothing but the word true switches it on",
                 f"{name}={'true' if value.strip().lower() in TRUE or not otherwise else 'false'}",
             )
     for name, why in LATER.items():
-        problem = INTEGERS[name].problem(config.get(name, "1"))
-        if problem:
+        if problem := INTEGERS[name].problem(config.get(name, "1")):
             change = f"{name}={INTEGERS[name].sample}"
-            yield Finding(
-                Severity.ERROR, "config", f"{config.path}: {name}={config.get(name)!r} {problem}", why, change
-            )
+            yield error("config", f"{config.path}: {name}={config.get(name)!r} {problem}", why, change)
     mode = config.get("metrics_mode", "log")
     if "".join(mode.split()).lower() not in ("log", "prometheus", "legacy"):
         what = f"{config.path}: metrics_mode={mode!r}"
-        yield Finding(Severity.WARNING, "config", what, "TorchServe takes log instead", "metrics_mode=prometheus")
+        yield warning("config", what, "TorchServe takes log instead", "metrics_mode=prometheus")
 
 
 def _unknown(config: Config) -> Iterator[Finding]:
@@ -162,10 +134,9 @@ def _unknown(config: Config) -> Iterator[Finding]:
         )
 
 
-def check_plugin(seen: Inspection) -> Iterator[Finding]:
+def _plugin(seen: Inspection) -> Iterator[Finding]:
     if not seen.jar:
-        yield Finding(
-            Severity.ERROR,
+        yield error(
             "plug-in",
             f"{JAR} is missing in the installed package",
             "without it TorchServe's frontend knows nothing of ts-cores",
@@ -173,35 +144,28 @@ def check_plugin(seen: Inspection) -> Iterator[Finding]:
         )
     if seen.config is None or not seen.config.on("cpu_launcher_enable"):
         return
-    path = seen.config.get("plugins_path")
-    change = f"plugins_path={PLUGIN}"
+    path, change = seen.config.get("plugins_path"), f"plugins_path={PLUGIN}"
     if not path:
-        yield Finding(
-            Severity.ERROR,
-            "plug-in",
-            f"{seen.config.path}: no plugins_path",
-            "TorchServe then uses its own launcher, which gives SMT siblings to different workers",
-            change,
-        )
+        why = "TorchServe then uses its own launcher, which gives SMT siblings to different workers"
+        yield error("plug-in", f"{seen.config.path}: no plugins_path", why, change)
     elif seen.plugins is None or JAR not in seen.plugins:
         what = "is no directory" if seen.plugins is None else f"has no {JAR}"
         why = "TorchServe then uses its own launcher"
         if not Path(path).is_absolute():
             why += "; a relative path counts from the directory that torchserve is started in"
-        yield Finding(Severity.ERROR, "plug-in", f"plugins_path {path} {what}", why, change)
+        yield error("plug-in", f"plugins_path {path} {what}", why, change)
 
 
-def check_launcher_args(seen: Inspection) -> Iterator[Finding]:
+def _launcher_args(seen: Inspection) -> Iterator[Finding]:
     try:
-        policy = policy_of(seen)
-    except LauncherArgsError as error:
-        yield Finding(Severity.ERROR, "cpu_launcher_args", str(error), "all workers serve unbound", "correct that word")
-        return
-    for note in policy.notes:
-        yield Finding(Severity.NOTE, "cpu_launcher_args", note)
+        parse_launcher_args(seen.config.get("cpu_launcher_args") if seen.config else "")
+    except LauncherArgsError as problem:
+        yield error("cpu_launcher_args", str(problem), "all workers serve unbound", "correct that word")
+    for text in seen.policy.notes:
+        yield note("cpu_launcher_args", text)
 
 
-def check_plan(seen: Inspection) -> Iterator[Finding]:
+def _plan(seen: Inspection) -> Iterator[Finding]:
     """Plan what the server would start with, and say what comes of it."""
     if seen.topology is None or seen.allowance is None or seen.config is None:
         return
@@ -212,8 +176,7 @@ def check_plan(seen: Inspection) -> Iterator[Finding]:
     unsaid = source == "one per CPU" and seen.java_cpus > 1
     if unsaid and (not served or any(one.source == source for one in served)):
         models = ", ".join(one.model for one in served if one.source == source)
-        yield Finding(
-            Severity.WARNING,
+        yield warning(
             "workers",
             f"{seen.config.path}: {name} says nothing{f' for {models}' if models else ''}",
             f"TorchServe then starts {number} workers per model, one per CPU that its JVM counts",
@@ -221,22 +184,20 @@ def check_plan(seen: Inspection) -> Iterator[Finding]:
         )
     if not served and number < 0:
         what, why = f"{seen.config.path}: {number} workers for each model", "the server stops at the first model"
-        yield Finding(Severity.ERROR, "workers", what, why, f"{name}=1")
+        yield error("workers", what, why, f"{name}=1")
     if not served and source == name and number > seen.cores:
         workers, told = number, f"{name}={number}"
     else:
         told = ", ".join(describe(served))
     if workers > seen.cores:
-        yield Finding(
-            Severity.WARNING,
+        yield warning(
             "workers",
             f"{told}: {workers} workers for {seen.cores} cores",
             "workers then take turns on a core, with one thread each",
             "fewer workers, or models on other machines",
         )
     if grows := [one.model for one in served if one.most > one.workers and one.source != "snapshot"]:
-        yield Finding(
-            Severity.NOTE,
+        yield note(
             "workers",
             f"maxWorkers of {', '.join(grows)} is above minWorkers",
             "TorchServe starts minWorkers and adds none by itself, however many requests wait: maxWorkers is where "
@@ -245,41 +206,33 @@ def check_plan(seen: Inspection) -> Iterator[Finding]:
     if workers > MOST_WORKERS:  # no server starts that many; a plan for them would only take time
         return
     try:
-        cpus, quota, policy = seen.allowance.cpus, seen.allowance.quota, policy_of(seen)
+        cpus, quota, policy = seen.allowance.cpus, seen.allowance.quota, seen.policy
         demands = [Demand(cpus, policy, quota, one.cores, one.share) for one in served for _ in range(one.workers)]
         demands = demands or [Demand(cpus, policy, quota)] * max(1, min(number, MOST_WORKERS))
-        for note in plan(seen.topology, demands).notes:
-            yield Finding(Severity.NOTE, "plan", note)
-    except LauncherArgsError:
-        return  # said already
-    except PlanError as error:
-        yield Finding(Severity.ERROR, "plan", str(error), "workers serve unbound", "correct cpu_launcher_args")
+        for text in plan(seen.topology, demands).notes:
+            yield note("plan", text)
+    except PlanError as problem:
+        yield error("plan", str(problem), "workers serve unbound", "correct cpu_launcher_args")
 
 
-def check_token(seen: Inspection) -> Iterator[Finding]:
+def _token(seen: Inspection) -> Iterator[Finding]:
     if seen.config is None:
         return
     address = seen.config.get("management_address", "http://127.0.0.1:8081")
     if not seen.config.on("disable_token_authorization"):
         minutes = seen.config.get("token_expiration_min", "60")
-        yield Finding(
-            Severity.NOTE,
+        yield note(
             "token",
             f"GET /cores needs the management key in key_file.json, which expires after {minutes} minutes",
             "TorchServe 0.12 protects all its APIs with keys; `ts-cores show` needs none",
         )
     elif not _loopback(address):
-        yield Finding(
-            Severity.WARNING,
+        yield warning(
             "token",
             f"disable_token_authorization=true and management_address={address}",
             "anyone who reaches that port can load models, and so run programs here",
             "management_address=http://127.0.0.1:8081",
         )
-
-
-def policy_of(seen: Inspection) -> Policy:
-    return parse_launcher_args(seen.config.get("cpu_launcher_args") if seen.config else "")
 
 
 def _loopback(address: str) -> bool:
@@ -288,3 +241,6 @@ def _loopback(address: str) -> bool:
         return address.startswith("unix:") or host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+CONFIG_CHECKS = (_switch, _found, _config, _plugin, _launcher_args, _plan, _token)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ts_plugin.machine.words import count
-
-__all__ = ["Finding", "Severity", "report"]
 
 
 class Severity(StrEnum):
@@ -30,6 +29,9 @@ class Finding:
     what: str
     why: str = ""
     change: str = ""
+
+
+error, warning, note = (partial(Finding, severity) for severity in Severity)
 
 
 def report(findings: Sequence[Finding]) -> RenderableType:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import socket
@@ -21,8 +20,7 @@ from pathlib import Path
 import psutil
 
 from ts_plugin.config.file import PLUGIN, Config, read_config
-from ts_plugin.config.gson import java_int
-from ts_plugin.config.properties import ADDRESSES, INTEGERS, address, on
+from ts_plugin.config.properties import listening, on
 from ts_plugin.config.served import Startup, Stored, java_cpus, read_store, startup, wanted
 from ts_plugin.kernel import affinity
 from ts_plugin.ledger.directory import LedgerError
@@ -33,10 +31,8 @@ from ts_plugin.lending import library
 from ts_plugin.machine import discovery, process
 from ts_plugin.machine.discovery import DiscoveryError
 from ts_plugin.machine.topology import Allowance, Topology
-from ts_plugin.planning.policy import LauncherArgsError, parse_launcher_args
+from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 from ts_plugin.worker.environment import preload
-
-__all__ = ["Inspection", "Interpreter", "count_gpus", "inspect", "java_options", "unusable"]
 
 BUSY = 0.2  # of one CPU: below it another process is no trouble
 KEYS = ("private_key_file", "certificate_file", "keystore")
@@ -65,7 +61,6 @@ class Inspection:
     library that lends cores cannot be used.
     """
 
-    system: str = "Linux"
     java: str | None = None
     torchserve: str | None = None
     interpreter: Interpreter | None = None
@@ -95,6 +90,10 @@ class Inspection:
         return len(self.topology.cores_of(self.allowance.cpus)) if self.topology and self.allowance else 0
 
     @property
+    def policy(self) -> Policy:
+        return policy_of(self.config)
+
+    @property
     def java_cpus(self) -> int:
         """Return how many CPUs the JVM counts."""
         if self.allowance is None:
@@ -106,6 +105,14 @@ class Inspection:
     def startup(self) -> Startup:
         """Return which models would start with how many workers."""
         return startup(self.config, self.store, cpus=self.java_cpus, gpus=self.gpus) if self.config else Startup()
+
+
+def policy_of(config: Config | None) -> Policy:
+    """Return what cpu_launcher_args asks for, the default where it cannot be read: a check says so."""
+    try:
+        return parse_launcher_args(config.get("cpu_launcher_args") if config else "")
+    except LauncherArgsError:
+        return Policy()
 
 
 def java_options(environment: Mapping[str, str], config: Config | None) -> str:
@@ -143,7 +150,6 @@ def inspect(path: Path | None, *, found: bool = False) -> Inspection:
         with suppress(OSError):
             store = read_store(config)
     return Inspection(
-        system=platform.system(),
         java=_java_version(environment),
         torchserve=_version("torchserve"),
         interpreter=_find_interpreter(),
@@ -158,7 +164,7 @@ def inspect(path: Path | None, *, found: bool = False) -> Inspection:
         topology=topology,
         allowance=allowance,
         environment=environment,
-        preload_notes=tuple(_preload_notes(environment, config)),
+        preload_notes=tuple(preload(dict(environment), policy_of(config), (sys.prefix,))),
         no_lending=_no_lending(),
         state=state,
         ledger=ledger_path,
@@ -233,21 +239,18 @@ def _absent(config: Config, archives: Mapping[str, Stored]) -> dict[str, str]:
 
 def unusable(properties: Mapping[str, str]) -> dict[str, str]:
     """Return the properties that name a place where nothing can listen here, or a key that cannot be read."""
-    hosts, ports, reasons, tls = {}, {}, {}, on(properties, "enable_grpc_ssl")
-    for name in ADDRESSES:
-        found = address(name, properties.get(name, "http://127.0.0.1:8080"))
-        if found is None or (name == "metrics_address" and not on(properties, "enable_metrics_api")):
+    reasons: dict[str, str] = {}
+    places = listening(properties)
+    for name, place in places.items():
+        if place.path:
+            if not os.path.isdir(directory := os.path.dirname(place.path)):
+                reasons[name] = f"there is no directory {directory}"
             continue
-        tls = tls or found.tls
-        if not found.path:
-            hosts[name], ports[name] = found.host, found.port
-        elif not os.path.isdir(os.path.dirname(found.path)):
-            reasons[name] = f"there is no directory {os.path.dirname(found.path)}"
-    hosts |= {name: properties.get(name, "127.0.0.1") for name in ("grpc_inference_address", "grpc_management_address")}
-    for name in ("grpc_inference_port", "grpc_management_port"):
-        ports[name] = java_int(properties.get(name, str(INTEGERS[name].sample))) or 0
-    reasons |= {name: problem for name, port in ports.items() if (problem := _port_problem(port))}
-    reasons |= {name: problem for name, host in hosts.items() if (problem := _listening_problem(host))}
+        if problem := _port_problem(place.port):
+            reasons[name] = problem
+        if problem := _host_problem(place.host):
+            reasons[name.replace("port", "address")] = problem
+    tls = on(properties, "enable_grpc_ssl") or any(place.tls for place in places.values())
     keys = ("keystore",) if "keystore" in properties and not on(properties, "enable_grpc_ssl") else KEYS
     for name in keys if tls else ():
         if name in properties and not os.access(properties[name], os.R_OK):
@@ -273,13 +276,15 @@ def _port_problem(port: int) -> str:
     return ""
 
 
-def _listening_problem(host: str) -> str:
+def _host_problem(host: str) -> str:
     """Return why no server can listen at ``host``, empty if one can."""
     if "*" in host or any(letter.isspace() for letter in host):
         return f"{host!r} is no host"
     problem = "it has no address"
     try:
         places = socket.getaddrinfo(host.strip("[]") or "127.0.0.1", 0, type=socket.SOCK_STREAM)
+    except UnicodeError:  # which is no OSError
+        return f"{host!r} is no host: a part between its dots is empty, or has more than 63 letters"
     except OSError as error:
         return f"{host}: {error.strerror or error}"
     for family, kind, _, _, place in places:
@@ -315,15 +320,6 @@ def _no_lending() -> str:
     except library.LibraryError as error:
         return str(error)
     return ""
-
-
-def _preload_notes(environment: Mapping[str, str], config: Config | None) -> list[str]:
-    """Return what the launcher would say about the libraries that it is to preload into workers."""
-    try:
-        policy = parse_launcher_args(config.get("cpu_launcher_args") if config else "")
-    except LauncherArgsError:
-        return []
-    return preload(dict(environment), policy, (sys.prefix,))
 
 
 def _astray(state: State) -> Iterator[tuple[int, int]]:

@@ -20,8 +20,6 @@ from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.planning.policy import LauncherArgsError, Policy, parse_launcher_args
 from ts_plugin.view.core_map import core_map
 
-__all__ = ["LauncherError", "main", "register", "take_over"]
-
 LAUNCHER = "ts-cores-python"
 LAUNCHER_SECONDS = 10  # a Python starts in a tenth of a second
 

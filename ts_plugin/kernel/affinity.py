@@ -19,8 +19,6 @@ from typing import NamedTuple
 from ts_plugin.machine import process
 from ts_plugin.machine.cpulist import format_cpulist
 
-__all__ = ["Outcome", "bind_process", "bind_tree", "evict", "mask", "outside", "widened"]
-
 MOST_CPUS = 8192  # Linux is built for no more
 
 

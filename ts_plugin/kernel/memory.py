@@ -10,8 +10,6 @@ from ts_plugin.machine import discovery
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.planning.policy import Memory
 
-__all__ = ["bind_memory", "move_pages"]
-
 # Source: <linux/mempolicy.h>; arch/*/entry/syscalls: (set_mempolicy, migrate_pages)
 MPOL_PREFERRED, MPOL_BIND, MPOL_LOCAL, MPOL_PREFERRED_MANY = 1, 2, 4, 5
 SYSCALLS = {"x86_64": (238, 256), "aarch64": (237, 238), "riscv64": (237, 238), "loongarch64": (237, 238)}

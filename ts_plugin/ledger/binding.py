@@ -9,8 +9,6 @@ from ts_plugin.kernel import affinity
 from ts_plugin.ledger.model import Server, State
 from ts_plugin.log import debug
 
-__all__ = ["bind_all"]
-
 # A frontend that may run anywhere finds idle CPUs by itself; on too few, its I/O threads, compilers and garbage
 # collector, which are as many as it had CPUs when it started, wait for each other, and every request waits for them.
 LEAST_ASIDE = 4  # CPUs: two cores with SMT, for all threads of a JVM

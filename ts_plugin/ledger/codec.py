@@ -13,8 +13,6 @@ from ts_plugin.machine.cpulist import format_cpulist, parse_cpulist
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Allocator, Lend, Memory, OmpRuntime, Pin, Policy
 
-__all__ = ["LEASE_VARIABLE", "pack_lease", "pack_state", "unpack_lease", "unpack_state"]
-
 LEASE_VARIABLE = "TS_CORES_LEASE"  # in the environment of every worker that the launcher bound
 
 

@@ -21,16 +21,6 @@ from ts_plugin.planning.core_groups import PlanError
 from ts_plugin.planning.planner import Demand, Slice, plan
 from ts_plugin.planning.policy import Policy
 
-__all__ = [
-    "Applicant",
-    "CannotBind",
-    "enter",
-    "join",
-    "leave",
-    "register_server",
-    "server_of",
-]
-
 
 class CannotBind(RuntimeError):
     """This worker must serve unbound; the message is the reason and the remedy."""

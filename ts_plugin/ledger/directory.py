@@ -11,8 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["Directory", "LedgerError", "holder", "state_directory", "try_lock"]
-
 LOCK_TIMEOUT = 20.0  # seconds; TorchServe gives a worker 120 to start
 FLOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, PID
 YOURS = "set TS_CORES_STATE_DIR to a directory that is yours alone, the same for all your servers"

@@ -18,8 +18,6 @@ from ts_plugin.ledger.directory import Directory, LedgerError, state_directory
 from ts_plugin.ledger.model import Server, State
 from ts_plugin.machine import process
 
-__all__ = ["Ledger"]
-
 VERSION = 1
 
 

@@ -9,8 +9,6 @@ from ts_plugin.machine.process import Identity
 from ts_plugin.planning.planner import Demand, Slice
 from ts_plugin.planning.policy import Policy
 
-__all__ = ["Lease", "Refusal", "Server", "State"]
-
 
 @dataclass(frozen=True, slots=True)
 class _OfProcess:

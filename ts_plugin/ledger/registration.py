@@ -15,8 +15,6 @@ from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.model import Server
 from ts_plugin.machine import process
 
-__all__ = ["mark", "register", "wait_for_server"]
-
 LOOK_SECONDS = 0.05
 WAIT_SECONDS = 10.0
 

@@ -13,8 +13,6 @@ from ts_plugin.ledger.directory import state_directory
 from ts_plugin.ledger.model import State
 from ts_plugin.machine import process
 
-__all__ = ["JAR", "UNBOUND_VARIABLE", "WORKER_SCRIPT", "Unbound", "unbound_workers"]
-
 UNBOUND_VARIABLE = "TS_CORES_UNBOUND"  # in a worker's environment: why the launcher could not bind it
 JAR = "ts-cores.jar"  # the frontend keeps it open where the plug-in is loaded
 WORKER_SCRIPT = "/ts/model_service_worker.py"

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Gains"]
-
 WORTH = 0.95  # of the time on fewer threads that a request may take, or the width is not worth it
 KNOWN = 2  # requests on the slice alone that are measured before the first one borrows
 MEMORY = 16  # requests over which a time is averaged

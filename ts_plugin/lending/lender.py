@@ -14,8 +14,6 @@ from ts_plugin.lending import library
 from ts_plugin.lending.gains import Gains
 from ts_plugin.lending.words import Status, Words
 
-__all__ = ["Lender", "Plan"]
-
 UNKNOWN_YET = "it first measures how long its requests take on its slice"
 NO_GAIN = "its requests are not faster on more cores: they gain nothing, or another program uses the cores"
 LEAST_WAIT = 0.0001  # seconds; a slice that nobody uses is taken in less

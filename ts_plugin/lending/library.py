@@ -16,8 +16,6 @@ from typing import Any
 
 from ts_plugin.lending.words import HEAD, SIZE, SLOT
 
-__all__ = ["Answer", "LibraryError", "Worker", "load", "path", "what_keeps_from_borrowing"]
-
 NO_HOOK = {
     0: "torch's calls of its OpenMP runtime were not found",
     -1: "torch computes with another OpenMP runtime than libgomp, which cannot hand cores back",

@@ -11,8 +11,6 @@ from ts_plugin.machine.process import Identity
 from ts_plugin.machine.words import count
 from ts_plugin.planning.planner import Slice
 
-__all__ = ["computes_on", "computing", "document", "faster", "status_of", "summary"]
-
 
 def computing(seen: Mapping[Identity, Seen] | None, state: State) -> dict[int, int] | None:
     """Return the PID of the worker that computes on each CPU now, as far as ``seen``, from ``words.look``, tells it."""

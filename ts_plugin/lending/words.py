@@ -21,8 +21,6 @@ from ts_plugin.ledger.directory import LedgerError, try_lock
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.machine.process import Identity
 
-__all__ = ["SIZE", "SLOTS", "Seen", "Status", "Words", "look"]
-
 SLOTS = 1024
 HEAD = struct.Struct("=QQ48x")  # the generation of the plan, which Ledger.write keeps; how many workers ever joined
 SLOT = struct.Struct("=IIIiQQQQ16x")  # user, wanted, asked, PID, start time, idle since, lent at, request

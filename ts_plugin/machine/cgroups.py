@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from ts_plugin.machine.tree import Tree
 
-__all__ = ["Cgroups"]
-
 _KINDS = ("cgroup", "cgroup2", "cpuset")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["ticks"]
-
 
 def ticks(proc: str = "/proc") -> dict[int, tuple[int, int]]:
     """Return each CPU's (busy, total) time since boot in clock ticks; utilisation is a quotient of differences.

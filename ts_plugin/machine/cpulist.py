@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["CpuListError", "format_cpulist", "parse_cpulist", "short_cpulist"]
-
-
 SHORTENED = 4  # of so many CPUs at equal distances: 0,2,4 is as short, and read more easily
 _HIGHEST = 65535  # far above any kernel's NR_CPUS; keeps a slip of the finger from filling the memory
 

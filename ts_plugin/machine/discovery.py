@@ -8,7 +8,7 @@ without any CPU is an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,16 +16,6 @@ from ts_plugin.machine.cgroups import Cgroups
 from ts_plugin.machine.cpulist import CpuListError, format_cpulist, parse_cpulist
 from ts_plugin.machine.topology import Allowance, Core, NumaNode, Topology
 from ts_plugin.machine.tree import Tree
-
-__all__ = [
-    "DiscoveryError",
-    "memory_nodes",
-    "read_allowance",
-    "read_bounds",
-    "read_free_memory",
-    "read_mask",
-    "read_topology",
-]
 
 _CPU = "sys/devices/system/cpu"
 _NODE = "sys/devices/system/node"
@@ -78,11 +68,11 @@ def read_topology(root: str = "/") -> Topology:
     )
 
 
-def read_allowance(root: str = "/", affinity: Iterable[int] | None = None) -> Allowance:
+def read_allowance(root: str = "/") -> Allowance:
     """Return what a process may use: its affinity mask, what is online, its cpuset and its CFS quota.
 
-    Without ``affinity`` the mask is this process's own, or below another ``root`` the captured one
-    (``proc/self/status``), or all that is online.
+    The mask is this process's own, or below another ``root`` the captured one (``proc/self/status``), or all that is
+    online.
 
     Raises:
         DiscoveryError: there is no CPU below ``root``.
@@ -91,7 +81,7 @@ def read_allowance(root: str = "/", affinity: Iterable[int] | None = None) -> Al
         cpuset.cpus.effective), Documentation/scheduler/sched-bwc.rst; man 5 proc (/proc/pid/mountinfo), man 7 cgroups.
     """
     tree = Tree(root)
-    mask = frozenset(affinity) if affinity is not None else _own_mask(tree)
+    mask = _own_mask(tree)
     bounds = _bounds(tree, mask)
     return replace(bounds, cpus=bounds.cpus & mask)
 
@@ -111,21 +101,6 @@ def read_mask(pid: int, root: str = "/") -> frozenset[int] | None:
     Source: man 5 proc, /proc/pid/status, Cpus_allowed_list.
     """
     return _mask_of(Tree(root), str(pid))
-
-
-def read_free_memory(root: str = "/") -> int | None:
-    """Return the bytes of memory that new processes may take; None where the kernel does not say.
-
-    Source: man 5 proc, /proc/meminfo (MemAvailable); cgroup-v2.rst, memory.max and memory.current.
-    """
-    tree = Tree(root)
-    left = [] if (limit := Cgroups(tree).memory()) is None else [limit]
-    for line in (tree.text("proc/meminfo") or "").splitlines():
-        name, _, value = line.partition(":")
-        words = value.split()
-        if name == "MemAvailable" and words and words[0].isdecimal():
-            left.append(1024 * int(words[0]))
-    return min(left, default=None)
 
 
 def memory_nodes(root: str = "/") -> frozenset[int]:

@@ -7,26 +7,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = [
-    "Identity",
-    "boot",
-    "command_line",
-    "environment",
-    "first_open_port",
-    "identify",
-    "last_cpu",
-    "memory",
-    "migrations",
-    "namespace",
-    "opened",
-    "owner",
-    "parent",
-    "pids",
-    "state",
-    "threads",
-    "tree",
-]
-
 PROC = "/proc"
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-__all__ = ["Allowance", "Core", "NumaNode", "Topology"]
-
 
 @dataclass(frozen=True, slots=True)
 class Core:

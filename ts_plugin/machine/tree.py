@@ -6,8 +6,6 @@ import os
 
 from ts_plugin.machine.cpulist import CpuListError, parse_cpulist
 
-__all__ = ["Tree"]
-
 
 class Tree:
     """The files below ``root``. An absent one is None; a malformed one is None and a note that begins with its path."""

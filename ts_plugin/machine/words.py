@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 from ts_plugin.machine.cpulist import format_cpulist
 
-__all__ = ["count", "listed"]
-
 
 def count(number: int, noun: str) -> str:
     """Return for example ``1 core`` or ``2 cores``."""

@@ -6,8 +6,6 @@ import heapq
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Taker", "allot", "apportion", "choose_types"]
-
 
 @dataclass(frozen=True, slots=True)
 class Taker:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
 
-__all__ = ["LEVELS", "Claim", "CoreGroup", "Costs", "Distance", "Part", "Parts", "PlanError", "by_level", "size_of"]
-
 LEVELS = ("kind", "node", "package", "l3")  # the most expensive to cross comes first
 FIELDS = ("move", "distance", "square", "l3", "package", "node", "kind", "idle")  # of a cost, the cheapest first
 BITS = 64  # of every field

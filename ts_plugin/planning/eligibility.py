@@ -13,8 +13,6 @@ from ts_plugin.planning.allotment import choose_types
 from ts_plugin.planning.core_groups import PlanError
 from ts_plugin.planning.policy import Policy
 
-__all__ = ["capacity_of_types", "eligible_cpus", "fastest_cores", "mixes_types"]
-
 _SLOWER = 0.5  # capacity of a core against one of the next faster type, where the kernel does not say
 
 

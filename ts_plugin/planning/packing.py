@@ -9,8 +9,6 @@ from itertools import accumulate, islice, permutations
 from ts_plugin.planning.allotment import apportion
 from ts_plugin.planning.core_groups import LEVELS, Claim, CoreGroup, Costs, Part, Parts, PlanError, by_level
 
-__all__ = ["pack", "pack_within_nodes", "repair"]
-
 _EXCHANGES = 1000  # looked at in one repair
 
 

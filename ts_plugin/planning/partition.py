@@ -13,8 +13,6 @@ from ts_plugin.planning.allotment import apportion
 from ts_plugin.planning.core_groups import Claim, CoreGroup, Costs, Distance, Part, Parts, by_level
 from ts_plugin.planning.packing import pack, pack_within_nodes, repair
 
-__all__ = ["cut"]
-
 # Levels from the outside in: right where packages hold NUMA nodes; where nodes hold packages; where neither holds.
 _ORDERS = (("kind", "package", "node", "l3"), ("kind", "node", "package", "l3"), ("kind", "node", "l3", "package"))
 _NODES_FIRST = ("node", "kind", "package", "l3")

@@ -19,8 +19,6 @@ from ts_plugin.planning.eligibility import eligible_cpus, fastest_cores, mixes_t
 from ts_plugin.planning.policy import Lend, Pin, Policy
 from ts_plugin.planning.pool import Worker, divide, pack, share_cores
 
-__all__ = ["MOST_WORKERS", "Demand", "Plan", "Slice", "plan"]
-
 MOST_WORKERS = 4096  # in a plan; no server starts as many, and a plan for more only takes time
 LATENCY_CORES = 4  # run_cpu's --latency-mode
 

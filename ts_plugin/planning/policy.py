@@ -13,21 +13,6 @@ from typing import Any
 
 from ts_plugin.machine.cpulist import CpuListError, parse_cpulist
 
-__all__ = [
-    "OPTIONS",
-    "Allocator",
-    "LauncherArgsError",
-    "Memory",
-    "OmpRuntime",
-    "Option",
-    "Lend",
-    "Pin",
-    "Policy",
-    "option_reference",
-    "parse_launcher_args",
-]
-
-
 MOST = 65535  # of anything that is counted: no machine has more CPUs
 
 

@@ -19,8 +19,6 @@ from ts_plugin.planning.core_groups import Claim, CoreGroup, Costs, Part, by_lev
 from ts_plugin.planning.eligibility import capacity_of_types
 from ts_plugin.planning.partition import cut
 
-__all__ = ["Worker", "divide", "pack", "share_cores"]
-
 _SWAPS = 64  # up to so many workers it is tried whether two that swap their parts move less
 _FAR = 20  # the kernel's distance to a remote node where the firmware gives none
 

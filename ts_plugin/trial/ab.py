@@ -11,8 +11,6 @@ from pathlib import Path
 from ts_plugin.trial.load import ANSWER_SECONDS, Body, LoadError
 from ts_plugin.trial.turns import Sample, thinned
 
-__all__ = ["ab", "parse_ab"]
-
 MANY = 10_000_000  # requests: the time ends it
 
 

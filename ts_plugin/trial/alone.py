@@ -13,12 +13,10 @@ from pathlib import Path
 
 import psutil
 
+from ts_plugin.errors import CommandError
 from ts_plugin.machine import cpu_time
 from ts_plugin.machine.process import environment
-from ts_plugin.trial.asked import TrialError
 from ts_plugin.trial.store import cache_directory
-
-__all__ = ["alone", "others_seconds", "require_quiet"]
 
 MARK = "TS_CORES_TRIAL"  # in the environment of everything that we start: a killed trial leaves servers behind
 QUIET = 0.15  # of the CPUs that others may use
@@ -29,10 +27,10 @@ LOOK = 2.0  # seconds
 def alone(command: str) -> Iterator[Path]:
     """Keep other trials away, end what a killed one left behind, and let SIGTERM and SIGHUP end this one tidily.
 
-    The cache directory of ``command`` comes out; the affinity mask of this process is afterwards what it was.
+    The cache directory of ``command`` comes out. Mark and handlers stay until the process ends.
 
     Raises:
-        TrialError: another trial runs.
+        CommandError: another trial runs.
     """
     cache = cache_directory()
     (cache / command).mkdir(parents=True, exist_ok=True)
@@ -40,7 +38,7 @@ def alone(command: str) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TrialError(
+            raise CommandError(
                 f"another `ts-cores tune` or `compare` measures here ({lock.name}); wait for its end"
             ) from None
         left = [found for found in psutil.process_iter() if environment(found.pid).get(MARK) == str(cache)]
@@ -48,17 +46,10 @@ def alone(command: str) -> Iterator[Path]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=10)
-        mask, marked = os.sched_getaffinity(0), os.environ.get(MARK)
         os.environ[MARK] = str(cache)
-        before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
-        try:
-            yield cache / command
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            os.sched_setaffinity(0, mask)
-            if marked is None:
-                del os.environ[MARK]
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _end)
+        yield cache / command
 
 
 def _end(number: int, frame: object) -> None:
@@ -83,7 +74,7 @@ def require_quiet(cpus: Collection[int], *, anyway: bool) -> float:
     """Return how many CPUs others use now.
 
     Raises:
-        TrialError: too many, and not ``anyway``; the message names who.
+        CommandError: too many, and not ``anyway``; the message names who.
     """
     before = others_seconds(cpus)
     watched = [(process, spent) for process in psutil.process_iter() if (spent := _spent(process)) is not None]
@@ -96,7 +87,7 @@ def require_quiet(cpus: Collection[int], *, anyway: bool) -> float:
     grown = [((_spent(process) or spent) - spent, process) for process, spent in watched]
     most = sorted((item for item in grown if item[0] > 0.05 * seconds), key=lambda item: -item[0])[:3]
     names = ", ".join(f"{_name(process)} (pid {process.pid}): {spent / seconds:.1f}" for spent, process in most)
-    raise TrialError(
+    raise CommandError(
         f"the machine is busy: others use {used:.1f} of the {len(cpus)} CPUs that would be measured on"
         f"{f', {names}' if names else ''}; wait for their end, or measure beside them with --anyway"
     )

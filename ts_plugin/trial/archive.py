@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +14,10 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Archive", "ArchiveError", "config_text", "copy_with", "read_archive"]
+from ts_plugin.errors import CommandError
 
 MANIFEST = "MAR-INF/MANIFEST.json"
 CONFIG = "model-config.yaml"
-
-
-class ArchiveError(ValueError):
-    """The file is no archive that TorchServe could load; the message starts with its path and ends with the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +25,12 @@ class Archive:
     """A .mar file. ``model`` is the name under which TorchServe serves it.
 
     ``settings`` are its model-config.yaml, ``config`` the name of that file in it, if it has one. ``digest`` names its
-    content, ``torchscript`` is whether its serialized file is a TorchScript model.
+    content.
     """
 
     path: Path
     model: str
     version: str
-    torchscript: bool
     settings: Mapping[str, Any]
     config: str | None
     digest: str
@@ -43,13 +40,11 @@ def read_archive(path: Path) -> Archive:
     """Return what the archive says.
 
     Raises:
-        ArchiveError: it is no archive, or a part of it is missing or wrong.
+        CommandError: it is no archive that TorchServe could load, or one that cannot be profiled.
         OSError: it cannot be read.
     """
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         with zipfile.ZipFile(path) as parts:
             manifest = json.loads(parts.read(MANIFEST))["model"]
@@ -57,61 +52,35 @@ def read_archive(path: Path) -> Archive:
             version = str(manifest.get("modelVersion", "1.0"))
             config = manifest.get("configFile")
             settings = yaml.safe_load(parts.read(config)) or {} if config else {}
-            serialized = str(manifest.get("serializedFile", ""))
-            torchscript = bool(serialized and not manifest.get("modelFile") and _is_torchscript(parts, serialized))
-            damaged = parts.testzip()
-    except zipfile.BadZipFile as error:
-        raise ArchiveError(f"{path}: no model archive ({error}); make one with torch-model-archiver") from error
-    except KeyError as error:
-        told = " ".join(str(error.args[0]).split())
-        raise ArchiveError(f"{path}: broken archive: {told}; make it again with torch-model-archiver") from error
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+            if damaged := parts.testzip():
+                raise ValueError(f"{damaged} is damaged")
+            if not handler:
+                raise ValueError("it names no handler")
+            if not isinstance(settings, dict):
+                raise ValueError(f"{config} holds no keys")
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())
-        raise ArchiveError(f"{path}: broken archive: {told}; make it again with torch-model-archiver") from error
-    if damaged or not handler or not isinstance(settings, dict):
-        told = f"{damaged} is damaged" if damaged else f"{config} holds no keys" if handler else "it names no handler"
-        raise ArchiveError(f"{path}: broken archive: {told}; make it again with torch-model-archiver")
+        raise CommandError(f"{path}: no model archive: {told}; make it again with torch-model-archiver") from error
     if settings.get("asyncCommunication"):
-        raise ArchiveError(
+        raise CommandError(
             f"{path}: its handler is asynchronous (asyncCommunication); such requests cannot be profiled"
         )
-    return Archive(path, name, version, torchscript, settings, config, digest.hexdigest())
-
-
-def _is_torchscript(parts: zipfile.ZipFile, name: str) -> bool:
-    """Tell whether the file is what torch.jit.save writes: a ZIP file of its own with code in it."""
-    if not name.endswith((".pt", ".pth")):
-        return False
-    with parts.open(name) as stream:
-        try:
-            with zipfile.ZipFile(stream) as inner:
-                return any("/code/" in member for member in inner.namelist())
-        except zipfile.BadZipFile:
-            return False
-
-
-def config_text(archive: Archive, settings: Mapping[str, Any]) -> str:
-    """Return the archive's model-config.yaml with ``settings`` in it.
-
-    A section such as ``cpu`` is merged; None removes a key.
-    """
-    merged = dict(archive.settings)
-    for key, value in settings.items():
-        before = merged.pop(key, None)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            value = {**before, **value}
-        if value is not None:
-            merged[key] = dict(value) if isinstance(value, Mapping) else value
-    return str(yaml.safe_dump(merged, sort_keys=False))
+    return Archive(path, name, version, settings, config, digest)
 
 
 def copy_with(archive: Archive, target: Path, settings: Mapping[str, Any]) -> Path:
     """Write a copy of the archive with ``settings`` in its model-config.yaml to ``target``, and return that.
 
+    A section such as ``cpu`` is merged.
+
     Raises:
         OSError: it cannot be written.
     """
     config = archive.config or CONFIG
+    merged = dict(archive.settings)
+    for key, value in settings.items():
+        before = merged.get(key)
+        merged[key] = {**before, **value} if isinstance(value, dict) and isinstance(before, dict) else value
     draft = target.with_name(f".{target.name}.draft")
     try:
         with zipfile.ZipFile(archive.path) as source, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as copy:
@@ -122,9 +91,8 @@ def copy_with(archive: Archive, target: Path, settings: Mapping[str, Any]) -> Pa
                     copy.writestr(MANIFEST, json.dumps(manifest, indent=2))
                 elif part.filename != config and not part.is_dir():
                     with source.open(part) as old, copy.open(part.filename, "w", force_zip64=True) as new:
-                        while block := old.read(1 << 20):
-                            new.write(block)
-            copy.writestr(config, config_text(archive, settings))
+                        shutil.copyfileobj(old, new, 1 << 20)
+            copy.writestr(config, yaml.safe_dump(merged, sort_keys=False))
         return draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)

@@ -17,16 +17,13 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self, cast
 
 from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.load import CONTENT_TYPE
 from ts_plugin.worker.start import OFF_VARIABLE
-
-__all__ = ["BFLOAT16", "OPTIMIZE", "Bare", "BareError", "Binding", "explained"]
 
 OPTIMIZE = "optimize_for_inference"  # what may be done to a model after it was loaded
 BFLOAT16 = "bfloat16"
@@ -65,6 +62,7 @@ class Binding:
     threads: int
 
 
+@dataclass
 class Bare:
     """One process per binding, from ``with`` to its end; every one has loaded the model when ``with`` begins.
 
@@ -72,25 +70,18 @@ class Bare:
     start with instead of this one's; ``change`` is OPTIMIZE or BFLOAT16.
     """
 
-    def __init__(
-        self,
-        archive: Path,
-        body: bytes,
-        bindings: Sequence[Binding],
-        *,
-        content_type: str = CONTENT_TYPE,
-        environment: Mapping[str, str] | None = None,
-        change: str | None = None,
-    ) -> None:
-        self._archive = archive
-        self._body = body
-        self._bindings = bindings
-        self._content_type = content_type
-        self._environment = environment
-        self._change = change
-        self._processes: list[subprocess.Popen[str]] = []
+    archive: Path
+    body: bytes
+    bindings: Sequence[Binding]
+    _: KW_ONLY
+    content_type: str = CONTENT_TYPE
+    environment: Mapping[str, str] | None = None
+    change: str | None = None
+    _processes: list[subprocess.Popen[str]] = field(default_factory=list, init=False)
+    _scratch: tempfile.TemporaryDirectory[str] = field(init=False)
+
+    def __post_init__(self) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="ts-cores-")
-        self._errors = Path(self._scratch.name) / "errors.log"
 
     def __enter__(self) -> Self:
         """Load the model in every process.
@@ -99,27 +90,23 @@ class Bare:
             BareError: it cannot be loaded.
         """
         try:
-            model = self._archive
+            scratch, model = Path(self._scratch.name), self.archive
             if not model.is_dir():
-                model = Path(self._scratch.name) / "model"
-                with zipfile.ZipFile(self._archive) as parts:
+                model = scratch / "model"
+                with zipfile.ZipFile(self.archive) as parts:
                     parts.extractall(model)
-            body = Path(self._scratch.name) / "body"
-            body.write_bytes(self._body)
-            temporary = Path(self._scratch.name) / "tmp"  # torch leaves a directory there
+            body = scratch / "body"
+            body.write_bytes(self.body)
+            temporary = scratch / "tmp"  # torch leaves a directory there
             temporary.mkdir()
-            environment = dict(os.environ if self._environment is None else self._environment)
+            environment = dict(os.environ if self.environment is None else self.environment)
             environment["TMPDIR"] = str(temporary)
+            order = {"model": str(model.resolve()), "body": str(body), "type": self.content_type, "change": self.change}
             with self._errors.open("w") as errors:
-                for binding in self._bindings:
-                    order: dict[str, object] = {
-                        "model": str(model.resolve()),
-                        "body": str(body),
-                        "type": self._content_type,
-                    }
-                    order |= {"cpus": binding.cpus, "threads": binding.threads, "change": self._change}
+                for binding in self.bindings:
+                    bound = {**order, "cpus": binding.cpus, "threads": binding.threads}
                     process = subprocess.Popen(
-                        [sys.executable, "-P", "-m", "ts_plugin.trial.bare", json.dumps(order)],
+                        [sys.executable, "-P", "-m", "ts_plugin.trial.bare", json.dumps(bound)],
                         env=environment,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
@@ -129,18 +116,13 @@ class Bare:
                     )
                     self._processes.append(process)
             for process in self._processes:
-                self._read(process, "load")
+                _took(self._answer(process, "load"))
         except BaseException:
-            self._end()
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-
-    def _end(self) -> None:
+    def __exit__(self, *error: object) -> None:
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -169,8 +151,9 @@ class Bare:
         answers = [self._answer(process, "handle") for process in asked]
         return [took for answer in answers for took in _took(answer)]
 
-    def _read(self, process: subprocess.Popen[str], stage: str) -> list[float]:
-        return _took(self._answer(process, stage))
+    @property
+    def _errors(self) -> Path:
+        return Path(self._scratch.name) / "errors.log"
 
     def _answer(self, process: subprocess.Popen[str], stage: str) -> dict[str, Any]:
         line = cast(IO[str], process.stdout).readline()

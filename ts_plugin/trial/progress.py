@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-__all__ = ["Show", "Stage"]
-
 
 class Stage:
     def __init__(self, show: Show, what: str, seconds: float) -> None:

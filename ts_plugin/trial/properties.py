@@ -1,4 +1,4 @@
-"""Files of properties as TorchServe reads and writes them, and free ports to put into one."""
+"""A config.properties for a server of our own, and free ports to put into it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import contextlib
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-
-import javaproperties
-
-__all__ = ["LOOPBACK", "PORTS", "Property", "free_ports", "read_properties", "write_properties"]
 
 LOOPBACK = "127.0.0.1"
 PORTS = ("inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port")
@@ -24,12 +20,6 @@ def write_properties(file: Path, properties: Mapping[str, Property | None]) -> N
         if value is not None:
             lines.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}\n")
     file.write_text("".join(lines))
-
-
-def read_properties(file: Path) -> dict[str, str]:
-    """Return the properties of a config file or snapshot, as Java reads them."""
-    with file.open("rb") as stream:
-        return dict(javaproperties.load(stream))
 
 
 def free_ports(number: int) -> list[int]:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import psutil
+
+from ts_plugin.errors import CommandError
 from ts_plugin.ledger.file import Ledger
 from ts_plugin.ledger.unbound import unbound_workers
 from ts_plugin.machine import discovery
+from ts_plugin.machine.cgroups import Cgroups
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Topology
+from ts_plugin.machine.tree import Tree
 from ts_plugin.machine.words import count
 from ts_plugin.planning.eligibility import eligible_cpus, fastest_cores
 from ts_plugin.planning.planner import Demand, Slice, plan
 from ts_plugin.planning.policy import Policy
-
-__all__ = ["Room", "RoomError", "find_room"]
-
-
-class RoomError(RuntimeError):
-    """Nothing can be measured here and now; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +48,18 @@ class Room:
         return plan(self.topology, [demand] * instances).slices
 
 
+def free_memory() -> int:
+    """Return the bytes that new processes may take. Source: cgroup-v2.rst, memory.max and memory.current."""
+    free = psutil.virtual_memory().available
+    limit = Cgroups(Tree("/")).memory()
+    return free if limit is None else min(free, limit)
+
+
 def find_room(*, anyway: bool = False) -> Room:
     """Return the cores that are free; ``anyway``: all that this process may use, whoever else computes there.
 
     Raises:
-        RoomError: none are free, or there are TorchServe workers that may be on any of them.
+        CommandError: none are free, or there are TorchServe workers that may be on any of them.
         DiscoveryError, LedgerError, PlanError: the machine or the ledger cannot be read, or no CPU is allowed.
     """
     topology, allowance = discovery.read_topology(), discovery.read_allowance()
@@ -62,7 +68,7 @@ def find_room(*, anyway: bool = False) -> Room:
     strays = [] if anyway else unbound_workers(state)
     if strays:
         pids = ", ".join(str(worker.pid) for worker in strays[:4])
-        raise RoomError(
+        raise CommandError(
             f"{count(len(strays), 'TorchServe worker')} without a slice in {ledger.directory} (pid {pids}): they may "
             "compute on any core, so that nothing measured here would hold; stop their server, or measure beside it "
             "with --anyway"
@@ -74,7 +80,7 @@ def find_room(*, anyway: bool = False) -> Room:
     free = cpus - busy
     if not free:
         servers = sorted({str(lease.server_pid) for lease in leases})
-        raise RoomError(
+        raise CommandError(
             f"no free core: workers of server {', '.join(servers)} hold CPUs {format_cpulist(held & cpus)} of the "
             f"{format_cpulist(cpus)} that may be used here; stop the server, start it with --reserve-cores N, or "
             "measure beside it with --anyway"

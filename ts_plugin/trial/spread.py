@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Spread", "figure", "ratio", "spread_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class Spread:

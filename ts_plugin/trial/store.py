@@ -14,8 +14,6 @@ from typing import Any
 from ts_plugin import __version__
 from ts_plugin.trial.room import Room
 
-__all__ = ["Store", "cache_directory", "key", "where"]
-
 FORMAT = 1  # of the file; one of another format counts as absent
 
 

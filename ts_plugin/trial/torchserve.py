@@ -6,23 +6,20 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import psutil
 
+from ts_plugin.config.file import read_config
 from ts_plugin.machine.process import environment
-from ts_plugin.trial.client import Client, RequestError, TorchServeError, model_path
-from ts_plugin.trial.properties import LOOPBACK, PORTS, Property, free_ports, read_properties, write_properties
-
-__all__ = ["WORKER_SCRIPT", "TorchServe"]
+from ts_plugin.trial.client import Client, RequestError, TorchServeError
+from ts_plugin.trial.properties import LOOPBACK, PORTS, Property, free_ports, write_properties
 
 WORKER_SCRIPT = "model_service_worker.py"
 RETRY = "Retry worker: "  # org.pytorch.serve.wlm.WorkerThread, once per worker process that ended by itself
@@ -36,11 +33,8 @@ class TorchServe(Client):
 
     ``workers`` is the number per archive; None leaves it to the archives and to TorchServe. ``properties`` are lines of
     config.properties and win over the defaults below; a value of None removes a default. ``environment`` is added to
-    this process's. ``state_directory`` is the TS_CORES_STATE_DIR, by default the server's own, so that it meets no
-    other server; share one to make them meet. ``model_store`` is by default an own directory with links to the
-    archives. ``snapshot`` starts from that file as it is (a file of ``snapshots()``, say) instead of writing
-    config.properties; relative paths in it are looked up from ``working_directory``, by default the server's own.
-    ``keep`` leaves the directory in place. ``timeout`` bounds every wait for workers, in seconds.
+    this process's; its TS_CORES_STATE_DIR is the server's own, so that it meets no other server. ``timeout`` bounds
+    every wait for workers, in seconds.
     """
 
     def __init__(
@@ -49,42 +43,31 @@ class TorchServe(Client):
         workers: int | None = 1,
         properties: Mapping[str, Property | None] | None = None,
         environment: Mapping[str, str] | None = None,
-        state_directory: Path | None = None,
-        model_store: Path | None = None,
-        snapshot: Path | None = None,
-        working_directory: Path | None = None,
-        python: Path | str = sys.executable,
-        keep: bool = False,
         timeout: float = 180.0,
     ) -> None:
         self.archives = tuple(Path(archive) for archive in archives)
         self.initial_workers = workers
         self.timeout = timeout
-        self.keep = keep
-        self.python = Path(python)
-        self.snapshot = snapshot
         self.ready_seconds: float | None = None  # from starting the command until every worker was READY
         self._wanted = dict(properties or {})
         self._environment = dict(environment or {})
         # Short on purpose: the workers' UNIX sockets lie in it, and a socket's path has room for 107 characters.
         self.directory = Path(tempfile.mkdtemp(prefix="ts-cores-"))
-        self.model_store = model_store or self.directory / "model_store"
-        self.state_directory = state_directory or self.directory / "state"
+        self.working_directory = self.directory
+        self.model_store = self.directory / "model_store"
+        self.state_directory = self.directory / "state"
         self.log_directory = self.directory / "logs"
-        self.working_directory = working_directory or self.directory
-        self.config = snapshot or self.directory / "config.properties"
-        self.properties: dict[str, str] = {}
+        self.config = self.directory / "config.properties"
+        self.python = Path(sys.executable)
+        self.properties: Mapping[str, str] = {}
         self._command: subprocess.Popen[bytes] | None = None
-        self._seen: dict[int, psutil.Process] = {}
 
     # ---- life
 
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def start(self) -> Self:
@@ -100,7 +83,7 @@ class TorchServe(Client):
                     self._wait_for_management()
                     break
                 except TorchServeError:  # a port taken between our choice and the server's bind
-                    if self.snapshot or attempt == 2 or "Address already in use" not in self.log():
+                    if attempt == 2 or "Address already in use" not in self.log():
                         raise
                     self._end_processes()
             for archive in self.archives:
@@ -114,10 +97,7 @@ class TorchServe(Client):
     def _launch(self) -> None:
         for directory in (self.model_store, self.log_directory, self.directory / "tmp"):
             directory.mkdir(parents=True, exist_ok=True)
-        if not self.snapshot:
-            for archive in self.archives:
-                self._store(archive)
-            self._write_config()
+        self._write_config()
         environment = os.environ | {
             "PATH": f"{self.python.parent}{os.pathsep}{os.environ.get('PATH', '')}",  # the stock launcher runs "python"
             "TEMP": str(self.directory / "tmp"),
@@ -127,10 +107,7 @@ class TorchServe(Client):
             "TS_CORES_STATE_DIR": str(self.state_directory),
         }
         environment |= self._environment
-        self.properties = read_properties(self.config)
-        if self.properties.get("enable_envvars_config") == "true":
-            named = {name: environment.get(f"TS_{name.upper()}") for name in PORTS}
-            self.properties |= {name: value for name, value in named.items() if value}
+        self.properties = read_config(self.config, environment).properties
         script = self.python.parent / "torchserve"  # an environment that only borrows torchserve has none
         command = [str(script)] if script.exists() else [str(self.python), "-m", "ts.model_server"]
         command += ["--start", "--foreground", "--ts-config"]
@@ -152,6 +129,8 @@ class TorchServe(Client):
             link.symlink_to(archive.resolve(strict=True))
 
     def _write_config(self) -> None:
+        for archive in self.archives:
+            self._store(archive)
         ports = free_ports(len(PORTS))
         defaults: dict[str, Property | None] = {
             name: f"http://{LOOPBACK}:{port}" if name.endswith("_address") else port
@@ -178,7 +157,7 @@ class TorchServe(Client):
             self._require_alive(deadline, "the management API did not answer")
             time.sleep(0.05)
 
-    def wait_ready(self, name: str, workers: int | None = None, *, version: str | None = None) -> None:
+    def wait_ready(self, name: str, workers: int | None = None) -> None:
         """Return once exactly ``workers`` workers of the model exist and all are READY; None takes its minWorkers.
 
         Raises:
@@ -189,7 +168,7 @@ class TorchServe(Client):
         seen, wanted = list[str](), workers
         while True:
             with contextlib.suppress(RequestError):
-                model = self.describe(name, version=version)
+                model = self.describe(name)
                 seen = [worker["status"] for worker in model["workers"]]
                 wanted = int(model["minWorkers"]) if wanted is None else wanted
                 if len(model["workers"]) == wanted and all(state == "READY" for state in seen):
@@ -213,111 +192,32 @@ class TorchServe(Client):
         try:
             self._end_processes()
         finally:
-            if not self.keep:
-                shutil.rmtree(self.directory, ignore_errors=True)
-
-    def kill_frontend(self) -> None:
-        """SIGKILL the Java process and return once all others have ended by themselves; ``start`` may follow.
-
-        Raises:
-            TorchServeError: a worker outlived its frontend by 30 seconds.
-        """
-        workers = [process for process in self.tree() if process.pid in self.workers()]
-        os.kill(self.pid, signal.SIGKILL)
-        left = _wait(workers, 30)
-        self._end_processes()
-        if left:
-            raise TorchServeError(f"workers outlived their frontend: {[process.pid for process in left]}")
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _end_processes(self) -> None:
         if self._command is None:
             return
-        tree = self.tree()  # parents first: the frontend starts no worker anew
-        # A worker behind TorchServe's own launcher outlives its frontend, in another session: _marked finds it.
-        for _ in range(5):
-            known = dict.fromkeys([*tree, *self._marked(), *self._seen.values()])
-            rest = [process for process in known if not _ended(process)]
-            for process in rest:
-                _signal(process, signal.SIGKILL)
-            _wait(rest, 5)
-            if not self._marked():
+        for _ in range(5):  # until the frontend has started none anew
+            if not (rest := self.processes()):
                 break
-        for process in tree:  # the performance data that a JVM removes when it is not killed
-            for file in Path("/tmp").glob(f"hsperfdata_*/{process.pid}"):
-                with contextlib.suppress(OSError):  # left there by another user's process of that number
-                    file.unlink()
+            for process in rest:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            _wait(rest, 5)
+            for process in rest:  # the performance data that a JVM removes when it is not killed
+                for file in Path("/tmp").glob(f"hsperfdata_*/{process.pid}"):
+                    with contextlib.suppress(OSError):  # left there by another user's process of that number
+                        file.unlink()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._command.wait(timeout=5)
         self._command = None
-        self._seen.clear()
-
-    # ---- its models; Client has the requests that wait for nothing
-
-    def register(self, archive: Path, *, workers: int = 1, name: str | None = None, **parameters: Property) -> str:
-        """Load another archive, wait until its workers are READY and return the model's name.
-
-        ``parameters`` go into the query as they are (``batch_size=4``).
-        """
-        self._store(archive)
-        query: dict[str, Property] = {"url": archive.name, "initial_workers": workers, "synchronous": "true"}
-        query |= parameters
-        if name:
-            query["model_name"] = name
-        self.management("POST", "/models", query)
-        self.wait_ready(name or archive.stem, workers)
-        return name or archive.stem
-
-    def scale(
-        self,
-        name: str,
-        minimum: int,
-        maximum: int | None = None,
-        *,
-        synchronous: bool = True,
-        wait: bool = True,
-        version: str | None = None,
-    ) -> None:
-        """Set the number of workers; ``wait`` returns only when exactly ``minimum`` are READY."""
-        query: dict[str, Property] = {
-            "min_worker": minimum,
-            "max_worker": max(minimum, maximum or minimum),
-            "synchronous": str(synchronous).lower(),
-        }
-        for attempt in range(3):
-            try:
-                self.management("PUT", model_path(name, version), query)
-                break
-            except RequestError as error:  # TorchServe's own race with whatever else looks at its list of workers
-                if attempt == 2 or "ConcurrentModificationException" not in error.body:
-                    raise
-        if wait:
-            self.wait_ready(name, minimum, version=version)
 
     # ---- its processes and files
 
-    @property
-    def pid(self) -> int:
-        """The pid of the frontend, the Java process.
-
-        Raises:
-            TorchServeError: the server does not run.
-        """
-        for process in self.tree():
-            if _name(process) == "java":
-                return process.pid
-        raise TorchServeError(f"the server does not run{self._tail()}")
-
-    def tree(self) -> list[psutil.Process]:
-        """Return the started command and all its descendants, parents first."""
-        if self._command is None:
-            return []
-        try:
-            root = psutil.Process(self._command.pid)
-            tree = [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            tree = self._marked()
-        self._seen.update((process.pid, process) for process in tree)
-        return tree
+    def processes(self) -> list[psutil.Process]:
+        """Return all that have our directory in their environment, those of a worker whose frontend has ended too."""
+        mark = str(self.log_directory)
+        return [found for found in psutil.process_iter() if environment(found.pid).get("LOG_LOCATION") == mark]
 
     def workers(self) -> dict[int, list[str]]:
         """Return pid -> command line of every process of the server's that is a worker, not the wrapper of one.
@@ -326,21 +226,13 @@ class TorchServe(Client):
         """
         found: dict[int, list[str]] = {}
         wrappers: set[int] = set()
-        self.tree()
-        for process in list(self._seen.values()):
-            if not process.is_running():
-                continue
+        for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 words = process.cmdline()
                 if any(word.endswith(WORKER_SCRIPT) for word in words):
                     found[process.pid] = words
                     wrappers.update(parent.pid for parent in process.parents())
         return {pid: words for pid, words in found.items() if pid not in wrappers}
-
-    def _marked(self) -> list[psutil.Process]:
-        """Return every process of this user with our directory in its environment, also one whose parent has ended."""
-        mark = str(self.log_directory)
-        return [found for found in psutil.process_iter() if environment(found.pid).get("LOG_LOCATION") == mark]
 
     @property
     def console(self) -> Path:
@@ -354,10 +246,6 @@ class TorchServe(Client):
         except FileNotFoundError:
             return ""
 
-    def snapshots(self) -> list[Path]:
-        """Return the snapshots that the server has written, oldest first."""
-        return sorted((self.log_directory / "config").glob("*.cfg"), key=lambda file: file.stat().st_mtime_ns)
-
     def _complaint(self) -> str:
         """Return the last exception that a worker died of, as far as the log tells."""
         found: list[str] = re.findall(r" MODEL_LOG - ([\w.]*(?:Error|Exception): .*)", self.log())
@@ -369,22 +257,14 @@ class TorchServe(Client):
         return "\n--- last lines of the server's log\n" + "\n".join(told[-lines:])
 
 
-def _name(process: psutil.Process) -> str:
-    try:
-        return str(process.name())
-    except psutil.NoSuchProcess:
-        return ""
-
-
-def _wait(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Return which of them have not ended after a time; whether their parent has taken note does not count.
+def _wait(processes: list[psutil.Process], seconds: float) -> None:
+    """Wait until they have ended, so long at most; whether their parent has taken note does not count.
 
     An orphan's parent is init, which may look every two seconds only.
     """
     deadline = time.monotonic() + seconds
-    while (left := [process for process in processes if not _ended(process)]) and time.monotonic() < deadline:
+    while not all(map(_ended, processes)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return left
 
 
 def _ended(process: psutil.Process) -> bool:
@@ -392,8 +272,3 @@ def _ended(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -25,34 +25,11 @@ from ts_plugin.trial.alone import others_seconds
 from ts_plugin.trial.archive import copy_with
 from ts_plugin.trial.asked import Model
 from ts_plugin.trial.client import RequestError, TorchServeError
-from ts_plugin.trial.load import Answer, Body, LoadError, OpenLoop, in_threads, percentile, poisson, take_turns
+from ts_plugin.trial.load import Answer, Body, LoadError, in_threads, open_loop, percentile, poisson, take_turns
 from ts_plugin.trial.properties import Property
 from ts_plugin.trial.store import Store
 from ts_plugin.trial.torchserve import TorchServe
 from ts_plugin.worker.start import OFF_VARIABLE
-
-__all__ = [
-    "CPUS_ONLY",
-    "FRONTEND",
-    "FULL",
-    "LEAD_IN",
-    "STOCK",
-    "USABLE_MEMORY",
-    "Closed",
-    "Contender",
-    "Load",
-    "Round",
-    "Sample",
-    "Turns",
-    "closed_loop",
-    "counted",
-    "ours",
-    "pace",
-    "packed",
-    "rounds_of",
-    "saturated",
-    "thinned",
-]
 
 LEAD_IN = 1.5  # seconds of every load that do not count: what learns, learns at this load
 WARM_UP = 3.0  # seconds of full load after a start
@@ -149,12 +126,9 @@ def ours() -> dict[str, Property | None]:
     """Return the properties of a server whose workers get their cores from ts-cores.
 
     Raises:
-        TorchServeError: the frontend hook was not built.
+        CommandError: the frontend hook was not built.
     """
-    try:
-        return CPUS_ONLY | {"cpu_launcher_enable": True, "plugins_path": built_plugin()}
-    except FileNotFoundError as error:
-        raise TorchServeError(str(error)) from error
+    return CPUS_ONLY | {"cpu_launcher_enable": True, "plugins_path": built_plugin()}
 
 
 def packed(items: Iterable[T], size: Callable[[T], int], room: int) -> list[list[T]]:
@@ -170,6 +144,11 @@ def packed(items: Iterable[T], size: Callable[[T], int], room: int) -> list[list
     return groups
 
 
+def complete(store: Store, contender: Contender, loads: Iterable[Load]) -> bool:
+    """Tell whether everything was measured."""
+    return all(len(store.rounds(f"{load.name} {contender.key}")) >= load.repetitions for load in loads)
+
+
 def rounds_of(store: Store, contenders: Iterable[Contender], loads: Iterable[str]) -> Iterator[Round]:
     """Yield everything that was measured."""
     for contender in contenders:
@@ -177,32 +156,22 @@ def rounds_of(store: Store, contenders: Iterable[Contender], loads: Iterable[str
             yield from map(Round.from_json, store.rounds(f"{load} {contender.key}"))
 
 
+@dataclass
 class Turns:
     """Servers from ``start`` to the end of ``with``; ``trouble`` says of which there are none, and why."""
 
-    def __init__(
-        self,
-        models: Sequence[Model],
-        *,
-        store: Store,
-        clients: Sequence[int],
-        cpus: frozenset[int],
-        tell: Tell = lambda what, left: None,
-        note: Callable[[str], None] = lambda text: None,
-        closed: Closed | None = None,
-        timeout: float = 180.0,
-    ) -> None:
-        self._models = models
-        self._store = store
-        self._clients = clients
-        self._cpus = cpus
-        self._tell = tell
-        self._note = note
-        self._closed = closed or closed_loop
-        self._timeout = timeout
-        self._stack = contextlib.ExitStack()
-        self.servers: dict[str, TorchServe] = {}
-        self.trouble: dict[str, str] = {}
+    models: Sequence[Model]
+    _: KW_ONLY
+    store: Store
+    clients: Sequence[int]
+    cpus: frozenset[int]
+    tell: Tell = lambda what, left: None
+    note: Callable[[str], None] = lambda text: None
+    closed: Closed | None = None  # ours
+    timeout: float = 180.0
+    servers: dict[str, TorchServe] = field(default_factory=dict, init=False)
+    trouble: dict[str, str] = field(default_factory=dict, init=False)
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
 
     def __enter__(self) -> Self:
         return self
@@ -218,8 +187,8 @@ class Turns:
         with contextlib.ExitStack() as stack:
             try:
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ts-cores-")))
-                archives = [directory / f"{model.archive.model}.mar" for model in self._models]
-                for at, (model, path) in enumerate(zip(self._models, archives, strict=True)):
+                archives = [directory / f"{model.archive.model}.mar" for model in self.models]
+                for at, (model, path) in enumerate(zip(self.models, archives, strict=True)):
                     if contender.settings is None:
                         path.symlink_to(model.archive.path.resolve())
                     else:
@@ -230,15 +199,15 @@ class Turns:
                         workers=None,
                         properties=dict(contender.properties),
                         environment=dict(contender.environment),
-                        timeout=self._timeout,
+                        timeout=self.timeout,
                     )
                 )
                 if contender.must_bind:
-                    _require_bound(server, self._cpus)
+                    _require_bound(server, self.cpus)
                 self._warm_up(server)
             except TorchServeError as error:
                 self.trouble[contender.title] = str(error).partition("\n")[0]
-                self._note(f"{contender.title}: {self.trouble[contender.title]}")
+                self.note(f"{contender.title}: {self.trouble[contender.title]}")
                 return False
             self._stack.push(stack.pop_all())
             self.servers[contender.title] = server
@@ -246,7 +215,7 @@ class Turns:
 
     def _warm_up(self, server: TorchServe) -> None:
         """TorchScript and oneDNN prepare themselves in the first requests, and in the first batches."""
-        for model in self._models:
+        for model in self.models:
             server.predict(model.archive.model, model.body.content, content_type=model.body.type)
         self._full_load(server, WARM_UP)
 
@@ -276,7 +245,7 @@ class Turns:
 
     def capacity(self) -> list[float] | None:
         """Return the requests/s of each model that shares are of: what the first contender answers at full load."""
-        found: list[float] | None = self._store.get("capacity")
+        found: list[float] | None = self.store.get("capacity")
         return found
 
     def full_load(self, contender: Contender, seconds: float) -> None:
@@ -284,12 +253,12 @@ class Turns:
         self._full_load(self.servers[contender.title], seconds)
 
     def _full_load(self, server: TorchServe, seconds: float) -> None:
-        works = zip(self._models, self._clients, strict=True)
+        works = zip(self.models, self.clients, strict=True)
         self._at_once(server, [partial(_turns, model.body, each, seconds) for model, each in works])
 
     def _turn(self, contender: Contender, load: Load, turn: int, left: float) -> None:
         key = f"{load.name} {contender.key}"
-        if len(self._store.rounds(key)) > turn:
+        if len(self.store.rounds(key)) > turn:
             return
         rates: list[float] | None = None
         if not load.clients:
@@ -299,23 +268,23 @@ class Turns:
             rates = [load.share * most for most in capacity]
             rates = [given or rate for given, rate in zip(load.rates, rates, strict=True)] if load.rates else rates
         told = load.name if rates is None else f"{' and '.join(f'{rate:.3g}' for rate in rates)} requests/s"
-        self._tell(f"{contender.title}: {told}", left)
-        before, began = others_seconds(self._cpus), time.monotonic()
+        self.tell(f"{contender.title}: {told}", left)
+        before, began = others_seconds(self.cpus), time.monotonic()
         if rates and self._hopeless(contender, rates):
             samples = [Sample(rate, 0.0, (), 0, True) for rate in rates]
         else:
             samples = self._measured(self.servers[contender.title], load, rates, turn)
-        elsewhere = max(others_seconds(self._cpus) - before, 0.0) / max(time.monotonic() - began, 0.1)
+        elsewhere = max(others_seconds(self.cpus) - before, 0.0) / max(time.monotonic() - began, 0.1)
         if load.name == FULL and self.capacity() is None and all(sample.throughput for sample in samples):
-            self._store.set("capacity", [sample.throughput for sample in samples])
-        self._store.add(key, asdict(Round(contender.title, load.name, turn, tuple(samples), round(elsewhere, 2))))
+            self.store.set("capacity", [sample.throughput for sample in samples])
+        self.store.add(key, asdict(Round(contender.title, load.name, turn, tuple(samples), round(elsewhere, 2))))
 
     def _hopeless(self, contender: Contender, rates: Sequence[float]) -> bool:
         """Tell whether a rate that is no higher was far too much already: a queue takes long to drain."""
-        for name in self._store.names():
+        for name in self.store.names():
             if not name.endswith(contender.key):
                 continue
-            for each in map(Round.from_json, self._store.rounds(name)):
+            for each in map(Round.from_json, self.store.rounds(name)):
                 for sample, rate in zip(each.samples, rates, strict=True):
                     tried = sample.saturated and sample.latencies and sample.rate is not None
                     if tried and sample.rate <= rate * 1.01 and HOPELESS * sample.throughput < rate:  # type: ignore[operator]
@@ -325,7 +294,7 @@ class Turns:
     def _measured(self, server: TorchServe, load: Load, rates: Sequence[float] | None, turn: int) -> list[Sample]:
         whole = LEAD_IN + load.seconds
         works: list[Callable[[str], Sample]] = []
-        for at, model in enumerate(self._models):
+        for at, model in enumerate(self.models):
             if rates is not None:
                 works.append(partial(self._users, model.body, rates[at], whole, turn, len(server.workers())))
             else:
@@ -336,13 +305,12 @@ class Turns:
         return samples
 
     def _clients_of(self, body: Body, clients: int, seconds: float, url: str) -> Sample:
-        return self._closed(url, body, clients, seconds) if clients else Sample(None, 0.0, (), 0)
+        return (self.closed or closed_loop)(url, body, clients, seconds) if clients else Sample(None, 0.0, (), 0)
 
     def _users(self, body: Body, rate: float, whole: float, turn: int, workers: int, url: str) -> Sample:
         arrivals = poisson(rate, whole, seed=turn)
         most = workers + QUEUE
-        loop = OpenLoop(url, body.content, arrivals=arrivals, content_type=body.type, patience=PATIENCE, most=most)
-        answers = loop.run(whole)
+        answers = open_loop(url, body.content, arrivals, content_type=body.type, patience=PATIENCE, most=most)
         found = counted(answers, whole - LEAD_IN, rate)
         cut = len(answers) < len(arrivals)  # it was left with a queue that only grew
         return Sample(found.rate, found.throughput, found.latencies, found.failed, found.saturated or cut)
@@ -353,7 +321,7 @@ class Turns:
 
         def work(at: int) -> None:
             try:
-                found[at] = works[at](server.prediction_url(self._models[at].archive.model))
+                found[at] = works[at](server.prediction_url(self.models[at].archive.model))
             except LoadError as error:
                 trouble.append(error)
 
@@ -365,7 +333,7 @@ class Turns:
     def _drain(self, server: TorchServe) -> None:
         """Wait until the server has worked off what its clients gave up on: its queue is first in, first out."""
         end = time.monotonic() + server.timeout
-        for model in self._models:
+        for model in self.models:
             while time.monotonic() < end:
                 with contextlib.suppress(RequestError):  # 503: the queue is full
                     server.predict(model.archive.model, model.body.content, content_type=model.body.type)

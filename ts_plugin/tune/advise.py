@@ -18,8 +18,6 @@ from ts_plugin.trial.turns import Tell
 from ts_plugin.tune.measure import allocator, bare, unpacked
 from ts_plugin.tune.values import Advice, Choice
 
-__all__ = ["advise", "gain"]
-
 WORTH = 0.03  # gained beyond the spread: less is not said
 ROUNDS = 6
 PIECE = 0.5  # seconds in one round, at least
@@ -57,7 +55,7 @@ def advise(
     end = time.monotonic() + seconds
     found = []
     with unpacked(archive) as model:
-        for variant in _variants(archive, bfloat16=bfloat16):
+        for variant in _variants(bfloat16=bfloat16):
             name = f"advice {variant.what} {choice.workers} {choice.threads} {choice.batch}"
             tell(f"trying {variant.what}", max(end - time.monotonic(), 0))
             if not store.rounds(name) and time.monotonic() + START < end:
@@ -81,16 +79,15 @@ def gain(rounds: list[tuple[float, float]]) -> float | None:
     return middle if middle - 1 - (high - low) / 2 > WORTH else None
 
 
-def _variants(archive: Archive, *, bfloat16: bool) -> Iterator[_Variant]:
+def _variants(*, bfloat16: bool) -> Iterator[_Variant]:
     plain = allocator(Policy())
     for kind in (Allocator.TCMALLOC, Allocator.JEMALLOC, Allocator.DEFAULT):
         policy = Policy(allocator=kind)
         if allocator(policy) != plain and (allocator(policy) or kind is Allocator.DEFAULT):
             name = "glibc's allocator" if kind is Allocator.DEFAULT else str(kind.value)
             yield _Variant(name, f"cpu_launcher_args=--memory-allocator {kind.value}", policy=policy)
-    if archive.torchscript:
-        how = "in the handler: self.model = torch.jit.optimize_for_inference(self.model)"
-        yield _Variant(OPTIMIZE, how, change=OPTIMIZE)
+    how = "in the handler: self.model = torch.jit.optimize_for_inference(self.model)"
+    yield _Variant(OPTIMIZE, how, change=OPTIMIZE)
     if bfloat16:
         how = 'in the handler: with torch.autocast("cpu", torch.bfloat16); answers differ in the third digit'
         yield _Variant(BFLOAT16, how, change=BFLOAT16)
@@ -108,7 +105,8 @@ def _compare(
         return bare(model, body, room, threads=choice.threads, instances=choice.workers, policy=policy, change=change)
 
     try:
-        with start(Policy(), None) as plain, start(variant.policy, variant.change) as changed:
+        # The changed ones first: they end here if it cannot be done to this model. OPTIMIZE wants TorchScript.
+        with start(variant.policy, variant.change) as changed, start(Policy(), None) as plain:
             for processes in (plain, changed):
                 work(processes, 0, WARM_UP)
             for number in range(ROUNDS):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from ts_plugin.trial.asked import Model, TrialError, asked_models, assigned
+from ts_plugin.errors import CommandError
+from ts_plugin.trial.asked import Model, asked_models, assigned
 from ts_plugin.tune.values import Target
-
-__all__ = ["Wanted", "wanted_models"]
-
 
 DRAWN = (".png", ".svg")  # how the name of a picture may end
 
@@ -25,7 +23,8 @@ def wanted_models(options: argparse.Namespace) -> list[Wanted]:
     """Read what is asked for.
 
     Raises:
-        TrialError: it makes no sense, or a file cannot be read.
+        CommandError: it makes no sense.
+        OSError: a file cannot be read.
     """
     names = [path.stem for path in options.archives]
     rates = assigned("--rate", options.rate, names)
@@ -37,23 +36,23 @@ def wanted_models(options: argparse.Namespace) -> list[Wanted]:
 
 
 def _check_files(options: argparse.Namespace) -> None:
-    """Raises: TrialError: what is to be written at the end cannot be, which must not be found out then."""
+    """Raises: CommandError: what is to be written at the end cannot be, which must not be found out then."""
     for option, file in (("--write", options.write), ("--picture", options.picture)):
         if file and not file.absolute().parent.is_dir():
-            raise TrialError(f"{option} {file}: there is no directory {file.absolute().parent}; make it first")
+            raise CommandError(f"{option} {file}: there is no directory {file.absolute().parent}; make it first")
     if options.picture and options.picture.suffix not in DRAWN:
-        raise TrialError(f"--picture {options.picture}: its name must end with {' or '.join(DRAWN)}")
+        raise CommandError(f"--picture {options.picture}: its name must end with {' or '.join(DRAWN)}")
 
 
 def _target(name: str, rate: str | None, bound: str | None) -> Target:
-    """Raises: TrialError: one of them is no number."""
+    """Raises: CommandError: one of them is no number."""
     try:
         return Target(
             p99=None if bound is None else _seconds(bound),
             rate=None if rate is None else _positive(rate),
         )
     except ValueError as error:
-        raise TrialError(f"{name}: {error}") from error
+        raise CommandError(f"{name}: {error}") from error
 
 
 def _seconds(text: str) -> float:

@@ -23,9 +23,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from ts_plugin.errors import CommandError
 from ts_plugin.tune.values import LOAD, Cell, Choice, Profile, Target
-
-__all__ = ["choose", "share"]
 
 TIE = 0.02  # differences up to this part are none
 NORMAL_99 = 2.33  # standard deviations above the mean, of one in a hundred
@@ -51,11 +50,11 @@ def share(profiles: Sequence[Profile], targets: Sequence[Target]) -> list[list[C
     with 0.7. Memory is divided as the cores are. Times are those with all cores busy, whoever keeps them so.
 
     Raises:
-        ValueError: fewer cores than models.
+        CommandError: fewer cores than models.
     """
     cores, free = min(profile.cores for profile in profiles), min(profile.free_memory for profile in profiles)
     if cores < len(profiles):
-        raise ValueError(f"{len(profiles)} models share {cores} cores and each needs one; tune fewer models at once")
+        raise CommandError(f"{len(profiles)} models share {cores} cores and each needs one; tune fewer models at once")
     spare = max(0, free - sum(profile.first_memory for profile in profiles))
     best: list[dict[int, Choice]] = [{} for _ in profiles]
     at_best = []

@@ -11,28 +11,27 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ts_plugin.config.file import Config, read_config
+from ts_plugin.errors import CommandError
 from ts_plugin.machine.words import count
 from ts_plugin.trial.alone import alone
 from ts_plugin.trial.archive import copy_with
-from ts_plugin.trial.asked import KEPT, TrialError, asked_config
+from ts_plugin.trial.asked import KEPT
 from ts_plugin.trial.bare import BareError, explained
 from ts_plugin.trial.client import TorchServeError
 from ts_plugin.trial.progress import Show
 from ts_plugin.trial.properties import Property
-from ts_plugin.trial.room import Room, RoomError, find_room
+from ts_plugin.trial.room import Room, find_room
 from ts_plugin.trial.store import Store, key, where
 from ts_plugin.trial.turns import CPUS_ONLY, FRONTEND, STOCK, Contender, ours
 from ts_plugin.tune.advise import advise
 from ts_plugin.tune.asked import Wanted, wanted_models
 from ts_plugin.tune.choose import choose, share
-from ts_plugin.tune.confirm import Candidate, Served, confirm, pick
+from ts_plugin.tune.confirm import Candidate, confirm, pick
 from ts_plugin.tune.measure import measure
 from ts_plugin.tune.report import advice, picture, sentence, table, to_json
-from ts_plugin.tune.settings import BEFORE, Lines, archive_settings, lines, write
-from ts_plugin.tune.values import DEFAULT, NOW, Choice, Profile, Result
+from ts_plugin.tune.settings import Lines, archive_settings, keep, lines, write
+from ts_plugin.tune.values import DEFAULT, NOW, Choice, Confirmed, Profile, Result
 from ts_plugin.view.terminal import tell
-
-__all__ = ["candidates", "report", "shortlist", "tune"]
 
 A_SERVER = 30.0  # seconds that confirming one takes: a short run confirms fewer
 PROFILING, CONFIRMING, ADVISING = 0.35, 0.5, 0.15  # parts of the time
@@ -42,9 +41,9 @@ def tune(options: argparse.Namespace) -> int:
     """Run the command: 0, or 1 if the target cannot be met.
 
     Raises:
-        TrialError: and why.
+        CommandError, OSError: and why.
     """
-    config = asked_config(options.config)
+    config = read_config(options.config, os.environ) if options.config else None
     models = wanted_models(options)
     with alone("tune") as cache:
         try:
@@ -55,10 +54,8 @@ def tune(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("ts-cores: interrupted; the same command goes on from here", file=sys.stderr)
             raise
-        except RoomError as error:
-            raise TrialError(str(error)) from error
         except TorchServeError as error:
-            raise TrialError(f"the real server does not serve: {error}") from error
+            raise CommandError(f"the real server does not serve: {error}") from error
     return report(models, answers, options)
 
 
@@ -86,17 +83,12 @@ def _tuned(
                     tell=stage.tell,
                 )
             except BareError as error:
-                raise TrialError(explained(model.archive, error)) from error
+                raise CommandError(explained(model.archive, error)) from error
             profiles.append(profile)
             _say_memory(profile, room, show)
     targets = [model.target for model in models]
-    if len(models) == 1:
-        ranked = [[choice] for choice in choose(profiles[0], targets[0])]
-    else:
-        try:
-            ranked = share(profiles, targets)
-        except ValueError as error:
-            raise TrialError(str(error)) from error
+    alone = len(models) == 1
+    ranked = [[choice] for choice in choose(profiles[0], targets[0])] if alone else share(profiles, targets)
     memory = min(profile.free_memory for profile in profiles)
     with show.stage("confirming on the real server", CONFIRMING) as stage:
         most = max(int(stage.seconds // A_SERVER) - (2 if config else 1), 1)
@@ -114,7 +106,7 @@ def _tuned(
     best = found[pick(found, targets)]
     answers = []
     for at, (model, profile, store) in enumerate(zip(models, profiles, stores, strict=True)):
-        answer = _answer(model, profile, [division[at] for division in ranked], found, best, at)
+        answer = _answer(model, profile, [division[at] for division in ranked], [rows[at] for rows in found], best[at])
         with show.stage(f"what else helps {model.archive.path.name}", ADVISING / len(models)) as stage:
             tips = advise(
                 model.archive,
@@ -199,10 +191,9 @@ def _say_memory(profile: Profile, room: Room, show: Show) -> None:
 
 
 def _answer(
-    model: Wanted, profile: Profile, choices: Sequence[Choice], found: Sequence[Served], best: Served, at: int
+    model: Wanted, profile: Profile, choices: Sequence[Choice], found: Sequence[Confirmed], best: Confirmed
 ) -> Result:
-    chosen = best.rows[at]
-    if chosen.choice is None:
+    if best.choice is None:
         raise TypeError(f"{best}: no choice")
     return Result(
         name=model.archive.model,
@@ -210,8 +201,9 @@ def _answer(
         profile=profile,
         target=model.target,
         choices=tuple(choices),
-        choice=chosen.choice,
-        confirmed=tuple(served.rows[at] for served in found),
+        choice=best.choice,
+        measured=best,
+        confirmed=tuple(found),
     )
 
 
@@ -222,7 +214,7 @@ def report(models: Sequence[Wanted], answers: Sequence[Result], options: argpars
     try:
         wanted = lines(answers, present)
     except ValueError as error:
-        raise TrialError(f"{options.write}: {error}") from error
+        raise CommandError(f"{options.write}: {error}") from error
     met = all(answer.met for answer in answers)
     if options.json:
         print(to_json(answers, wanted))
@@ -260,19 +252,18 @@ def _keep(answer: Result) -> list[str]:
 
 def _write(models: Sequence[Wanted], answers: Sequence[Result], target: Path, wanted: Lines, say: TextIO) -> None:
     """Write config.properties, and the settings of archives that have their own or need their own cores."""
-    try:
-        kept = write(target, wanted)
-        print(f"{target}: written" + (f", the old one is {kept}" if kept else ""), file=say)
-        for model, answer in zip(models, answers, strict=True):
-            if model.archive.config or len(models) > 1:
-                path = model.archive.path
-                old = path.with_name(path.name + BEFORE)
-                if not old.exists():
-                    os.link(path, old)
+    kept = write(target, wanted)
+    print(f"{target}: written" + (f", the old one is {kept}" if kept else ""), file=say)
+    for model, answer in zip(models, answers, strict=True):
+        if model.archive.config or len(models) > 1:
+            path = model.archive.path
+            old = keep(path)
+            try:
                 copy_with(model.archive, path, _with_profile(answer))
-                print(f"{path}: written, the old one is {old}", file=say)
-    except OSError as error:
-        raise TrialError(str(error)) from error
+            except OSError as error:
+                old.unlink()
+                raise CommandError(f"{path}: not written, it is as it was: {error.strerror}") from error
+            print(f"{path}: written, the old one is {old}", file=say)
 
 
 def _with_profile(answer: Result) -> dict[str, Any]:

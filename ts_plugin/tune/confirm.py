@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from ts_plugin.trial.client import TorchServeError
 from ts_plugin.trial.load import percentile
 from ts_plugin.trial.store import Store
-from ts_plugin.trial.turns import FULL, Contender, Load, Round, Tell, Turns, packed, rounds_of
+from ts_plugin.trial.turns import FULL, Contender, Load, Round, Tell, Turns, complete, packed, rounds_of
 from ts_plugin.tune.asked import Wanted
 from ts_plugin.tune.values import LOAD, Choice, Confirmed, Target
-
-__all__ = ["Candidate", "Served", "confirm", "pick"]
 
 SECONDS = 3.5  # of full load that count in one round, at least
 OPEN = 5.5  # seconds of open loop that count
@@ -36,18 +34,6 @@ class Candidate:
     choices: tuple[Choice, ...] | None
     memory: int
 
-    @property
-    def title(self) -> str:
-        return self.contender.title
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What a candidate did: a row per model."""
-
-    candidate: Candidate
-    rows: tuple[Confirmed, ...]
-
 
 def confirm(
     models: Sequence[Wanted],
@@ -59,8 +45,8 @@ def confirm(
     memory: int,
     tell: Tell = lambda what, left: None,
     note: Callable[[str], None] = lambda text: None,
-) -> list[Served]:
-    """Measure every candidate and return those that could be, in their order.
+) -> list[tuple[Confirmed, ...]]:
+    """Measure every candidate and return a row per model of each that could be, in their order.
 
     ``seconds`` is the budget, ``memory`` what all servers together may take; a candidate that needs more by itself is
     left out, and ``note`` says so.
@@ -78,7 +64,7 @@ def confirm(
     for candidate in candidates:
         if candidate.memory > memory:
             needs = candidate.memory >> 20
-            note(f"{candidate.title}: not measured, it needs {needs} MiB and {memory >> 20} may be used")
+            note(f"{candidate.contender.title}: not measured, it needs {needs} MiB and {memory >> 20} may be used")
     fitting = (candidate for candidate in candidates if candidate.memory <= memory)
     groups = packed(fitting, lambda candidate: candidate.memory, memory)
     trouble: dict[str, str] = {}
@@ -87,7 +73,7 @@ def confirm(
         contenders = [candidate.contender for candidate in group]
         with Turns(models, store=store, clients=clients, cpus=cpus, tell=tell, note=note) as turns:
             for at, contender in enumerate(contenders):
-                if any(len(list(rounds_of(store, [contender], [load.name]))) < ROUNDS for load in loads):
+                if not complete(store, contender, loads):
                     tell(f"starting the server: {contender.title}", deadline - time.monotonic() - START * at)
                     turns.start(contender)
             turns.measure(contenders, loads, deadline=deadline, essential=len(loads))
@@ -96,30 +82,30 @@ def confirm(
     for candidate in candidates:
         full, users = (list(rounds_of(store, [candidate.contender], [load.name])) for load in loads)
         if full and users:
-            found.append(Served(candidate, tuple(_row(candidate, full, users, at) for at in range(len(models)))))
-    if not any(served.candidate.choices for served in found):
+            found.append(tuple(_row(candidate, full, users, at) for at in range(len(models))))
+    if not any(rows[0].choice for rows in found):
         raise TorchServeError("; ".join(map(": ".join, trouble.items())) or "no server could be measured")
     return found
 
 
-def pick(found: Sequence[Served], targets: Sequence[Target]) -> int:
+def pick(found: Sequence[Sequence[Confirmed]], targets: Sequence[Target]) -> int:
     """Return the place of the best choice, as measured: those that are within all targets first.
 
     Of these with a rate the first (the chooser's order), otherwise the one with the most throughput; throughputs that
     differ by less than 2 % are the same. If none is within, the nearest: by the 99th percentile, or the rate served.
     """
     best, best_key = -1, (False, 0.0)
-    for place, served in enumerate(found):
-        if served.candidate.choices is None:
+    for place, rows in enumerate(found):
+        if rows[0].choice is None:
             continue
-        nearness = min(_nearness(target, row) for target, row in zip(targets, served.rows, strict=True))
+        nearness = min(_nearness(target, row) for target, row in zip(targets, rows, strict=True))
         inside = nearness >= 1
         if not inside:
             value = nearness
         elif all(target.rate is not None for target in targets):
             value = 1.0
         else:
-            value = math.prod(row.throughput for row in served.rows)
+            value = math.prod(row.throughput for row in rows)
         if best < 0 or inside > best_key[0] or (inside == best_key[0] and value > best_key[1] * (1 + SAME)):
             best, best_key = place, (inside, value)
     return best
@@ -155,7 +141,7 @@ def _row(candidate: Candidate, full: Sequence[Round], users: Sequence[Round], at
     throughputs = [each.samples[at].throughput for each in full]
     latencies = [value for each in users for value in each.samples[at].latencies] or [math.inf]
     return Confirmed(
-        name=str(candidate.choices[at]) if candidate.choices else candidate.title,
+        name=str(candidate.choices[at]) if candidate.choices else candidate.contender.title,
         choice=candidate.choices[at] if candidate.choices else None,
         throughput=statistics.median(throughputs),
         spread=(max(throughputs) - min(throughputs)) / 2,

@@ -18,26 +18,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ts_plugin.machine import discovery, process
+from ts_plugin.errors import CommandError
+from ts_plugin.machine import process
 from ts_plugin.machine.words import count
 from ts_plugin.planning.policy import Policy
 from ts_plugin.trial.archive import Archive
 from ts_plugin.trial.bare import Bare, BareError, Binding
 from ts_plugin.trial.load import Body
-from ts_plugin.trial.room import Room, RoomError
+from ts_plugin.trial.room import Room, free_memory
 from ts_plugin.trial.store import Store
 from ts_plugin.trial.turns import FRONTEND, USABLE_MEMORY, Tell, packed
 from ts_plugin.tune.values import Cell, Profile, fitting
 from ts_plugin.worker.environment import preload, prepare_environment
-
-__all__ = [
-    "allocator",
-    "bare",
-    "measure",
-    "thread_counts",
-    "together",
-    "unpacked",
-]
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ALWAYS = 8  # batches up to this size are measured even if a smaller one was as good
@@ -83,11 +75,9 @@ def measure(
 
     Raises:
         BareError: the archive cannot be loaded, or its handler rejects the body.
-        RoomError: there is no memory for one worker.
+        CommandError: there is no memory for one worker.
     """
-    free = discovery.read_free_memory()
-    amounts = [memory, None if free is None else int(USABLE_MEMORY * free)]
-    limit = min((amount for amount in amounts if amount is not None), default=sys.maxsize) - FRONTEND
+    limit = min(int(USABLE_MEMORY * free_memory()), memory or sys.maxsize) - FRONTEND
     profiler = _Profiler(archive, body, room, store, limit, longest, tell)
     if not store.get(f"profiled {longest}"):
         profiler.run(seconds)
@@ -135,56 +125,47 @@ class _Fleet:
     grows: bool = True
 
 
+@dataclass
 class _Profiler:
-    def __init__(
-        self,
-        archive: Archive,
-        body: Body,
-        room: Room,
-        store: Store,
-        limit: int,
-        longest: float | None,
-        tell: Tell,
-    ) -> None:
-        self._archive = archive
-        self._body = body
-        self._room = room
-        self._store = store
-        self._limit = limit
-        self._longest = longest
-        self._tell = tell
-        self._memory: tuple[int, int] | None = None  # of the first process, of each further one
+    archive: Archive
+    body: Body
+    room: Room
+    store: Store
+    limit: int
+    longest: float | None
+    tell: Tell
+    memory: tuple[int, int] | None = field(default=None, init=False)  # of the first process, of each further one
 
     def run(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
-        sizes = thread_counts(self._room.node_cores)[::-1]
-        with unpacked(self._archive) as model:
+        deadline = time.monotonic() + seconds
+        sizes = thread_counts(self.room.node_cores)[::-1]
+        with unpacked(self.archive) as model:
             with self._start(model, sizes[0], 1) as first:
-                self._tell(f"loading {self._archive.path.name}", seconds)
+                self.tell(f"loading {self.archive.path.name}", seconds)
                 first.work(0, fewest=2)
                 self._weigh([first])
-            groups = together([(threads, self._room.instances(threads)) for threads in sizes], self._fit())
+            groups = together([(threads, self.room.instances(threads)) for threads in sizes], self._fit())
             for number, group in enumerate(groups):
                 now = time.monotonic()
-                self._rounds(model, group, now + (self._deadline - now) / (len(groups) - number))
+                self._rounds(model, group, now + (deadline - now) / (len(groups) - number))
 
     def _start(self, model: Path, threads: int, instances: int) -> Bare:
-        return bare(model, self._body, self._room, threads=threads, instances=instances, policy=Policy(), change=None)
+        return bare(model, self.body, self.room, threads=threads, instances=instances, policy=Policy(), change=None)
 
     def _fit(self) -> int:
         """Return how many processes fit into the memory.
 
         Raises:
-            RoomError: none.
+            CommandError: none.
         """
-        if self._memory is None:  # the kernel does not say what a process takes
+        if self.memory is None:  # the kernel does not say what a process takes
             return sys.maxsize
-        fit = fitting(self._limit, *self._memory)
+        fit = fitting(self.limit, *self.memory)
         if not fit:
-            first = self._memory[0]
-            raise RoomError(
-                f"{self._archive.path}: a server needs {_mib(FRONTEND + first)}, of which one worker takes "
-                f"{_mib(first)}, and {_mib(FRONTEND + self._limit)} may be used; free some memory, or raise --memory "
+            first = self.memory[0]
+            raise CommandError(
+                f"{self.archive.path}: a server needs {_mib(FRONTEND + first)}, of which one worker takes "
+                f"{_mib(first)}, and {_mib(FRONTEND + self.limit)} may be used; free some memory, or raise --memory "
                 "or the container's limit"
             )
         return fit
@@ -197,16 +178,16 @@ class _Profiler:
         whole = sum(pss for pss, _ in seen)
         further = int(statistics.fmean(private for _, private in seen))
         first = whole - (len(seen) - 1) * further
-        known = self._memory or (0, 0)
+        known = self.memory or (0, 0)
         # What one process alone has to itself is what all of them share, too.
-        self._memory = max(first, known[0]), further if len(seen) > 1 or not known[1] else known[1]
-        self._store.set("memory", list(self._memory))
+        self.memory = max(first, known[0]), further if len(seen) > 1 or not known[1] else known[1]
+        self.store.set("memory", list(self.memory))
 
     def _rounds(self, model: Path, group: Sequence[tuple[int, int]], deadline: float) -> None:
         with contextlib.ExitStack() as stack:
             fleets = []
             for threads, instances in group:
-                self._tell(f"starting {instances} x {threads} threads", deadline - time.monotonic())
+                self.tell(f"starting {instances} x {threads} threads", deadline - time.monotonic())
                 fleets.append(_Fleet(threads, instances, stack.enter_context(self._start(model, threads, instances))))
             if len(fleets) > 1 or group[0][1] > 1:
                 for fleet in fleets:
@@ -250,18 +231,17 @@ class _Profiler:
                     fleet.batches.remove(batch)  # its handler answers one request at a time
                     fleet.grows = False
                     if batch == 2:
-                        self._store.set("single", error.reason)
+                        self.store.set("single", error.reason)
 
     def _pays(self, fleet: _Fleet, batch: int, deadline: float) -> bool:
         """Tell whether a batch of this size is worth measuring, and can be afforded."""
         before, last = (self._seconds(fleet, size) for size in (batch // 4, batch // 2))
-        if self._longest is not None and last > self._longest:
+        if self.longest is not None and last > self.longest:
             return False
         costs = 2 * last * (WARM_UP + 2 * FEWEST)
         if time.monotonic() + costs > deadline:
             return False
-        free = discovery.read_free_memory()
-        if free is not None and free < FRONTEND:
+        if free_memory() < FRONTEND:
             return False
         return batch <= ALWAYS or 2 * before >= GROWS * last
 
@@ -269,35 +249,35 @@ class _Profiler:
         """Measure as many instances as there are, and one alone."""
         for instances in sorted({fleet.instances, 1}, reverse=True):
             name = _name(fleet.threads, batch, instances)
-            if len(self._store.rounds(name)) > number:
+            if len(self.store.rounds(name)) > number:
                 continue
-            self._tell(f"{instances} x {count(fleet.threads, 'thread')}, batch {batch}", left)
+            self.tell(f"{instances} x {count(fleet.threads, 'thread')}, batch {batch}", left)
             if batch not in fleet.warm:
                 fleet.processes.work(0, batch=batch, fewest=WARM_UP)
                 fleet.warm.add(batch)
             took = fleet.processes.work(PIECE, batch=batch, fewest=FEWEST, processes=instances)
             mean = statistics.fmean(took)
-            self._store.add(name, [len(took), mean, statistics.pvariance(took, mean)])
+            self.store.add(name, [len(took), mean, statistics.pvariance(took, mean)])
 
     def _seconds(self, fleet: _Fleet, batch: int) -> float:
-        return _pooled(self._store.rounds(_name(fleet.threads, batch, fleet.instances)))[0]
+        return _pooled(self.store.rounds(_name(fleet.threads, batch, fleet.instances)))[0]
 
     def profile(self) -> Profile:
         cells = []
-        for name in self._store.names():
+        for name in self.store.names():
             if name.startswith("cell "):
                 threads, batch, instances = map(int, name.split()[1:])
-                rounds = self._store.rounds(name)
+                rounds = self.store.rounds(name)
                 cells.append(Cell(threads, batch, instances, *_pooled(rounds), sum(each[0] for each in rounds)))
-        first, further = self._store.get("memory", (0, 0))
+        first, further = self.store.get("memory", (0, 0))
         return Profile(
-            archive=self._archive.path.name,
-            cores=self._room.cores,
-            node_cores=self._room.node_cores,
+            archive=self.archive.path.name,
+            cores=self.room.cores,
+            node_cores=self.room.node_cores,
             first_memory=first,
             next_memory=further,
-            free_memory=self._limit,
-            batches="single" not in self._store,
+            free_memory=self.limit,
+            batches="single" not in self.store,
             cells=tuple(sorted(cells, key=lambda cell: (cell.threads, cell.instances, cell.batch))),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from ts_plugin.trial.spread import spread_of
 from ts_plugin.tune.settings import Lines
 from ts_plugin.tune.values import DEFAULT, LOAD, Choice, Result, Target
 
-__all__ = ["advice", "picture", "sentence", "table", "to_json"]
-
 HEADS = ("", "requests/s", "+/-", "p50 ms", "p99 ms", "failed", "memory MB")
 BATCHES = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#D55E00")  # Okabe and Ito's colours
 SOONER = 0.95  # of a latency: more is the same
@@ -26,34 +24,35 @@ DRAWN = 10  # divisions in the picture at most
 
 
 def table(answer: Result) -> Table:
-    """Draw what was measured for a terminal, the advised row bold; what was only computed says so."""
+    """Draw what was measured for a terminal, the advised row bold."""
     result = Table(title=answer.profile.archive, title_justify="left", box=SIMPLE, pad_edge=False, header_style="dim")
     for head in HEADS:
         result.add_column(head, justify="right" if head else "left", no_wrap=not head)
-    for cells, chosen in _rows(answer):
-        result.add_row(*cells, style="bold" if chosen else "")
+    for row in answer.confirmed:
+        memory = f"{row.choice.memory / 1e6:.0f}" if row.choice else ""
+        figures = _figure(row.throughput), _figure(row.spread), _ms(row.p50), _ms(row.p99), str(row.failed), memory
+        result.add_row(row.name, *figures, style="bold" if row is answer.measured else "")
     return result
 
 
 def sentence(answer: Result) -> str:
     """Say in one sentence what is advised and why."""
     choice, target, row = answer.choice, answer.target, answer.measured
-    throughput, p99 = (row.throughput, row.p99) if row else (choice.throughput, choice.p99)
-    late = f"99 of 100 answers at {_figure(row.rate if row else choice.rate)} requests/s within {_ms(p99)} ms"
-    most = f"{_figure(throughput)} requests/s at full load"
-    if target.rate is not None and not target.serves(throughput):
+    late = f"99 of 100 answers at {_figure(row.rate)} requests/s within {_ms(row.p99)} ms"
+    most = f"{_figure(row.throughput)} requests/s at full load"
+    if target.rate is not None and not target.serves(row.throughput):
         return (
             f"{_figure(target.rate)} requests/s are more than this machine serves: {choice} comes nearest "
-            f"with {most}, of which {_figure(LOAD * throughput)} ({LOAD:.0%}) leave room for bursts."
+            f"with {most}, of which {_figure(LOAD * row.throughput)} ({LOAD:.0%}) leave room for bursts."
         )
     if not answer.met and target.p99 is not None:
         return f"Nothing holds {_ms(target.p99)} ms: {choice} comes nearest, with {late} and {most}."
     wish = "is fastest" if target.rate is not None and target.p99 is None else "serves most"
     within = f" within {_ms(target.p99)} ms" if target.p99 is not None else ""
-    return f"{choice} {wish}{within}: {most}, {late}{_against(answer, throughput, p99)}{_cost(answer)}."
+    return f"{choice} {wish}{within}: {most}, {late}{_against(answer)}{_cost(answer)}."
 
 
-def _against(answer: Result, throughput: float, p99: float) -> str:
+def _against(answer: Result) -> str:
     """Return what the choice is better than: a server's other settings, else the best other division."""
     fastest = answer.target.rate is not None and answer.target.p99 is None
     for row in answer.confirmed:
@@ -61,9 +60,9 @@ def _against(answer: Result, throughput: float, p99: float) -> str:
             if fastest:
                 return f"; {DEFAULT} takes {_ms(row.p99)} ms"
             if row.throughput:
-                pairs = zip(answer.measured.throughputs if answer.measured else (), row.throughputs, strict=False)
+                pairs = zip(answer.measured.throughputs, row.throughputs, strict=False)
                 times = spread_of(ours / base for ours, base in pairs if base)
-                told = times.text() if times else _figure(throughput / row.throughput)
+                told = times.text() if times else _figure(answer.measured.throughput / row.throughput)
                 return f"; that is {told} times {DEFAULT} ({_figure(row.throughput)})"
     for other in answer.choices:
         if other.workers != answer.choice.workers:
@@ -74,10 +73,9 @@ def _against(answer: Result, throughput: float, p99: float) -> str:
 
 def _cost(answer: Result) -> str:
     """Return what the most throughput costs in latency: who else answers sooner, as measured."""
-    measured = answer.measured
-    if measured is None or answer.target != Target():
+    if answer.target != Target():
         return ""
-    sooner = [row for row in answer.confirmed if not row.failed and row.p99 < SOONER * measured.p99]
+    sooner = [row for row in answer.confirmed if not row.failed and row.p99 < SOONER * answer.measured.p99]
     if not sooner:
         return ""
     best = min(sooner, key=lambda row: row.p99)
@@ -128,7 +126,7 @@ def picture(path: Path, answer: Result) -> str:
         place = divisions.index(_division(answer.choice))
         marks = [("o", answer.choice, "chosen", 15), ("*", answer.measured, "measured", 11)]
         for mark, choice, label, size in marks:
-            if choice and math.isfinite(getattr(choice, field)):
+            if math.isfinite(getattr(choice, field)):
                 y = scale * getattr(choice, field)
                 fill = "none" if mark == "o" else "black"
                 axes.plot(place, y, mark, ms=size, mfc=fill, mec="black", mew=2, label=label, ls="", clip_on=False)
@@ -147,23 +145,11 @@ def to_json(answers: Sequence[Result], lines: Lines) -> str:
     """Return everything as JSON, ``lines`` included; what is endless is null."""
     told = [
         {"model": answer.name, "met": answer.met, "sentence": sentence(answer)}
-        | {key: value for key, value in asdict(answer).items() if key not in ("name", "choices", "profile")}
+        | {key: value for key, value in asdict(answer).items() if key not in ("name", "choices", "measured", "profile")}
         | {"archive": answer.profile.archive, "alternatives": [asdict(choice) for choice in answer.choices[:5]]}
         for answer in answers
     ]
     return json.dumps({"models": _finite(told), "lines": _finite(asdict(lines))}, indent=2)
-
-
-def _rows(answer: Result) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """Yield cells, and whether the row is the advised one."""
-    for row in answer.confirmed:
-        memory = _megabytes(row.choice) if row.choice else ""
-        figures = _figure(row.throughput), _figure(row.spread), _ms(row.p50), _ms(row.p99), str(row.failed), memory
-        yield (row.name, *figures), answer.measured is row
-    if answer.measured is None:
-        choice = answer.choice
-        expected = f"{choice} (expected)"
-        yield (expected, _figure(choice.throughput), "", "", _ms(choice.p99), "", _megabytes(choice)), True
 
 
 def _drawn(answer: Result) -> list[Choice]:
@@ -182,10 +168,6 @@ def _drawn(answer: Result) -> list[Choice]:
 
 def _division(choice: Choice) -> str:
     return f"{choice.workers} x {choice.threads}"
-
-
-def _megabytes(choice: Choice) -> str:
-    return f"{choice.memory / 1e6:.0f}"
 
 
 def _ms(seconds: float) -> str:

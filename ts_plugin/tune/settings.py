@@ -17,9 +17,8 @@ import javaproperties
 import yaml
 
 from ts_plugin.config.gson import GsonError, model_map, parse, strict
+from ts_plugin.errors import CommandError
 from ts_plugin.tune.values import Choice, Result
-
-__all__ = ["BEFORE", "Lines", "archive_settings", "lines", "write"]
 
 BEFORE = ".before-tune"  # the end of an old file's name
 OWN_CORES = re.compile(r"\s*--ncores?[-_]per[-_]instance(\s+|=)\S+")
@@ -72,7 +71,7 @@ def write(path: Path, lines: Lines) -> Path | None:
     All other lines stay as they are. The file changes at once or not at all.
 
     Raises:
-        OSError: it cannot be read, kept or written; it is then as it was.
+        CommandError: it cannot be read, kept or written; it is then as it was.
     """
     path = path.resolve()  # a link stays one
     draft, kept = path.with_name(f".{path.name}.{os.getpid()}"), None
@@ -87,14 +86,14 @@ def write(path: Path, lines: Lines) -> Path | None:
             os.fsync(file.fileno())
         if old is not None:
             shutil.copymode(path, draft)
-            kept = _keep(path)
+            kept = keep(path)
         os.replace(draft, path)
     except OSError as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
             if kept:
                 kept.unlink()
-        raise OSError(
+        raise CommandError(
             f"{path}: not written, it is as it was: {error.strerror}; paste the lines, or name another file"
         ) from error
     return kept
@@ -125,17 +124,24 @@ def _merged(old: bytes, properties: Mapping[str, str]) -> bytes:
     return "".join([*result, *left.values()]).encode("latin-1")
 
 
-def _keep(path: Path) -> Path:
-    """Copy a file beside itself under a name that is free."""
+def keep(path: Path) -> Path:
+    """Give a file a second name beside it that is free, and return that.
+
+    Raises:
+        OSError: it cannot be kept.
+    """
     number = 1
     while True:
         kept = path.with_name(path.name + BEFORE + (f"-{number}" if number > 1 else ""))
         try:
-            with kept.open("xb") as file:
-                file.write(path.read_bytes())
-                return kept
+            os.link(path, kept)
+            return kept
         except FileExistsError:
             number += 1
-        except OSError:
-            kept.unlink(missing_ok=True)
-            raise
+        except OSError:  # a file system without hard links
+            try:
+                shutil.copy2(path, kept)
+            except OSError:
+                kept.unlink(missing_ok=True)
+                raise
+            return kept

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from ts_plugin.machine.words import count
 
-__all__ = ["DEFAULT", "LOAD", "NOW", "Advice", "Cell", "Choice", "Confirmed", "Profile", "Result", "Target", "fitting"]
-
 LOAD = 0.7  # of the throughput at full load: what a server may be asked for in the long run
 DEFAULT = "TorchServe's default"
 NOW = "what runs now"
@@ -128,7 +126,10 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All that is found for one model; ``name`` and ``version`` are its manifest's, ``choice`` is what tune advises."""
+    """All that is found for one model; ``name`` and ``version`` are its manifest's.
+
+    ``choice`` is what tune advises, ``measured`` what the server did with it: one of ``confirmed``.
+    """
 
     name: str
     version: str
@@ -136,13 +137,9 @@ class Result:
     target: Target
     choices: tuple[Choice, ...]
     choice: Choice
-    confirmed: tuple[Confirmed, ...] = ()
+    measured: Confirmed
+    confirmed: tuple[Confirmed, ...]
     advice: tuple[Advice, ...] = ()
-
-    @property
-    def measured(self) -> Confirmed | None:
-        """What the server did with the choice, if it was confirmed."""
-        return next((row for row in self.confirmed if row.choice == self.choice), None)
 
     @property
     def better(self) -> Confirmed | None:
@@ -152,7 +149,7 @@ class Result:
         """
         measured, target = self.measured, self.target
         for row in self.confirmed:
-            if measured is None or row.choice is not None or row.failed or row.p99 > (target.p99 or math.inf):
+            if row.choice is not None or row.failed or row.p99 > (target.p99 or math.inf):
                 continue
             if target.rate is not None and target.p99 is None:
                 if row.p99 * BETTER < measured.p99 and target.serves(row.throughput):
@@ -163,6 +160,5 @@ class Result:
 
     @property
     def met(self) -> bool:
-        """Whether the target is met, by what was measured if anything was."""
-        known = self.measured or self.choice
-        return self.target.met(known.throughput, known.p99)
+        """Whether the target is met, by what was measured."""
+        return self.target.met(self.measured.throughput, self.measured.p99)

@@ -12,8 +12,6 @@ from ts_plugin.lending.words import Seen
 from ts_plugin.machine.process import Identity
 from ts_plugin.planning.planner import Slice
 
-__all__ = ["core_map", "lease_document", "slice_document"]
-
 
 def core_map(
     state: State, seen: Mapping[Identity, Seen] | None = None, *, server_pid: int | None = None

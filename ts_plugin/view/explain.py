@@ -12,8 +12,6 @@ from ts_plugin.machine.topology import Topology
 from ts_plugin.machine.words import count
 from ts_plugin.planning.policy import Lend, Pin
 
-__all__ = ["explain", "find"]
-
 
 def find(state: State, who: str) -> tuple[Lease, ...]:
     """Return the leases of ``who``: a PID, or a model by name or as NAME:VERSION."""

@@ -14,9 +14,6 @@ from ts_plugin.view.svg import Frame, machine
 from ts_plugin.view.tiles import STYLE, Scale, key, patterns, swatch, tile
 from ts_plugin.view.view import Group, View
 
-__all__ = ["html"]
-
-
 Ticks = Mapping[int, tuple[int, int]]
 
 
@@ -101,18 +98,10 @@ def _row(row: Row, tag: str, swatch: str, worker: str, state: str = "") -> str:
         "NUMA": row.numa_nodes,
         "L3": row.l3_domains,
         "moves": row.moves,
-        "computes on": _now(row),
+        "computes on": _breakable(row.now),
     }
     drawn = "".join(f'<td data-head="{head}">{cell}</td>' for head, cell in cells.items())
     return f'<tr tabindex="0" data-tag="{tag}" {state}>{drawn}</tr>'
-
-
-def _now(row: Row) -> str:
-    """Return what workers compute on now, borrowed CPUs behind a plus."""
-    if row.own is None:
-        return ""
-    borrowed = f" <b>+ {_breakable(row.borrowed)}</b> <small>borrowed</small>" if row.borrowed else ""
-    return f"{_breakable(row.own)}{borrowed}" or "<small>idle</small>"
 
 
 def _breakable(cpus: str) -> str:

@@ -8,8 +8,6 @@ from ts_plugin.machine.cpulist import short_cpulist
 from ts_plugin.machine.words import count
 from ts_plugin.view.view import View
 
-__all__ = ["Row", "all_notes", "row", "rows", "shortened"]
-
 LONGEST = 48  # characters of a list of CPUs, where it may be shortened
 
 
@@ -17,8 +15,9 @@ LONGEST = 48  # characters of a list of CPUs, where it may be shortened
 class Row:
     """One line: a worker, or all workers of a model (``members``, positions in ``View.workers``).
 
-    ``worker`` is its id, or for example ``200 workers``. ``own`` and ``borrowed`` are the CPUs that they compute on
-    now; ``own`` is None where that is not known. CPUs are as `short_cpulist` writes them, `shortened` for many workers.
+    ``worker`` is its id, or for example ``200 workers``. ``now`` are the CPUs that they compute on: ``0-3 + 4-7
+    borrowed``, ``idle``, or empty where that is not known. CPUs are as `short_cpulist` writes them, ``cpus`` of many
+    workers `shortened`.
     """
 
     tag: str
@@ -33,8 +32,7 @@ class Row:
     numa_nodes: str
     l3_domains: str
     moves: str
-    own: str | None
-    borrowed: str
+    now: str
 
 
 def rows(view: View) -> tuple[Row, ...]:
@@ -49,6 +47,7 @@ def row(view: View, members: tuple[int, ...]) -> Row:
     threads = sorted({piece.threads for piece in slices})
     cpus = short_cpulist(cpu for piece in slices for cpu in piece.cpus)
     now = [both for index in members if (both := view.computes_on(index)) is not None]
+    own, borrowed = (short_cpulist(cpu for both in now for cpu in both[which]) for which in (0, 1))
     return Row(
         view.tag(members[0]),
         members,
@@ -62,8 +61,7 @@ def row(view: View, members: tuple[int, ...]) -> Row:
         short_cpulist(node for piece in slices for node in piece.numa_nodes),
         short_cpulist(domain for piece in slices for domain in piece.l3_domains),
         str(sum(worker.moves for worker in workers) or ""),
-        short_cpulist(cpu for own, _ in now for cpu in own) if now else None,
-        short_cpulist(cpu for _, borrowed in now for cpu in borrowed),
+        (f"{own} + {borrowed} borrowed" if borrowed else own or "idle") if now else "",
     )
 
 

@@ -14,8 +14,6 @@ from ts_plugin.view.rows import Row, all_notes, rows, shortened
 from ts_plugin.view.tiles import STYLE, Scale, at, key, patterns, swatch, text_at, tile
 from ts_plugin.view.view import Group, View
 
-__all__ = ["Frame", "machine", "svg"]
-
 PAD, GAP, TILE_GAP, WIDTH = 10, 8, 3, 1160
 RANGE = 9.5  # font size of a group's CPU ranges
 

@@ -18,11 +18,9 @@ from rich.text import Text
 from ts_plugin.machine.cpulist import short_cpulist
 from ts_plugin.machine.topology import Core
 from ts_plugin.machine.words import count
-from ts_plugin.view.rows import Row, all_notes, rows
+from ts_plugin.view.rows import all_notes, rows
 from ts_plugin.view.tiles import colour
 from ts_plugin.view.view import WORDS, Group, Use, View
-
-__all__ = ["Map", "make_console", "reasons_table", "tell", "utilisation"]
 
 BARS = " ▁▂▃▄▅▆▇█"
 STYLES = {
@@ -133,12 +131,9 @@ class Map:
         return Text("\n").join(rows)
 
     def _tile(self, core: Core) -> Text:
-        owners, use = self._view.owners(core), self._view.use(core)
-        if owners:
-            mark, style = self._tagged(owners[0])
-            mark += "+" if len(owners) > 1 else ""
-        else:
-            mark, style = STYLES[use]
+        owners = self._view.owners(core)
+        mark, style = self._tagged(owners[0]) if owners else STYLES[self._view.use(core)]
+        mark += "+" * (len(owners) > 1)
         tile = Text(style=style, no_wrap=True)
         if not self._detailed:
             busiest = max((self._load or {}).get(cpu, 0.0) for cpu in core.cpus)
@@ -160,10 +155,7 @@ class Map:
         guest = self._view.borrower(core)
         if guest is None:
             return "", None
-        if isinstance(guest, Use):
-            mark, style = STYLES[guest]
-            return f"←{mark}", style
-        mark, style = self._tagged(guest)
+        mark, style = STYLES[guest] if isinstance(guest, Use) else self._tagged(guest)
         return f"←{mark}", style
 
     def _tagged(self, index: int) -> tuple[str, str]:
@@ -182,20 +174,9 @@ class Map:
                 mark, style = STYLES[use]
                 key.append(f" {mark} ", style).append(f" {WORDS[use]}   ", "dim")
         styled = console.color_system is not None
-        if (
-            self._detailed
-            and styled
-            and any(
-                self._view.owners(core) and not self._view.in_slice(cpu)
-                for core in self._view.topology.cores
-                for cpu in core.cpus
-            )
-        ):
+        if self._detailed and styled and self._view.resting():
             key.append("dim number", "dim").append(" SMT sibling kept free   ", "dim")
-        coloured = styled and not console.no_color
-        if (self._detailed or coloured) and any(
-            self._view.borrower(core) is not None for core in self._view.topology.cores
-        ):
+        if (self._detailed or (styled and not console.no_color)) and self._view.borrowed():
             words = "B computes on A's core" if self._detailed else "the colour shows who computes there"
             key.append(" A←B " if self._detailed else " A ", "reverse").append(f" borrowed: {words} now", "dim")
         if key:
@@ -212,7 +193,7 @@ class Map:
             "NUMA": [row.numa_nodes for row in self._rows],
             "L3": [row.l3_domains for row in self._rows],
             "moves": [row.moves for row in self._rows],
-            "now on": [_now(row) for row in self._rows],
+            "now on": [row.now for row in self._rows],
         }
         shown = {head: cells for head, cells in columns.items() if any(cells) or head in ("NUMA", "L3")}
         table = Table(box=SIMPLE, pad_edge=False, header_style="dim")
@@ -223,13 +204,6 @@ class Map:
             mark, style = self._tagged(row.members[0])
             table.add_row(Text(f" {mark} ", style), *cells)
         return table
-
-
-def _now(row: Row) -> str:
-    """Return what workers compute on now: ``0-3 + 4-7`` with borrowed CPUs behind the plus."""
-    if row.own is None:
-        return ""
-    return (f"{row.own} + {row.borrowed}" if row.borrowed else row.own) or "idle"
 
 
 def reasons_table(who: str, reasons: Sequence[tuple[str, str]]) -> RenderableType:

@@ -10,8 +10,6 @@ from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.machine.topology import Core
 from ts_plugin.view.view import WORDS, Use, View, tag
 
-__all__ = ["PALETTE", "STYLE", "Scale", "at", "colour", "fill_of", "key", "patterns", "swatch", "text_at", "tile"]
-
 # Okabe and Ito's palette, told apart with every kind of colour vision, in an order that keeps neighbours unlike;
 # each with the colour of the text on it. Source: https://jfly.uni-koeln.de/color/
 PALETTE = (
@@ -45,14 +43,14 @@ def _mark(row: int, member: int) -> int:
     return (row // len(PALETTE) + member % 2) % len(MARKS)
 
 
-def fill_of(row: int, member: int = 0) -> str:
+def _fill(row: int, member: int = 0) -> str:
     """Return the fill of a worker: its row's colour, with a pattern that tells it from its neighbours in the row."""
     mark = _mark(row, member)
     return f"url(#ts-{row % len(PALETTE)}-{mark})" if mark else colour(row)[0]
 
 
 def patterns(view: View) -> str:
-    """Return the fills with dots, bars, ... that `fill_of` names in this picture."""
+    """Return the fills with dots, bars, ... that `_fill` names in this picture."""
     ranks = map(view.rank, range(len(view.workers)))
     fills = []
     for row, mark in sorted({(row % len(PALETTE), _mark(row, member)) for row, member in ranks}):
@@ -119,13 +117,15 @@ def tile(view: View, core: Core, x: float, y: float, scale: Scale) -> str:
     title = f"core {core.number}, CPUs {format_cpulist(core.cpus)}: {names}"
     title += f", core type {core.kind}" if core.kind else ""
     guest = view.borrower(core)
-    title += "" if guest is None else f"; {_guest_name(view, guest)} computes here now"
+    if guest is not None:
+        who = "another server's worker" if isinstance(guest, Use) else view.label(guest)
+        title += f"; {who} computes here now"
     radius = size * (0.42 if core.kind else 0.12)
     column, strip, band = size / len(core.cpus), size * 0.36, scale.room(core) / max(1, len(owners))
     shapes = []
     for n, index in enumerate(owners):
         row, member = view.rank(index)
-        fill, top = fill_of(row, member), y + n * band
+        fill, top = _fill(row, member), y + n * band
         shapes.append(f'<rect {at(x, top, size, size - n * band)} fill="{colour(row)[0]}"/>')
         if fill.startswith("url"):  # numbers are read on the plain colour
             shapes.append(f'<rect {at(x, top, size, band)} fill="{fill}"/>')
@@ -140,9 +140,10 @@ def tile(view: View, core: Core, x: float, y: float, scale: Scale) -> str:
         ground = "load bare" if not view.in_slice(cpu) else "load"
         place = at(left + 1, y + size * 0.92, column - 2, size * 0.07)
         shapes.append(f'<rect class="{ground}" data-cpu="{cpu}" {place}/>')
-    whose = " ".join(_mention(view, index) for index in owners)
+    whose = f'data-tags="{" ".join(_mention(view, index) for index in owners)}"'
+    whose += "" if guest is None or isinstance(guest, Use) else f' data-guest="{_mention(view, guest)}"'
     return (
-        f'<g class="cell" data-tags="{whose}"{_guest_tag(view, guest)}><title>{escape(title)}</title>'
+        f'<g class="cell" {whose}><title>{escape(title)}</title>'
         f'<g style="clip-path:inset(0 round {radius:.1f}px)">{"".join(shapes)}</g>'
         f"{_tile_text(view, core, x, y, scale)}</g>"
     )
@@ -160,16 +161,8 @@ def _corner(view: View, guest: int | Use, x: float, y: float, size: float) -> st
         right = x + size
         return f'points="{x + start:.1f},{y:.1f} {right:.1f},{y:.1f} {right:.1f},{y + size - start:.1f}"'
 
-    fill = f'class="{guest}"' if isinstance(guest, Use) else f'fill="{fill_of(*view.rank(guest))}"'
+    fill = f'class="{guest}"' if isinstance(guest, Use) else f'fill="{_fill(*view.rank(guest))}"'
     return f'<polygon class="gap" {half(0.2 * size - 2)}/><polygon {fill} {half(0.2 * size)}/>'
-
-
-def _guest_name(view: View, guest: int | Use) -> str:
-    return "another server's worker" if isinstance(guest, Use) else view.label(guest)
-
-
-def _guest_tag(view: View, guest: int | Use | None) -> str:
-    return "" if guest is None or isinstance(guest, Use) else f' data-guest="{_mention(view, guest)}"'
 
 
 def at(x: float, y: float, width: float, height: float) -> str:
@@ -224,12 +217,12 @@ def key(view: View) -> list[tuple[str, str]]:
         for use in Use
         if use in seen and use is not Use.OWNED
     ]
-    if any(view.owners(core) and not view.in_slice(cpu) for core in cores for cpu in core.cpus):
+    if view.resting():
         resting = f'<rect class="resting" {at(0.5, 0.5, 15, 15)} rx="2"/>'
         marks.append((plain + resting, "SMT sibling kept free"))
     if any(core.kind for core in cores):
         marks.append((f'<rect class="idle" {at(0.5, 0.5, 15, 15)} rx="7"/>', "slower core type"))
-    if any(view.borrower(core) is not None for core in cores):
+    if view.borrowed():
         guest = f'<polygon fill="{PALETTE[1][0]}" {corner}/>'
         marks.append((plain + guest, "borrowed: the corner's worker computes here now"))
     return marks
@@ -238,4 +231,4 @@ def key(view: View) -> list[tuple[str, str]]:
 def swatch(row: int) -> str:
     """Draw the tag of a row of workers on its colour, 28 pixels wide and 19 high."""
     label = text_at(tag(row), 14, 14, 12, f'text-anchor="middle" font-weight="650" style="fill:{colour(row)[1]}"')
-    return f'<rect {at(0, 0, 28, 19)} rx="4" fill="{fill_of(row)}"/>{label}'
+    return f'<rect {at(0, 0, 28, 19)} rx="4" fill="{_fill(row)}"/>{label}'

@@ -18,20 +18,6 @@ from ts_plugin.machine.topology import Core, Topology
 from ts_plugin.machine.words import count
 from ts_plugin.planning.planner import Plan, Slice
 
-__all__ = [
-    "LISTED",
-    "WORDS",
-    "Group",
-    "Use",
-    "View",
-    "Worker",
-    "current_view",
-    "not_judged",
-    "of_plan",
-    "of_state",
-    "tag",
-]
-
 LISTED = 40  # workers that a picture lists one by one; more are summed up, a line per model
 
 
@@ -150,6 +136,14 @@ class View:
                 return Use.ELSEWHERE
         return None
 
+    def borrowed(self) -> int:
+        """Return the number of cores that have a borrower."""
+        return sum(self.borrower(core) is not None for core in self.topology.cores)
+
+    def resting(self) -> bool:
+        """Tell whether a slice leaves SMT siblings of its cores free."""
+        return any(self.owners(core) and not self.in_slice(cpu) for core in self.topology.cores for cpu in core.cpus)
+
     def computes_on(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Return the CPUs that worker ``index`` computes on now, its own and borrowed ones; None: not known."""
         piece = self.workers[index].slice
@@ -202,24 +196,19 @@ class View:
             size = memory.get(number)
             return f"NUMA node {number}" + (f" · {_gibibytes(size)}" if size else "")
 
-        def domains(cores: tuple[Core, ...]) -> Group:
-            parts = tuple(
-                Group("l3", f"L3 {number}", cores=part) for number, part in _split(cores, lambda core: core.l3)
-            )
-            telling = len(parts) > 1 and any(len(part.cores) > 1 for part in parts)
-            return Group("l3", "", groups=parts) if telling else Group("l3", "", cores=cores)
+        def node(number: int, cores: tuple[Core, ...]) -> Group:
+            domains = _split(cores, lambda core: core.l3)
+            if len(domains) == 1 or all(len(part) == 1 for _, part in domains):
+                return Group("node", node_label(number), cores=cores)
+            return Group("node", node_label(number), tuple(Group("l3", f"L3 {l3}", cores=part) for l3, part in domains))
 
         packages = []
         for number, cores in _split(self.topology.cores, lambda core: core.package):
-            nodes = []
-            for node, part in _split(cores, lambda core: core.node):
-                inside = domains(part)
-                nodes.append(Group("node", node_label(node), inside.groups, inside.cores))
-            label = f"package {number}"
+            nodes = tuple(node(*part) for part in _split(cores, lambda core: core.node))
+            package = Group("package", f"package {number}", nodes)
             if len(nodes) == 1:
-                packages.append(Group("package", f"{label} · {nodes[0].label}", nodes[0].groups, nodes[0].cores))
-            else:
-                packages.append(Group("package", label, tuple(nodes)))
+                package = replace(nodes[0], kind="package", label=f"{package.label} · {nodes[0].label}")
+            packages.append(package)
         return tuple(packages)
 
     def summary(self) -> str:
@@ -232,8 +221,7 @@ class View:
         words = [f"{count(len(self.workers), 'worker')} on {used} of {count(total, 'core')}"]
         others = (use for use in Use if use not in (Use.OWNED, Use.SHARED))
         words += [f"{counts[use]} {WORDS[use]}" for use in others if counts[use]]
-        borrowed = sum(self.borrower(core) is not None for core in self.topology.cores)
-        words += [f"{borrowed} borrowed"] if borrowed else []
+        words += [f"{borrowed} borrowed"] if (borrowed := self.borrowed()) else []
         words += [f"{len(self.unbound)} unbound"] if self.unbound else []
         return " · ".join(words)
 

@@ -6,8 +6,6 @@ import json
 import os
 from dataclasses import dataclass
 
-__all__ = ["GUESS", "Wishes", "read_archive", "read_profile", "read_wishes"]
-
 GUESS = "the model's name is a guess"  # the end of a note, until TorchServe loads the model and says its name
 
 

@@ -9,8 +9,6 @@ from ts_plugin.planning.planner import Slice
 from ts_plugin.planning.policy import Allocator, OmpRuntime, Policy
 from ts_plugin.worker import openmp
 
-__all__ = ["COLLAPSING", "THREAD_COUNTS", "collapsing", "preload", "prepare_environment", "set_thread_count"]
-
 # These can make the OpenMP runtime shrink the main thread's mask to one CPU at `import torch`; children inherit that.
 COLLAPSING = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
 # How libraries that replace malloc are named. Of two in LD_PRELOAD the first serves, so ours would turn off the user's.

@@ -30,8 +30,6 @@ from ts_plugin.worker.archive import GUESS
 from ts_plugin.worker.onnx_threads import OnnxThreads
 from ts_plugin.worker.requests import Requests
 
-__all__ = ["Follower", "attach", "current", "follow", "hook"]
-
 INTERVAL = 0.5  # seconds between two stats of the ledger; a death is seen at once
 LOOK_INTERVAL = 5.0  # seconds between two read-backs
 THOROUGH = 12  # every so many read-backs also memory and libraries are looked at

@@ -15,8 +15,6 @@ from typing import Any
 
 from ts_plugin.log import say
 
-__all__ = ["Hook", "install"]
-
 
 class Hook:
     """What ``install`` calls; a method that is not overridden does nothing.

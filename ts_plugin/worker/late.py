@@ -13,8 +13,6 @@ from ts_plugin.worker import follower, hooks
 from ts_plugin.worker.follower import Follower
 from ts_plugin.worker.start import OFF_VARIABLE, start, worker_id
 
-__all__ = ["Late", "attempt", "begin"]
-
 PAUSE = 60.0  # seconds between two attempts
 
 

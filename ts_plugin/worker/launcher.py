@@ -14,8 +14,6 @@ from ts_plugin.ledger.codec import LEASE_VARIABLE, pack_lease
 from ts_plugin.ledger.unbound import UNBOUND_VARIABLE, WORKER_SCRIPT
 from ts_plugin.worker.start import start, worker_id
 
-__all__ = ["main"]
-
 # Runs the worker, and follows its slice or tries again to get one.
 INSIDE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
 

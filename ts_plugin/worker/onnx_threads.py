@@ -15,8 +15,6 @@ from typing import Any
 
 from ts_plugin.machine.words import count
 
-__all__ = ["OnnxThreads"]
-
 LIBRARY = "onnxruntime"
 
 

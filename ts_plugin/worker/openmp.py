@@ -16,8 +16,6 @@ from typing import Any
 
 from ts_plugin.kernel import affinity
 
-__all__ = ["bundled", "end_team", "load", "runtimes"]
-
 NAMES = ("libgomp", "libiomp5", "libomp")
 PAUSE_SOFT = 1  # omp_pause_resource_t: keep what the program has set
 

@@ -13,8 +13,6 @@ from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import format_cpulist
 from ts_plugin.worker import openmp
 
-__all__ = ["METRICS", "ReadBack", "Reading"]
-
 PATIENCE = 3  # readings in a row before an overload is worth a line in the log
 
 METRICS = {  # name in metrics.yaml -> (unit, kind); all with the dimensions ModelName and WorkerName

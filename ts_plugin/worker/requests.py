@@ -26,8 +26,6 @@ from ts_plugin.worker import hooks, openmp
 from ts_plugin.worker.archive import read_profile
 from ts_plugin.worker.environment import set_thread_count
 
-__all__ = ["Requests"]
-
 
 class Phase(StrEnum):
     STARTS = "starts"  # computes outside of any request: imports, loads the model

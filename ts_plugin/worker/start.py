@@ -20,8 +20,6 @@ from ts_plugin.machine.topology import Allowance
 from ts_plugin.worker.archive import Wishes, read_archive
 from ts_plugin.worker.environment import collapsing, prepare_environment
 
-__all__ = ["OFF_VARIABLE", "Start", "claim", "own_limit", "start", "worker_id"]
-
 OFF_VARIABLE = "TS_CORES_OFF"  # in a worker's environment: it stays as TorchServe started it, whatever its handler is
 
 
