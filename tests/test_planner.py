@@ -105,6 +105,10 @@ TABLE = [
         HYBRID, [replace(wants(HYBRID)[0], cores=1), *wants(HYBRID, 2)], "0 1-3 4-11", id="hybrid: a fixed size"
     ),
     pytest.param(
+        HYBRID, [replace(wants(HYBRID)[0], cores=10), *wants(HYBRID)], "0-1,4-11 2-3",
+        id="hybrid: a fixed size for which no type has enough",
+    ),
+    pytest.param(
         HYBRID, [replace(wants(HYBRID)[0], share=2), *wants(HYBRID, 2)], "0-3 4-7 8-11", id="hybrid: weights"
     ),
     pytest.param(HYBRID, wants(HYBRID, 4, reserve_cores=1), "1-2 3 4-7 8-11", id="hybrid: a reserve"),
