@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise, permutations
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ts_plugin.planning.core_groups import Claim, CoreGroup, Costs, Part
@@ -389,9 +389,13 @@ def spread(sizes: Sequence[int], claims: Sequence[Claim]) -> float:
     return sum(size**2 / claim.weight for size, claim in pairs if claim.weight)
 
 
+SPARE = [(0, 0, 0, 1), (0, 0, 1, 2), (0, 0, 2, 3), (1, 0, 3, 2)]  # the domain of one core must stay idle
+
+
 @pytest.mark.no_cover
 @settings(max_examples=300)
 @given(case=mixed())
+@example(case=([CoreGroup(0, *place) for place in SPARE], [Claim(1, 3, 3, 0), Claim(1, 4, 4, 0)]))
 def test_no_division_among_several_claims_crosses_less(case: tuple[list[CoreGroup], list[Claim]]) -> None:
     groups, claims = case
     parts = cut(groups, claims, distance=far)

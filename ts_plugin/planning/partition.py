@@ -289,11 +289,16 @@ class _Search:
         return {mix: self.evenly(members, mix) for mix, parts in possible.items() if parts == 1}
 
     def _row(self, spans: tuple[tuple[int, ...], ...], *, slack: bool) -> _Table:
-        """Divide joined groups as one row of cores: in their order, or so that small or large core groups meet."""
+        """Divide joined groups as one row of cores: in their order, or so that small or large core groups meet.
+
+        With ``slack`` also the largest first, whatever they belong to: the cores at the end of a row may stay idle.
+        """
         if (spans, slack) not in self.rows:
             found = self.rows[spans, slack] = dict[Mix, tuple[int, _Tree]]()
             first, *others = (sorted(span, key=lambda i: self.groups[i].size) for span in spans)
-            rows = [*chain(*spans)], [*reversed(first), *chain(*others)], [*first, *reversed([*chain(*others)])]
+            rows = [[*chain(*spans)], [*reversed(first), *chain(*others)], [*first, *reversed([*chain(*others)])]]
+            if slack:
+                rows.append(sorted(chain(*spans), key=lambda i: -self.groups[i].size))
             for row in {tuple(self.groups[i].size for i in row): row for row in reversed(rows)}.values():
                 for mix, (cost, parts) in self._cut_row(row, slack=slack).items():
                     _improve(found, mix, cost, parts)
