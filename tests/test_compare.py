@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,8 @@ from rich.console import Console
 
 from tests.browser import Browser
 from tests.eventually import eventually
-from tests.test_tune import archive, run
+from tests.test_tune import QUICK, archive, refused, run
+from ts_plugin.compare import command as command_module
 from ts_plugin.compare import inside, perf
 from ts_plugin.compare.comparison import Comparison, FormatError, Server
 from ts_plugin.compare.picture import picture
@@ -352,7 +354,8 @@ def test_core_bound() -> None:
 
 
 @pytest.mark.process
-def test_a_busy_machine_is_refused_with_who_it_is() -> None:
+def test_a_busy_machine_is_refused_with_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone, "LOOK", 0.5)
     (cpu, *_) = os.sched_getaffinity(0)
     computes = f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nprint(os.getpid(), flush=True)\nwhile True: pass"
     # Started by a process that ends: what this one starts would be its own trial's.
@@ -379,34 +382,6 @@ def test_what_we_started_is_not_others() -> None:
     after = psutil.cpu_times()
     whole = sum(getattr(after, name) - getattr(began, name) for name in ("user", "nice", "system"))
     assert used < whole - 0.5
-
-
-# ---- TorchServe alone
-
-
-@pytest.mark.process
-def test_a_handler_of_ours_claims_nothing_where_it_is_told_so(tmp_path: Path) -> None:
-    code = """
-import os, sys
-from types import SimpleNamespace
-from ts_plugin.handlers import CoreSliceMixin
-from ts_plugin.ledger.file import Ledger
-
-class Plain:
-    def initialize(self, context):
-        self.context = context
-
-class Handler(CoreSliceMixin, Plain):
-    pass
-
-before = os.sched_getaffinity(0)
-handler = Handler()
-handler.initialize(SimpleNamespace(system_properties={"model_dir": "."}))
-print(os.sched_getaffinity(0) == before, len(Ledger().read().leases), handler.context is not None)
-"""
-    environment = os.environ | {OFF_VARIABLE: "1", "TS_CORES_STATE_DIR": str(tmp_path / "state")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "True 0 True\n"
 
 
 # ---- the command
@@ -446,9 +421,8 @@ def command(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     def start(*words: object, anyway: bool = True) -> subprocess.Popen[str]:
         (tmp_path / "here").mkdir(exist_ok=True)
         (tmp_path / "tmp").mkdir(exist_ok=True)
-        program = Path(sys.executable).with_name("ts-cores")
         return subprocess.Popen(
-            [str(program), "compare", *map(str, words), *(["--anyway"] if anyway else [])],
+            [*QUICK, "compare", *map(str, words), *(["--anyway"] if anyway else [])],
             cwd=tmp_path / "here",
             env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "tmp")},
             stdout=subprocess.PIPE,
@@ -472,7 +446,6 @@ def left_over(tmp_path: Path) -> list[object]:
     return found
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "status", "told"),
     [
@@ -483,21 +456,49 @@ def left_over(tmp_path: Path) -> list[object]:
         pytest.param(["{mar}", "--body", "{body}", "--config", "{absent}"], 1, "No such file", id="absent config"),
         pytest.param(["{mar}", "{mar}", "--body", "{body}"], 1, "two archives of this name", id="twice"),
         pytest.param(["--show", "{body}"], 1, "no comparison", id="show something else"),
-        pytest.param(["{load}", "--body", "{body}"], 1, "cannot be loaded: ValueError: no weights", id="fails"),
-        pytest.param(["{handle}", "--body", "{body}"], 1, "rejects the body: ValueError: no image", id="refused"),
         pytest.param(["{mar}", "--body", "{body}", "--out", "{absent}/x.json"], 1, "--out FILE.json", id="nowhere"),
         pytest.param(["{mar}", "--body", "{body}", "--out", "x.svg"], 1, "the picture's name", id="picture"),
-        pytest.param(["{mar}", "--body", "{body}", "--workers", "4096"], 1, "fewer --workers", id="memory"),
+    ],
+)
+def test_what_makes_no_sense_is_said(
+    tmp_path: Path, body: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], status: int, told: str
+) -> None:
+    files = {"mar": archive(tmp_path), "body": body, "absent": tmp_path / "absent"}
+    given = [*(word.format(**files) for word in words), *(["--anyway"] if "--show" not in words else [])]
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
+    monkeypatch.delattr(command_module, "alone")  # it does not come so far
+    monkeypatch.chdir(here)
+    found, out, err = refused(tmp_path, "compare", *given)
+    assert (found, out) == (status, "")
+    assert told in err
+    assert not list(here.iterdir())
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("parts", "words", "told"),
+    [
+        pytest.param(
+            {"load": "raise ValueError('no weights')"}, [], "cannot be loaded: ValueError: no weights", id="fails"
+        ),
+        pytest.param(
+            {"handle": "raise ValueError('no image')"}, [], "rejects the body: ValueError: no image", id="refused"
+        ),
+        pytest.param({}, ["--workers", "4096"], "fewer --workers", id="memory"),
     ],
 )
 def test_what_cannot_be_measured_is_said(
-    tmp_path: Path, body: Path, command: Callable[..., subprocess.Popen[str]], words: list[str], status: int, told: str
+    tmp_path: Path,
+    body: Path,
+    command: Callable[..., subprocess.Popen[str]],
+    parts: dict[str, str],
+    words: list[str],
+    told: str,
 ) -> None:
-    files = {"mar": archive(tmp_path), "body": body, "absent": tmp_path / "absent"}
-    files["load"] = archive(tmp_path, name="load", load="raise ValueError('no weights')")
-    files["handle"] = archive(tmp_path, name="handle", handle="raise ValueError('no image')")
-    found, out, err = run(command(*(word.format(**files) for word in words), anyway="--show" not in words))
-    assert (found, out) == (status, "")
+    status, out, err = run(command(archive(tmp_path, **parts), "--body", body, *words))
+    assert (status, out) == (1, "")
     assert told in err
     assert "Traceback" not in err
     assert not list((tmp_path / "here").iterdir())

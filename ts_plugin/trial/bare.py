@@ -252,6 +252,7 @@ def _load(model: Path, body: bytes, content_type: str, change: str | None) -> Ca
         return {"requestId": name, "parameters": [{"name": "body", "contentType": content_type, "value": value}]}
 
     def handle(batch: int) -> None:
+        raised.clear()
         answer = bytes(service.predict([request(number) for number in range(batch)]))
         status: int = struct.unpack("!i", answer[:4])[0]
         if status != 200:
