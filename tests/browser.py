@@ -28,22 +28,21 @@ OPTIONS = (
     "--disable-sync",
     "--hide-scrollbars",
     "--remote-debugging-pipe",
+    "--window-size=1200,900",
 )
 
 
 class Browser:
-    """One tab from ``__enter__`` to ``__exit__``; skips the test where no Chromium is installed.
+    """From ``__enter__`` to ``__exit__``, one tab at a time; skips the test where no Chromium is installed.
 
     Source: https://chromedevtools.github.io/devtools-protocol/; messages end with a NUL byte on descriptors 3 and 4.
     """
 
-    def __init__(self, profile: Path, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
+    def __init__(self, profile: Path) -> None:
         found = shutil.which("chromium") or shutil.which("google-chrome")
         if found is None:
             pytest.skip("no Chromium here: apt-get install chromium")
-        place = (f"--user-data-dir={profile}", f"--window-size={width},{height}")
-        self._command = [found, *OPTIONS, *place, "about:blank"]
-        self._dark = dark
+        self._command = [found, *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
         self._numbers = itertools.count(1)
         self._rest = b""
 
@@ -58,10 +57,8 @@ class Browser:
         os.close(to_browser)
         os.close(from_browser)
         (tab,) = [one for one in self._ask("Target.getTargets")["targetInfos"] if one["type"] == "page"]
-        self._session = self._ask("Target.attachToTarget", targetId=tab["targetId"], flatten=True)["sessionId"]
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if self._dark else "light"}
-        self.tell("Emulation.setEmulatedMedia", features=[scheme])
-        self.tell("Network.enable")
+        self._tab = tab["targetId"]
+        self.renew()
         return self
 
     def __exit__(
@@ -71,6 +68,14 @@ class Browser:
         self._process.wait()
         os.close(self._out)
         os.close(self._in)
+
+    def renew(self) -> None:
+        """Go on in a new tab, which has nothing of the one before: no headers, no session's storage, no phone."""
+        old, self._tab = self._tab, self._ask("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._ask("Target.attachToTarget", targetId=self._tab, flatten=True)["sessionId"]
+        self.prefer("light")
+        self.tell("Network.enable")
+        self._ask("Target.closeTarget", targetId=old)
 
     def tell(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send one command of the protocol to the tab and return its result."""
@@ -94,6 +99,10 @@ class Browser:
         while not self.run(script):
             assert time.monotonic() < deadline, f"still not: {script}"
             time.sleep(0.1)
+
+    def prefer(self, scheme: str) -> None:
+        """Show pages light or dark; a new tab is light."""
+        self.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def be_a_phone(self, width: int) -> None:
         """Show pages as a phone of ``width`` CSS pixels does, with a finger for a mouse."""

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 import hatch_build
+from tests.eventually import eventually
 from tests.leases import lease_of
 from tests.machines import machine
 from ts_plugin.config.file import Config, parse_config, read_config
 from ts_plugin.config.served import Stored
+from ts_plugin.doctor import inspection
 from ts_plugin.doctor.checks import JAVA_NEEDED, examine
 from ts_plugin.doctor.finding import Finding, Severity
 from ts_plugin.doctor.inspection import Inspection, Interpreter, inspect
@@ -47,6 +49,12 @@ HEALTHY = Inspection(
     allowance=Allowance(EIGHT),
 )
 LEASE = lease_of((0, 1), 41, start_time=1, model="resnet18", server_pid=40, demand=Demand(EIGHT))
+
+
+@pytest.fixture(autouse=True)
+def _quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the doctor look shortly for busy neighbours, which only one test here is about."""
+    monkeypatch.setattr(inspection, "SAMPLE", 0.02)
 
 
 def config(**properties: str) -> Config:
@@ -434,18 +442,16 @@ def test_inspect_reports_an_unusable_state_directory(tmp_path: Path, monkeypatch
 
 @pytest.mark.process
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["a program", "a worker of another ledger"])
-def test_inspect_sees_a_busy_neighbour(tmp_path: Path, elsewhere: bool) -> None:
+def test_inspect_sees_a_busy_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool) -> None:
     """Nothing keeps the slices of two ledgers apart, so the other's worker is a neighbour like any other."""
+    monkeypatch.setattr(inspection, "SAMPLE", 0.15)
     script = tmp_path / "ts" / ("model_service_worker.py" if elsewhere else "program.py")
     script.parent.mkdir()
     script.write_text("while True: pass")
     environment = dict(os.environ) | ({"TS_CORES_STATE_DIR": "/other"} if elsewhere else {})
     neighbour = subprocess.Popen([sys.executable, str(script)], env=environment)
     try:
-        for _ in range(10):
-            if neighbour.pid in [pid for pid, *_ in inspect(None).busy]:
-                return
-        pytest.fail("a process that computes all the time was never seen")
+        assert eventually(lambda: neighbour.pid in [pid for pid, *_ in inspect(None).busy])
     finally:
         neighbour.kill()
         neighbour.wait()

@@ -7,8 +7,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -45,6 +46,20 @@ MACHINES = {
 }
 
 
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("chromium") / "profile") as started:
+        yield started
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """One Chromium for all tests of this module, with a tab of its own for each."""
+    yield chromium
+    chromium.renew()
+
+
+@cache
 def drawn(topology: Topology, workers: int, policy: Policy = Policy(lend=Lend.AUTO)) -> View:
     result = plan(topology, [Demand(topology.online, policy)] * workers)
     people = tuple(
@@ -94,8 +109,9 @@ def test_svg_stays_inside_its_canvas(topology: Topology, workers: int) -> None:
     root = ElementTree.fromstring(svg(drawn(topology, workers)))
     _, _, width, height = map(float, root.attrib["viewBox"].split())
     assert width <= 1300
+    in_patterns = {shape for pattern in root.iter(f"{SVG}pattern") for shape in pattern.iter(f"{SVG}rect")}
     for shape in root.iter(f"{SVG}rect"):
-        if "x" in shape.attrib and not any(shape in pattern for pattern in root.iter(f"{SVG}pattern")):
+        if "x" in shape.attrib and shape not in in_patterns:
             x, y, w, h = attributes(shape, "x", "y", "width", "height")
             assert x >= 0
             assert y >= 0
@@ -269,74 +285,72 @@ def rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
+BACKGROUND = {"light": "#ffffff", "dark": "#12161c"}
+
+
 @pytest.mark.process
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_the_page(tmp_path: Path, browser: Browser, scheme: str) -> None:
     page = tmp_path / "cores.html"
     page.write_text(html(drawn(MACHINES["SNC"], 6)), encoding="utf-8")
-    with Browser(tmp_path / "profile", dark=dark) as browser:
-        browser.open(page.as_uri())
-        seen = colours(browser.screenshot(tmp_path / "cores.png"))
-        assert {rgb(fill) for fill, _ in PALETTE[:6]} <= seen
-        assert rgb("#12161c" if dark else "#ffffff") in seen
-        assert browser.run("document.querySelectorAll('tbody tr').length") == 6
-        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
-        browser.run("document.querySelector('tr[data-tag=B]').scrollIntoView()")
-        x, y = browser.run(
-            "(({x, y}) => [x + 9, y + 9])(document.querySelector('tr[data-tag=B]').getBoundingClientRect())"
-        )
-        browser.tell("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        mine = "[...document.querySelectorAll('#map .mine')].every(cell => cell.dataset.tags === 'B')"
-        browser.wait("document.querySelectorAll('#map .mine').length > 0")
-        assert browser.run(mine)
+    browser.prefer(scheme)
+    browser.open(page.as_uri())
+    seen = colours(browser.screenshot(tmp_path / "cores.png"))
+    assert {rgb(fill) for fill, _ in PALETTE[:6]} <= seen
+    assert rgb(BACKGROUND[scheme]) in seen
+    assert browser.run("document.querySelectorAll('tbody tr').length") == 6
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    browser.run("document.querySelector('tr[data-tag=B]').scrollIntoView()")
+    x, y = browser.run("(({x, y}) => [x + 9, y + 9])(document.querySelector('tr[data-tag=B]').getBoundingClientRect())")
+    browser.tell("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    mine = "[...document.querySelectorAll('#map .mine')].every(cell => cell.dataset.tags === 'B')"
+    browser.wait("document.querySelectorAll('#map .mine').length > 0")
+    assert browser.run(mine)
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_browser_shows_borrowed_cores_with_their_borrower(tmp_path: Path, dark: bool) -> None:
+def test_a_browser_shows_borrowed_cores_with_their_borrower(tmp_path: Path, browser: Browser) -> None:
     page = tmp_path / "cores.html"
     view = lent(drawn(MACHINES["SNC"], 16), borrower=4, lender=5)
     page.write_text(html(view), encoding="utf-8")
-    with Browser(tmp_path / "profile", dark=dark) as browser:
-        browser.open(page.as_uri())
-        cells = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[9].textContent)"
-        own, other = (format_cpulist(view.workers[index].slice.cpus) for index in (4, 5))
-        assert browser.run(cells) == ["idle"] * 4 + [f"{own} + {other} borrowed"] + ["idle"] * 11
-        browser.run("pick('E')")
-        mine = "[...document.querySelectorAll('#map .mine')].map(cell => cell.dataset.tags)"
-        assert browser.run(mine) == ["E"] * 3 + ["F"] * 3
+    browser.open(page.as_uri())
+    cells = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[9].textContent)"
+    own, other = (format_cpulist(view.workers[index].slice.cpus) for index in (4, 5))
+    assert browser.run(cells) == ["idle"] * 4 + [f"{own} + {other} borrowed"] + ["idle"] * 11
+    browser.run("pick('E')")
+    mine = "[...document.querySelectorAll('#map .mine')].map(cell => cell.dataset.tags)"
+    assert browser.run(mine) == ["E"] * 3 + ["F"] * 3
 
 
 @pytest.mark.process
-def test_the_page_says_first_what_is_wrong_and_where_it_is(tmp_path: Path) -> None:
+def test_the_page_says_first_what_is_wrong_and_where_it_is(tmp_path: Path, browser: Browser) -> None:
     page = tmp_path / "cores.html"
     view = replace(drawn(MACHINES["SMT"], 2), host="gpu<7>", server_pid=4711)
     page.write_text(html(view), encoding="utf-8")
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(page.as_uri())
-        foot = "document.getElementById('unbound').getBoundingClientRect().bottom"
-        assert browser.run(f"0 < {foot} && {foot} <= document.getElementById('map').getBoundingClientRect().top")
-        red, green, blue = browser.run(
-            "getComputedStyle(document.getElementById('unbound')).color.match(/\\d+/g).map(Number)"
-        )
-        assert red > 3 * max(green, blue)
-        place = browser.run("document.getElementById('place').textContent")
-        assert re.match(r"gpu<7> · server 4711 · \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+$", place)
+    browser.open(page.as_uri())
+    foot = "document.getElementById('unbound').getBoundingClientRect().bottom"
+    assert browser.run(f"0 < {foot} && {foot} <= document.getElementById('map').getBoundingClientRect().top")
+    red, green, blue = browser.run(
+        "getComputedStyle(document.getElementById('unbound')).color.match(/\\d+/g).map(Number)"
+    )
+    assert red > 3 * max(green, blue)
+    place = browser.run("document.getElementById('place').textContent")
+    assert re.match(r"gpu<7> · server 4711 · \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+$", place)
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("age", [0, 3600], ids=["written now", "written an hour ago"])
-def test_a_page_that_is_read_from_a_file_shows_utilisation(tmp_path: Path, age: int) -> None:
+def test_a_page_that_is_read_from_a_file_shows_utilisation(tmp_path: Path, browser: Browser, age: int) -> None:
     page = tmp_path / "cores.html"
     view, before, now = drawn(MACHINES["two cores"], 2), {0: (10, 100), 1: (0, 100)}, {0: (60, 200), 1: (0, 200)}
     page.write_text(html(view, before=before, ticks=now, reload=60), encoding="utf-8")
     os.utime(page, times=(time.time() - age,) * 2)
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(page.as_uri())
-        browser.wait("document.querySelector('.load[data-cpu=\"0\"]').style.transform === 'scaleX(0.5)'")
-        assert browser.run("document.getElementById('status').className") == ("lost" if age else "live")
+    browser.open(page.as_uri())
+    browser.wait("document.querySelector('.load[data-cpu=\"0\"]').style.transform === 'scaleX(0.5)'")
+    assert browser.run("document.getElementById('status').className") == ("lost" if age else "live")
 
 
+@cache
 def crowd(workers: int = 400, *, whole: bool = False) -> View:
     """Return two models with many workers on many cores."""
     view = drawn(MACHINES["1024 CPUs"], workers)
@@ -345,11 +359,12 @@ def crowd(workers: int = 400, *, whole: bool = False) -> View:
 
 
 def test_many_workers_are_one_line_of_the_legend_per_model() -> None:
-    words = [text.text or "" for text in _texts(svg(crowd()))]
+    picture = svg(crowd())
+    words = [text.text or "" for text in _texts(picture)]
     lines = [line.rpartition(" workers · ")[0] for line in words if " workers · " in line]
     assert lines == ["resnet18 1.0 · 134", "bert 1.0 · 266"]
     assert {text for text in words if text.isupper() and len(text) < 3} == {"A", "B"}
-    names = [title.text or "" for title in ElementTree.fromstring(svg(crowd())).iter(f"{SVG}title")]
+    names = [title.text or "" for title in ElementTree.fromstring(picture).iter(f"{SVG}title")]
     assert any("B (bert 1.0, worker 9001)" in name for name in names), "a core still says whose it is"
     assert len([text for text in _texts(svg(crowd(whole=True))) if " · pid " in (text.text or "")]) == 400
 
@@ -361,10 +376,11 @@ def test_many_workers_are_one_line_of_the_terminal_per_model() -> None:
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().splitlines()
 
-    rows = [line.split()[:4] for line in lines(crowd()) if " workers " in line]
+    short = lines(crowd())
+    rows = [line.split()[:4] for line in short if " workers " in line]
     assert rows[1:3] == [["A", "resnet18", "1.0", "134"], ["B", "bert", "1.0", "266"]]
-    assert lines(crowd())[-1].startswith("400 workers: a line per model")
-    assert len(lines(crowd(whole=True))) - len(lines(crowd())) > 390
+    assert short[-1].startswith("400 workers: a line per model")
+    assert len(lines(crowd(whole=True))) - len(short) > 390
 
 
 def test_slices_of_one_model_are_told_apart() -> None:
@@ -377,70 +393,75 @@ def test_slices_of_one_model_are_told_apart() -> None:
 
 
 ELEMENTS = "box = one => one.getBoundingClientRect(), (selector => [...document.querySelectorAll(selector)])"
-PHONES = [
-    pytest.param(drawn(MACHINES["two cores"], 2), id="2 cores"),
-    pytest.param(lent(drawn(machine(packages=2, cores=28, smt=2), 6), borrower=0, lender=1), id="2 x 28 cores"),
-    pytest.param(crowd(), id="1024 CPUs, 400 workers"),
-]
+PHONES: dict[str, Callable[[], View]] = {
+    "2 cores": lambda: drawn(MACHINES["two cores"], 2),
+    "2 x 28 cores": lambda: lent(drawn(machine(packages=2, cores=28, smt=2), 6), borrower=0, lender=1),
+    "1024 CPUs, 400 workers": crowd,
+}
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("view", PHONES)
-def test_the_page_on_a_phone(tmp_path: Path, view: View, dark: bool) -> None:
-    page = tmp_path / "cores.html"
+@pytest.mark.parametrize(("name", "scheme"), [*((name, "light") for name in PHONES), ("2 x 28 cores", "dark")])
+def test_the_page_on_a_phone(tmp_path: Path, browser: Browser, name: str, scheme: str) -> None:
+    view, page = PHONES[name](), tmp_path / "cores.html"
     page.write_text(html(view), encoding="utf-8")
-    with Browser(tmp_path / "profile", dark=dark) as browser:
-        browser.be_a_phone(360)
-        browser.open(page.as_uri())
-        assert browser.run("innerWidth") == 360
-        assert browser.run("document.scrollingElement.scrollWidth <= innerWidth")
-        wide = "[...document.querySelectorAll('body *')].filter(one => one.scrollWidth > one.clientWidth + 1)"
-        assert browser.run(f"{wide}.filter(one => getComputedStyle(one).overflowX !== 'visible').length") == 0
-        assert browser.run(f"{ELEMENTS}('#map .cell').every(cell => box(cell).right <= 360)")
-        if len(view.topology.cores) < 64:  # else the groups' ranges say it, and tiles are small
-            assert browser.run(f"{ELEMENTS}('#map .cell').every(cell => box(cell).width >= 40)")
-        assert browser.run(f"{ELEMENTS}('#map text').every(text => box(text).height >= 7)")
-        assert browser.run(f"{ELEMENTS}('tr[data-tag]:not([hidden]), td button').every(one => box(one).height >= 44)")
-        browser.run("document.forms[0].classList.add('wanted')")
-        assert browser.run(f"{ELEMENTS}('input, form button').every(one => box(one).height >= 44)")
-        assert browser.run("document.scrollingElement.scrollWidth <= innerWidth")
-        assert rgb("#12161c" if dark else "#ffffff") in colours(browser.screenshot(tmp_path / "cores.png"))
+    browser.prefer(scheme)
+    browser.be_a_phone(360)
+    browser.open(page.as_uri())
+    assert browser.run("innerWidth") == 360
+    assert browser.run("document.scrollingElement.scrollWidth <= innerWidth")
+    wide = "[...document.querySelectorAll('body *')].filter(one => one.scrollWidth > one.clientWidth + 1)"
+    assert browser.run(f"{wide}.filter(one => getComputedStyle(one).overflowX !== 'visible').length") == 0
+    assert browser.run(f"{ELEMENTS}('#map .cell').every(cell => box(cell).right <= 360)")
+    if len(view.topology.cores) < 64:  # else the groups' ranges say it, and tiles are small
+        assert browser.run(f"{ELEMENTS}('#map .cell').every(cell => box(cell).width >= 40)")
+    assert browser.run(f"{ELEMENTS}('#map text').every(text => box(text).height >= 7)")
+    assert browser.run(f"{ELEMENTS}('tr[data-tag]:not([hidden]), td button').every(one => box(one).height >= 44)")
+    browser.run("document.forms[0].classList.add('wanted')")
+    assert browser.run(f"{ELEMENTS}('input, form button').every(one => box(one).height >= 44)")
+    assert browser.run("document.scrollingElement.scrollWidth <= innerWidth")
+    assert rgb(BACKGROUND[scheme]) in colours(browser.screenshot(tmp_path / "cores.png"))
 
 
 @pytest.mark.process
-def test_a_finger_on_a_core_says_whose_it_is(tmp_path: Path) -> None:
+def test_a_finger_on_a_core_says_whose_it_is(tmp_path: Path, browser: Browser) -> None:
     page = tmp_path / "cores.html"
     page.write_text(html(drawn(MACHINES["SMT"], 2)), encoding="utf-8")
-    with Browser(tmp_path / "profile") as browser:
-        browser.be_a_phone(360)
-        browser.open(page.as_uri())
-        browser.tap("#map .cell[data-tags=B]")
-        browser.wait("document.getElementById('hint').textContent === 'core 8, CPUs 8,24: B (resnet<18> 1.0)'")
-        assert browser.run("[...document.querySelectorAll('tr.mine')].map(row => row.dataset.tag)") == ["B"]
+    browser.be_a_phone(360)
+    browser.open(page.as_uri())
+    browser.tap("#map .cell[data-tags=B]")
+    browser.wait("document.getElementById('hint').textContent === 'core 8, CPUs 8,24: B (resnet<18> 1.0)'")
+    assert browser.run("[...document.querySelectorAll('tr.mine')].map(row => row.dataset.tag)") == ["B"]
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("name", MACHINES)
-def test_texts_do_not_lie_on_each_other(tmp_path: Path, name: str) -> None:
+def test_texts_do_not_lie_on_each_other(tmp_path: Path, browser: Browser, name: str) -> None:
     view = drawn(MACHINES[name], 16)
     file = tmp_path / "cores.svg"
     file.write_text(svg(replace(view, notes=("a long note on this machine " * 9, "a second one"))), encoding="utf-8")
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(file.as_uri())
-        assert browser.overlapping_texts() == []
-        order = browser.run("[...document.querySelectorAll('text')].map(text => [text.textContent, text.getBBox().y])")
-        parts = ("unbound pid 99", "package 0", "note: a second one", "resnet<18> 1.0 · worker 9000")
-        places = [next(y for words, y in order if words.startswith(part)) for part in parts]
-        assert places == sorted(places)
+    browser.open(file.as_uri())
+    assert browser.overlapping_texts() == []
+    order = browser.run("[...document.querySelectorAll('text')].map(text => [text.textContent, text.getBBox().y])")
+    parts = ("unbound pid 99", "package 0", "note: a second one", "resnet<18> 1.0 · worker 9000")
+    places = [next(y for words, y in order if words.startswith(part)) for part in parts]
+    assert places == sorted(places)
+
+
+EVERY, QUICK = "const EVERY = 5000;", "const EVERY = 200;"  # in the page: the milliseconds between two looks
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page as TorchServe does: behind a token that can change."""
+    """Serves the page as TorchServe does, behind a token that can change, but it looks more often."""
 
     daemon_threads = True
     token: str | None = None
-    view: View
+    page: bytes
+
+    def show(self, view: View) -> None:
+        page = html(view, ticks={0: (1, 2)})
+        assert page.count(EVERY) == 1
+        self.page = page.replace(EVERY, QUICK).encode()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -448,7 +469,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         allowed = self.server.token is None or self.headers["Authorization"] == f"Bearer {self.server.token}"
-        body = html(self.server.view, ticks={0: (1, 2)}).encode() if allowed else b'{"code": 400}'
+        body = self.server.page if allowed else b'{"code": 400}'
         self.send_response(200 if allowed else 400)
         self.send_header("Content-Type", "text/html; charset=utf-8" if allowed else "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -462,7 +483,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Server]:
     with Server(("127.0.0.1", 0), Handler) as started:
-        started.view = drawn(MACHINES["SMT"], 2)
+        started.show(drawn(MACHINES["SMT"], 2))
         thread = Thread(target=started.serve_forever)
         thread.start()
         yield started
@@ -471,40 +492,38 @@ def server() -> Iterator[Server]:
 
 
 @pytest.mark.process
-def test_the_page_follows_and_asks_for_a_new_token(server: Server, tmp_path: Path) -> None:
+def test_the_page_follows_and_asks_for_a_new_token(server: Server, browser: Browser) -> None:
     status = "document.getElementById('status')"
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(f"http://127.0.0.1:{server.server_port}/cores")
-        browser.wait(f"{status}.className === 'live'")
-        server.view = drawn(MACHINES["SMT"], 3)
-        browser.wait("document.querySelectorAll('tbody tr').length === 3")
-        server.token = "new"
-        browser.wait("document.forms[0].className === 'wanted'")
-        assert browser.run(f"{status}.textContent") == "token wanted"
-        browser.run("document.getElementById('token').value = 'new'; document.querySelector('button').click()")
-        browser.wait(f"{status}.className === 'live'")
-        assert browser.run("document.forms[0].className") == ""
+    browser.open(f"http://127.0.0.1:{server.server_port}/cores")
+    browser.wait(f"{status}.className === 'live'")
+    server.show(drawn(MACHINES["SMT"], 3))
+    browser.wait("document.querySelectorAll('tbody tr').length === 3")
+    server.token = "new"
+    browser.wait(f"document.forms[0].className === 'wanted' && {status}.textContent === 'token wanted'")
+    browser.run("document.getElementById('token').value = 'new'; document.querySelector('button').click()")
+    browser.wait(f"document.forms[0].className === '' && {status}.className === 'live'")
 
 
 @pytest.mark.process
-def test_a_click_unfolds_the_workers_of_a_model(server: Server, tmp_path: Path) -> None:
+def test_a_click_unfolds_the_workers_of_a_model(server: Server, browser: Browser) -> None:
     shown = "[...document.querySelectorAll('tbody tr')].filter(row => row.checkVisibility()).length"
-    server.view = crowd()
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(f"http://127.0.0.1:{server.server_port}/cores")
-        assert browser.run(shown) == 2
-        browser.run("document.querySelector('tr[data-tag=B] button').click()")
-        assert browser.run(shown) == 2 + 266
-        browser.run("pick('B.0')")
-        mine = "[...document.querySelectorAll('#map .mine')].map(cell => cell.dataset.tags.split(' ').includes('B.0'))"
-        assert set(browser.run(mine)) == {True}
-        server.view = replace(crowd(), notes=("news",))
-        browser.wait("document.getElementById('notes').textContent.includes('news')")
-        assert browser.run(shown) == 2 + 266, "they stay unfolded when the page follows"
+    server.show(crowd())
+    browser.open(f"http://127.0.0.1:{server.server_port}/cores")
+    assert browser.run(shown) == 2
+    browser.run("document.querySelector('tr[data-tag=B] button').click()")
+    assert browser.run(shown) == 2 + 266
+    browser.run("pick('B.0')")
+    mine = "[...document.querySelectorAll('#map .mine')].map(cell => cell.dataset.tags.split(' ').includes('B.0'))"
+    assert set(browser.run(mine)) == {True}
+    moved = tuple(replace(worker, moves=7) for worker in crowd().workers)
+    server.show(replace(crowd(), workers=moved, notes=("news",)))
+    browser.wait("document.getElementById('notes').textContent.includes('news')")
+    assert browser.run("document.querySelector('tr[data-tag=\"B.0\"]').cells[8].textContent") == "7"
+    assert browser.run(shown) == 2 + 266, "they stay unfolded when the page follows"
 
 
 @pytest.mark.server
-def test_a_real_server_behind_its_token(tmp_path: Path, checkout: Path) -> None:
+def test_a_real_server_behind_its_token(tmp_path: Path, checkout: Path, browser: Browser) -> None:
     """TorchServe's own token authorization, its management API, a real page in a real browser."""
     properties: dict[str, Property] = {
         "plugins_path": checkout / "ts_plugin" / "frontend",
@@ -513,12 +532,11 @@ def test_a_real_server_behind_its_token(tmp_path: Path, checkout: Path) -> None:
     }
     with TorchServe(archives.facts(), workers=2, properties=properties) as running:
         key = json.loads((running.working_directory / "key_file.json").read_text())["management"]["key"]
-        with Browser(tmp_path / "profile") as browser:
-            browser.open(f"{running.management_url}/cores")
-            assert "Token Authorization failed" in browser.run("document.body.textContent")
-            browser.open(f"{running.management_url}/cores", Authorization=f"Bearer {key}")
-            browser.wait("document.getElementById('status').className === 'live'")
-            pids = browser.run("[...document.querySelectorAll('tbody tr')].map(row => +row.cells[3].textContent)")
-            assert sorted(pids) == sorted(piece["pid"] for piece in running.cores()["slices"])
-            seen = colours(browser.screenshot(tmp_path / "cores.png"))
-            assert {rgb(fill) for fill, _ in PALETTE[:2]} <= seen
+        browser.open(f"{running.management_url}/cores")
+        assert "Token Authorization failed" in browser.run("document.body.textContent")
+        browser.open(f"{running.management_url}/cores", Authorization=f"Bearer {key}")
+        browser.wait("document.getElementById('status').className === 'live'")
+        pids = browser.run("[...document.querySelectorAll('tbody tr')].map(row => +row.cells[3].textContent)")
+        assert sorted(pids) == sorted(piece["pid"] for piece in running.cores()["slices"])
+        seen = colours(browser.screenshot(tmp_path / "cores.png"))
+        assert {rgb(fill) for fill, _ in PALETTE[:2]} <= seen

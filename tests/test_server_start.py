@@ -22,7 +22,8 @@ from benchmarks.harness import archives
 from benchmarks.harness.server import TorchServe
 from tests.eventually import eventually
 from tests.impatience import sitecustomize
-from ts_plugin.machine import discovery
+from tests.test_cli import ts_cores
+from ts_plugin.machine import discovery, process
 from ts_plugin.machine.cpulist import parse_cpulist
 from ts_plugin.trial.properties import PORTS, Property, free_ports
 
@@ -144,7 +145,8 @@ def restarted(server: TorchServe, directory: Path, *, plugin: bool) -> TorchServ
         text = re.sub(r"(?m)^plugins_path=.*\n", "", text)
     snapshot = directory / "snapshot.cfg"
     snapshot.write_text(text)
-    return TorchServe(archives.facts(), workers=2, snapshot=snapshot)
+    here = Path(os.environ["TS_CORES_STATE_DIR"])  # which a stock server knows nothing of
+    return TorchServe(archives.facts(), workers=2, snapshot=snapshot, state_directory=None if plugin else here)
 
 
 def test_snapshot_comes_up_pinned(server: TorchServe, tmp_path: Path) -> None:
@@ -153,9 +155,24 @@ def test_snapshot_comes_up_pinned(server: TorchServe, tmp_path: Path) -> None:
 
 
 def test_snapshot_without_plugin_serves(server: TorchServe, tmp_path: Path) -> None:
+    """It is a stock server. Our ledger judges neither its workers nor those of a server with another ledger."""
     with restarted(server, tmp_path, plugin=False) as again:
         assert_stock(again)
         assert "run_cpu" not in again.log()
+        assert_not_judged(again, "a TorchServe without ts-cores", hooked=False)
+        assert_not_judged(server, f"the ledger in {server.state_directory}", hooked=True)
+
+
+def assert_not_judged(server: TorchServe, whose: str, *, hooked: bool) -> None:
+    """Ask about both workers of a server from this process's ledger, which is not theirs."""
+    elsewhere = {one["pid"]: one["whose"] for one in json.loads(ts_cores("show", "--json")[0])["elsewhere"]}
+    workers = sorted(server.workers())
+    assert len(workers) == 2
+    assert [elsewhere.get(pid) for pid in workers] == [whose] * 2
+    findings = json.loads(ts_cores("doctor", "--json", status=None)[0])["findings"]
+    errors = [one["what"] for one in findings if one["severity"] == "error"]
+    assert [what for what in errors if any(str(pid) in what for pid in workers)] == []
+    assert any(path.endswith("/ts-cores.jar") for path in process.opened(server.pid)) == hooked
 
 
 def test_not_enabled_is_stock() -> None:
