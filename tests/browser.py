@@ -15,8 +15,6 @@ from typing import Any, Self
 
 import pytest
 
-__all__ = ["Browser"]
-
 OPTIONS = (
     "--headless",
     "--no-sandbox",

@@ -8,8 +8,6 @@ import pytest
 
 from benchmarks.harness import CHECKOUT
 
-__all__ = ["CAPTURES", "RECORDS", "needs_captures"]
-
 CAPTURES = next(CHECKOUT.parent.glob("*/topologies"), Path("topologies"))
 RECORDS = sorted([*CAPTURES.glob("json/*.json"), *CAPTURES.glob("derived/json/*.json")])
 

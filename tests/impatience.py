@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["sitecustomize"]
-
 INSIDE_WORKERS = """
 import sys
 if any(word.endswith("/ts_plugin/worker/main.py") for word in sys.orig_argv):

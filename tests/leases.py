@@ -10,8 +10,6 @@ from ts_plugin.ledger.model import Lease
 from ts_plugin.machine import process
 from ts_plugin.planning.planner import Demand, Slice
 
-__all__ = ["lease_of", "slice_of"]
-
 
 def slice_of(cpus: Iterable[int], *, threads: int | None = None, **fields: Any) -> Slice:
     """Return a slice with a thread for each of ``cpus``, in node, L3 domain and package 0 if nothing else is said."""

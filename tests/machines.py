@@ -6,8 +6,6 @@ import itertools
 
 from ts_plugin.machine.topology import Core, NumaNode, Topology
 
-__all__ = ["machine"]
-
 
 def machine(packages: int = 1, nodes: int = 1, l3: int = 1, cores: int = 4, smt: int = 1, slow: int = 0) -> Topology:
     """Return ``packages`` of ``nodes`` of ``l3`` domains of ``cores``, siblings apart as on large servers.

@@ -14,8 +14,6 @@ from ts_plugin.planning.policy import Policy
 from ts_plugin.view.svg import svg
 from ts_plugin.view.view import of_plan
 
-__all__ = ["pictures"]
-
 DOCS = Path(__file__).parent.parent / "docs"
 
 

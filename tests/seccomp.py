@@ -6,8 +6,6 @@ import ctypes
 import os
 import struct
 
-__all__ = ["forbid_affinity"]
-
 PR_SET_NO_NEW_PRIVS, SET_MODE_FILTER, ALL_THREADS = 38, 1, 1
 NUMBERS = {"x86_64": (203, 317), "aarch64": (122, 277), "riscv64": (122, 277)}  # sched_setaffinity, seccomp
 RETURN_EPERM, ALLOW = 0x0005_0001, 0x7FFF_0000
