@@ -32,8 +32,9 @@ class Outcome(NamedTuple):
 def bind_tree(pid: int, cpus: Iterable[int], *, before: Iterable[int] = (), borrows: Iterable[int] = ()) -> Outcome:
     """Keep every thread of ``pid`` and of its descendants on ``cpus``.
 
-    A thread that was narrowed on purpose inside ``cpus`` and ``borrows`` stays so; one that spanned all of ``before``
-    follows. Threads that start meanwhile inherit their creator's mask, so the walk repeats until nothing is left to do.
+    A thread that was narrowed on purpose stays so: inside ``cpus``, or inside what ``borrows`` has beyond them, since
+    no thread of a wide request spans both. One that spanned all of ``before`` follows. Threads that start meanwhile
+    inherit their creator's mask, so the walk repeats until nothing is left to do.
 
     Raises:
         OSError: the kernel takes none of ``cpus`` (EINVAL), or refuses ``pid`` itself (EPERM: another user, seccomp).
@@ -52,20 +53,21 @@ def bind_tree(pid: int, cpus: Iterable[int], *, before: Iterable[int] = (), borr
 def bind_process(pid: int, cpus: Iterable[int], *, before: Iterable[int] = (), borrows: Iterable[int] = ()) -> int:
     """Do what ``bind_tree`` does for the threads of ``pid`` alone; return how many masks had to change."""
     target, old = frozenset(cpus), frozenset(before)
-    allowed = target.union(borrows)
+    borrowed = frozenset(borrows) - target
     changed = 0
     for _ in range(8):
-        moved = [tid for tid in process.threads(pid) if _bind_thread(tid, target, old, allowed)]
+        moved = [tid for tid in process.threads(pid) if _bind_thread(tid, target, old, borrowed)]
         if not moved:
             break
         changed += len(moved)
     return changed
 
 
-def _bind_thread(tid: int, target: frozenset[int], old: frozenset[int], allowed: frozenset[int]) -> bool:
+def _bind_thread(tid: int, target: frozenset[int], old: frozenset[int], borrowed: frozenset[int]) -> bool:
     try:
         before = os.sched_getaffinity(tid)
-        if before == target or (before <= allowed and before != old):
+        narrowed = before <= target or before <= borrowed
+        if before == target or (narrowed and before != old):
             return False
         os.sched_setaffinity(tid, target)
         now = os.sched_getaffinity(tid)
