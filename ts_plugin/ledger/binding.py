@@ -18,7 +18,8 @@ PART_ASIDE = 8  # and at least one CPU for so many that it was allowed: what it 
 def bind_all(before: State, after: State) -> dict[int, OSError]:
     """Bind every worker of ``after``; return what the kernel refused, by PID. The caller holds the ledger's lock.
 
-    Those who only lose cores come first, then those who gain some, newcomers last: no two meet on a core on the way.
+    Those who only lose cores come first, then those who gain some, newcomers last: two meet on a core on the
+    way only where they exchange cores.
     """
     slices = {lease.pid: lease.slice for lease in after.leases}
     unchanged = slices == {lease.pid: lease.slice for lease in before.leases}

@@ -66,7 +66,7 @@ class Requests(hooks.Hook):
                 self._join()
 
     def bind(self, *, before: Iterable[int] | None = None) -> affinity.Outcome:
-        """Keep every thread of this process and of its children on the slice; those of a wide request may be wider.
+        """Keep this process and its children on the slice; threads of a wide request may be on borrowed CPUs.
 
         ``before``: what threads span that should follow, if not what they were bound to last.
 
